@@ -1,0 +1,54 @@
+/* Option tables: parse, check, help, man and completion from one place. Long options as --name VALUE or
+ * --name=VALUE; "--" ends options. */
+#ifndef TMF_BASE_CLI_H
+#define TMF_BASE_CLI_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "base/err.h"
+
+typedef enum {
+    CLI_FLAG,  /* bool *  */
+    CLI_STR,   /* const char ** (borrowed from argv) */
+    CLI_LIST,  /* cli_list *: repeatable */
+    CLI_I64,   /* int64_t *, within [lo,hi] */
+    CLI_F64,   /* double *, within [lo,hi] */
+    CLI_CHOICE,/* const char **: one of `choices`, separated by '|' */
+    CLI_BYTES  /* int64_t *: a number with optional K, M, G (powers of 1024) */
+} cli_kind;
+
+typedef struct { const char *v[64]; int n; } cli_list;
+
+typedef struct {
+    const char *name;    /* without "--" */
+    char letter;         /* short form, 0 none */
+    cli_kind kind;
+    void *target;
+    const char *arg;     /* shown in help: FILE, N, ... ; NULL for flags */
+    const char *help;    /* one line, lower case, no full stop; the default in brackets */
+    double lo, hi;       /* CLI_I64, CLI_F64 */
+    const char *choices; /* CLI_CHOICE */
+    const char *alias;   /* another accepted long name (LMDeploy's), NULL none */
+} cli_option;
+
+typedef struct {
+    const char *tool;      /* "awq-search" */
+    const char *usage;     /* "MODEL_DIR --calib CALIB -o PLAN [options]" */
+    const char *summary;   /* one sentence */
+    const cli_option *options;
+    int n_options;
+    int min_args, max_args; /* positionals */
+    const char *examples;   /* lines, or NULL */
+} cli_spec;
+
+/* Fills targets and the positionals (args, at most cap; *n_args counts). E_USAGE with one line naming the
+ * option. --help and --version are the caller's: the parser sets *want_help / *want_version. */
+err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap, int *n_args,
+                   bool *want_help, bool *want_version, err *e);
+void cli_help(const cli_spec *s, FILE *out);          /* at most 100 columns */
+void cli_completion(const cli_spec *s, const char *shell, FILE *out); /* bash, zsh or fish */
+
+#endif
