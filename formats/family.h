@@ -15,7 +15,7 @@ typedef struct {
                             size_t cap, err *e);
     const smooth_group *smooth; /* groups that AWQ searches: norm->inputs, up->down */
     int n_smooth;
-    const char *chat_template;  /* default template name (runtime/chat.h) when the directory has none */
+    const char *chat_template;  /* default template name (formats/chat.h) when the directory has none */
 } family;
 
 /* By config.json: architectures[0]; unknown ones are E_UNSUPPORTED listing what is known. */
