@@ -1,0 +1,73 @@
+/* Shared by the .cu files only: checked calls, launches with programmatic dependency, warp helpers and
+ * the few PTX wrappers that more than one kernel uses. */
+#ifndef TMF_KERNELS_CUDA_UTIL_CUH
+#define TMF_KERNELS_CUDA_UTIL_CUH
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+extern "C" {
+#include "base/err.h"
+}
+
+/* Clears the sticky error so that the next call reports its own. */
+#define CUDA_TRY(call, e)                                                                          \
+    do {                                                                                           \
+        cudaError_t cuda_rc_ = (call);                                                             \
+        if (cuda_rc_ != cudaSuccess) {                                                             \
+            cudaGetLastError();                                                                    \
+            return err_set((e), cuda_rc_ == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE,        \
+                           "%s: %s", #call, cudaGetErrorString(cuda_rc_));                         \
+        }                                                                                          \
+    } while (0)
+
+/* Waits for the kernels this launch depends on (programmatic dependent launch); what precedes it may only
+ * read memory that no earlier kernel of the stream writes: weights. */
+__device__ __forceinline__ void pdl_wait()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Lets the next kernel of the stream start its prologue. */
+__device__ __forceinline__ void pdl_launch()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* d += a * b for one 16x8 tile: a 16x16 row major (weights), b 16x8 column major, f16 in, f32 out. */
+__device__ __forceinline__ void mma_16816(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    /* Turing has the k = 8 form only: two of them are the same sum. */
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+                 "{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+/* 16 bytes that are read once: past L1, first out of L2. */
+__device__ __forceinline__ uint4 load_once16(const void *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+#endif
