@@ -33,6 +33,16 @@ typedef struct {
     int32_t original_max_positions;
 } rope_scaling;
 
+/* Bounds of anything a file may claim. Real models stay an order below them. */
+enum {
+    MODEL_MAX_LAYERS = 1024,
+    MODEL_MAX_WIDTH = 1 << 20, /* hidden, ffn, heads * head_dim */
+    MODEL_MAX_HEADS = 4096,
+    MODEL_MAX_HEAD_DIM = 1024,
+    MODEL_MAX_VOCAB = 1 << 24,
+    MODEL_MAX_TOKENS = 1 << 28,
+    MODEL_MAX_EXPERTS = 1024
+};
 #define MODEL_MAX_STOP 8
 typedef struct {
     char family[32];       /* table name: "internlm2", "llama", "qwen2", "mistral", ... */
@@ -44,7 +54,8 @@ typedef struct {
     rope_scaling scaling;
     int32_t rope_dims;
     bool rope_interleaved; /* see rope_spec */
-    int32_t sliding_window; /* 0: none */
+    int32_t sliding_window; /* 0: none; read it through model_window */
+    int32_t sliding_from;   /* first layer that has the window (Qwen2's max_window_layers) */
     bool qkv_bias, o_bias, qk_norm, tied_embed;
     qkv_form qkv;
     int32_t w4_group;      /* 0: 16-bit weights; else the group of its W4 linears */
@@ -55,12 +66,14 @@ typedef struct {
 /* Every dimension positive and within bounds named in model.c, heads % kv_heads == 0, ... E_INPUT names
  * the field, the value and the bound. */
 err_code model_desc_check(const model_desc *m, err *e);
+/* Cached positions a row of this layer sees, itself included; 0: all (op_attn's window). */
+int32_t model_window(const model_desc *m, int32_t layer);
 int64_t model_linear_n(const model_desc *m, tensor_role r); /* outputs of a linear of the block */
 int64_t model_linear_k(const model_desc *m, tensor_role r); /* inputs */
 /* The quantizable linears of a block in forward order; returns how many (at most 7). */
 int model_block_linears(const model_desc *m, tensor_role out[7]);
-/* inv_freq f32 [rope_dims/2] with scaling applied (turbomind-format 4.1); `n_tokens` matters to dynamic
- * NTK only. *mscale multiplies cos and sin. */
+/* inv_freq f32 [rope_dims/2] with scaling applied, step for step in f32 as the transformers library does;
+ * `n_tokens` (prompt and reply together) matters to dynamic NTK only. *mscale multiplies cos and sin. */
 void model_inv_freq(const model_desc *m, int32_t n_tokens, float *inv_freq, float *mscale);
 
 /* source absorbs 1/scale, every target takes scale: x * diag(1/s) * (W diag(s))^T. tap is the role whose
