@@ -21,7 +21,7 @@ void file_map_close(file_map *m);
 void file_map_willneed(const file_map *m, size_t off, size_t len);
 void file_map_dontneed(const file_map *m, size_t off, size_t len);
 
-/* Whole file, at most `max` bytes (E_LIMIT beyond), NUL-terminated; caller frees with mem_free. */
+/* Whole regular file, at most `max` bytes (E_LIMIT beyond), NUL-terminated; caller frees with mem_free. */
 err_code file_read(char **out, size_t *size, const char *path, size_t max, err *e);
 bool file_exists(const char *path);
 bool file_is_dir(const char *path);
@@ -37,13 +37,14 @@ err_code file_writer_commit(file_writer **w, err *e);
 void file_writer_abort(file_writer **w);
 
 /* One output directory: files are written under dir_writer_path(), a hidden directory beside the target
- * named from it, and appear together at commit. With `force` an existing target is moved aside first and
- * removed after the rename. `keep` at open takes over what a killed run left there (resume). */
+ * named from it, and appear together at commit. An empty target directory counts as absent. With `force`
+ * an existing target is moved aside and removed after the rename. `keep` at open takes over what a killed run left there (resume). */
 typedef struct dir_writer dir_writer;
 err_code dir_writer_open(dir_writer **w, const char *final, bool force, bool keep, err *e);
 const char *dir_writer_path(const dir_writer *w);
 err_code dir_writer_commit(dir_writer **w, err *e); /* fsyncs every file and directory first */
-void dir_writer_abort(dir_writer **w);              /* removes the temporary directory */
+void dir_writer_abort(dir_writer **w);              /* removes the temporary directory; NULL accepted */
+void dir_writer_leave(dir_writer **w); /* closes but leaves it, for a later run to `keep`; NULL accepted */
 
 /* Joins into buf; E_LIMIT when it does not fit. */
 err_code path_join(char *buf, size_t cap, const char *dir, const char *name, err *e);
