@@ -5,7 +5,8 @@
 #include "kernels/device.h"
 #include "kernels/ops.h"
 
-/* Bits of device.cpu_flags. Each implies the instruction sets named and nothing about the others. */
+/* Bits of device.cpu_flags. Each implies the instruction sets named and nothing about the others.
+ */
 enum {
     CPU_AVX2 = 1u << 0,       /* avx2, fma, f16c */
     CPU_AVX512 = 1u << 1,     /* avx512 f, bw, vl, dq */
@@ -14,7 +15,8 @@ enum {
     CPU_AVXVNNI = 1u << 4,    /* vpdpbusd on ymm, VEX form */
     CPU_AMX = 1u << 5         /* amx-tile, amx-int8, amx-bf16, permitted to this process */
 };
-/* What this CPU and its system offer, bounded by `isa` (dev_opts.isa). E_USAGE for an unknown name. */
+/* What this CPU and its system offer, bounded by `isa` (dev_opts.isa). E_USAGE for an unknown name.
+ */
 err_code cpu_flags_get(uint32_t *flags, const char *isa, err *e);
 const char *cpu_flags_name(uint32_t flags); /* "amx", "avx512-vnni", "avx512", "avx2", "ref" */
 
@@ -22,9 +24,13 @@ const char *cpu_flags_name(uint32_t flags); /* "amx", "avx512-vnni", "avx512", "
  * worker: a slice for each pool thread, of a size fixed here; tiles are cut to fit.
  * shared: sized by ops_reserve as the largest need of any op. */
 #define DEV_WORKER_BYTES ((size_t)2 << 20)
-/* The shared scratch if it has at least `bytes`, else E_LIMIT naming the op: ops_reserve was not told. */
+/* The shared scratch if it has at least `bytes`, else E_LIMIT naming the op: ops_reserve was not
+ * told. */
 err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e);
-static inline size_t dev_align64(size_t n) { return (n + 63) & ~(size_t)63; }
+static inline size_t dev_align64(size_t n)
+{
+    return (n + 63) & ~(size_t)63;
+}
 
 typedef struct dev_backend {
     err_code (*alloc)(void **out, device *d, size_t bytes, const char *what, err *e); /* zeroed */
@@ -44,7 +50,7 @@ struct device {
     op_table ops;
     pool *workers;
     int threads;
-    uint32_t cpu_flags; /* 0 on CUDA */
+    uint32_t cpu_flags;      /* 0 on CUDA */
     uint8_t *worker_scratch; /* [threads][DEV_WORKER_BYTES] */
     void *shared_scratch;    /* [shared_bytes], NULL until ops_reserve */
     size_t shared_bytes;

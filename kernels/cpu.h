@@ -1,0 +1,16 @@
+/* Names of the functions that are compiled once per instruction set: CPU_FN(gemm_cpu) is
+ * gemm_cpu_avx2, gemm_cpu_avx512 or gemm_cpu_amx by the flags of the object library (CMakeLists.txt
+ * sets CPU_SUFFIX). */
+#ifndef TMF_KERNELS_CPU_H
+#define TMF_KERNELS_CPU_H
+
+#include "kernels/device_internal.h"
+
+#define CPU_PASTE_(a, b) a##_##b
+#define CPU_PASTE(a, b) CPU_PASTE_(a, b)
+#define CPU_FN(name) CPU_PASTE(name, CPU_SUFFIX)
+
+/* Scratch that the CPU variants of an op need; ops_cpu.c takes the largest. */
+size_t gram_cpu_scratch(const op_limits *l);
+
+#endif

@@ -1,0 +1,145 @@
+/* The part of a device that is the same for all kinds. */
+#include <assert.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "kernels/device_internal.h"
+
+/* A slot that nobody filled would crash in the middle of a run: refuse the device instead. */
+static err_code table_complete(const device *d, err *e)
+{
+    const op_table *t = &d->ops;
+    const struct {
+        const char *name;
+        bool filled;
+    } slot[] = {{"embed", t->embed},
+                {"rmsnorm", t->rmsnorm},
+                {"add", t->add},
+                {"gemm", t->gemm},
+                {"glu", t->glu},
+                {"rope_kv", t->rope_kv},
+                {"attn", t->attn},
+                {"nll", t->nll},
+                {"absstat", t->absstat},
+                {"gram", t->gram},
+                {"gram_finish", t->gram_finish},
+                {"quad", t->quad},
+                {"matmul", t->matmul},
+                {"scratch_bytes", t->scratch_bytes}};
+    for (size_t i = 0; i < sizeof slot / sizeof *slot; i++) {
+        if (!slot[i].filled)
+            return err_set(e, E_UNSUPPORTED, "%s: no kernel for '%s'", d->name, slot[i].name);
+    }
+    return OK;
+}
+
+err_code dev_open(device **out, const dev_opts *o, err *e)
+{
+    void *p;
+    *out = NULL;
+    if (o->kind != DEV_CPU) {
+        if (o->kind == DEV_CUDA)
+            return err_set(e, E_UNSUPPORTED, "device cuda: built without CUDA");
+        return err_set(e, E_USAGE, "device: unknown kind %d", (int)o->kind);
+    }
+    TRY(mem_alloc(&p, 1, sizeof(device), "device", e));
+    device *d = p;
+    d->kind = o->kind;
+    err_code rc = device_cpu_open(d, o, e);
+    if (rc == OK) rc = table_complete(d, e);
+    if (rc != OK) {
+        dev_close(&d);
+        return rc;
+    }
+    *out = d;
+    return OK;
+}
+
+void dev_close(device **d)
+{
+    if (!d || !*d) return;
+    if ((*d)->backend) (*d)->backend->close(*d);
+    mem_free(*d);
+    *d = NULL;
+}
+
+dev_kind dev_kind_of(const device *d)
+{
+    return d->kind;
+}
+memspace dev_mem(const device *d)
+{
+    return d->mem;
+}
+dtype dev_act(const device *d)
+{
+    return d->act;
+}
+pool *dev_pool(device *d)
+{
+    return d->workers;
+}
+const char *dev_name(const device *d)
+{
+    return d->name;
+}
+
+err_code dev_alloc(dev_buf *out, device *d, size_t bytes, const char *what, err *e)
+{
+    memset(out, 0, sizeof *out);
+    TRY(d->backend->alloc(&out->data, d, bytes, what, e));
+    out->bytes = bytes;
+    out->mem = d->mem;
+    out->dev = d;
+    return OK;
+}
+
+void dev_free(dev_buf *b)
+{
+    if (!b) return;
+    if (b->data) {
+        assert(b->dev);
+        b->dev->backend->release(b->dev, b->data);
+    }
+    memset(b, 0, sizeof *b);
+}
+
+err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
+{
+    bool same = dst->dt == src->dt && dst->ndim == src->ndim;
+    for (int i = 0; same && i < dst->ndim; i++) same = dst->shape[i] == src->shape[i];
+    if (!same) {
+        char a[128], b[128];
+        tensor_describe(a, sizeof a, dst);
+        tensor_describe(b, sizeof b, src);
+        return err_set(e, E_SHAPE, "dev_copy: expected %s, got %s", a, b);
+    }
+    if (!tensor_contiguous(dst) || !tensor_contiguous(src))
+        return err_set(e, E_SHAPE, "dev_copy: expected contiguous tensors");
+    return d->backend->copy(d, dst, src, e);
+}
+
+err_code dev_sync(device *d, err *e)
+{
+    return d->backend->sync(d, e);
+}
+
+err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e)
+{
+    return d->backend->memory(d, free_bytes, total_bytes, e);
+}
+
+err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e)
+{
+    memset(buf, 0, sizeof *buf);
+    if (host->mem != MEM_HOST) return err_set(e, E_SHAPE, "dev_upload: expected a host tensor");
+    return d->backend->upload(d, buf, out, host, e);
+}
+
+err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e)
+{
+    *out = d->shared_scratch;
+    if (bytes <= d->shared_bytes) return OK;
+    return err_set(e, E_LIMIT, "%s: needs %zu bytes of scratch, ops_reserve was told of %zu", op,
+                   bytes, d->shared_bytes);
+}

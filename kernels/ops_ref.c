@@ -1,0 +1,29 @@
+/* Fills the table with the references: complete, and right on any CPU. */
+#include "kernels/ref.h"
+
+static size_t scratch_bytes_ref(const device *d, const op_limits *l)
+{
+    (void)d;
+    (void)l;
+    return 0;
+}
+
+void ops_init_ref(op_table *t)
+{
+    *t = (op_table){
+        .embed = embed_ref,
+        .rmsnorm = rmsnorm_ref,
+        .add = add_ref,
+        .gemm = gemm_ref,
+        .glu = glu_ref,
+        .rope_kv = rope_kv_ref,
+        .attn = attn_ref,
+        .nll = nll_ref,
+        .absstat = absstat_ref,
+        .gram = gram_ref,
+        .gram_finish = gram_finish_ref,
+        .quad = quad_ref,
+        .matmul = matmul_ref,
+        .scratch_bytes = scratch_bytes_ref,
+    };
+}
