@@ -6,13 +6,16 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Copies through a local buffer: callers may pass e->msg itself as an argument. */
+/* Callers format into their own buffer first: e->msg itself may be an argument. Names from files end up
+ * in messages, so control bytes are blanked: a message is one line and cannot drive a terminal. */
 static void err_store(err *e, const char *text, size_t full)
 {
     const size_t cap = sizeof e->msg;
     const size_t n = full < cap ? full : cap - 1;
     memcpy(e->msg, text, n);
     e->msg[n] = '\0';
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)e->msg[i] < 0x20 || e->msg[i] == 0x7f) e->msg[i] = '?';
     if (full >= cap) memcpy(e->msg + cap - 4, "...", 4);
 }
 
