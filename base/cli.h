@@ -29,7 +29,7 @@ typedef struct {
     void *target;
     const char *arg;     /* shown in help: FILE, N, ... ; NULL for flags */
     const char *help;    /* one line, lower case, no full stop; the default in brackets */
-    double lo, hi;       /* CLI_I64, CLI_F64 */
+    double lo, hi;       /* CLI_I64, CLI_F64: the range; equal means any value */
     const char *choices; /* CLI_CHOICE */
     const char *alias;   /* another accepted long name (LMDeploy's), NULL none */
 } cli_option;
@@ -50,5 +50,9 @@ err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, 
                    bool *want_help, bool *want_version, err *e);
 void cli_help(const cli_spec *s, FILE *out);          /* at most 100 columns */
 void cli_completion(const cli_spec *s, const char *shell, FILE *out); /* bash, zsh or fish */
+
+/* The same for a tool of subcommands ("tm-run chat ..."); s->tool is the tool, its options are not used. */
+typedef struct { const char *name; const cli_spec *spec; } cli_command;
+void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell, FILE *out);
 
 #endif
