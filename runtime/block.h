@@ -10,9 +10,9 @@
 typedef err_code (*tap_fn)(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e);
 
 typedef struct {
-    tensor dense;      /* [n,k] as bound, data NULL when W4 */
+    tensor dense; /* [n,k] as bound, data NULL when W4 */
     w4_weight w4;
-    tensor bias;       /* [n], data NULL none (dense only; W4 carries its own) */
+    tensor bias; /* [n], data NULL none (dense only; W4 carries its own) */
     dev_buf buf, bias_buf;
     int64_t n, k;
 } bound_linear;
@@ -30,19 +30,26 @@ typedef struct {
 
 /* Scratch of a forward of at most `rows` rows, shared by all blocks of a model. */
 typedef struct block_scratch block_scratch;
-err_code block_scratch_open(block_scratch **out, device *d, const model_desc *m, int32_t rows, int32_t seqs,
-                            int32_t max_kv, err *e);
-size_t block_scratch_bytes(const device *d, const model_desc *m, int32_t rows, int32_t seqs, int32_t max_kv);
+op_limits block_limits(const model_desc *m, int32_t rows, int32_t seqs, int32_t max_kv);
+err_code block_scratch_open(block_scratch **out, device *d, const model_desc *m, int32_t rows,
+                            int32_t seqs, int32_t max_kv, err *e);
+size_t block_scratch_bytes(const device *d, const model_desc *m, int32_t rows, int32_t seqs,
+                           int32_t max_kv);
 void block_scratch_close(block_scratch **s);
 
 /* Binds layer `layer` of `src`: dense weights stay where they are mapped on the CPU, W4 is tiled once. */
 err_code block_bind(block *b, device *d, weight_src *src, int32_t layer, err *e);
 /* Host memory that binding a layer takes (0 for mapped dense weights on the CPU). */
 size_t block_bind_bytes(const device *d, const model_desc *m, weight_src *src);
+/* Bytes of a layer's weights that are read where they are mapped: what binding does not copy. */
+size_t block_mapped_bytes(const device *d, const model_desc *m, weight_src *src);
+/* Bytes of weights that a forward pass of a bound block reads. */
+size_t block_read_bytes(const block *b);
 void block_free(block *b);
 
 /* x act [m, hidden] in place: x += attn(norm(x)); x += ffn(norm(x)). */
-err_code block_forward(const block *b, device *d, block_scratch *s, const rope_spec *rope, tensor *x,
-                       const kv_layer *kv, const batch_rows *rows, tap_fn tap, void *tap_ctx, err *e);
+err_code block_forward(const block *b, device *d, block_scratch *s, const rope_spec *rope,
+                       tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
+                       void *tap_ctx, err *e);
 
 #endif

@@ -1,0 +1,52 @@
+/* The inside of a model, for model.c and model_step.c alone. */
+#ifndef TMF_RUNTIME_MODEL_INTERNAL_H
+#define TMF_RUNTIME_MODEL_INTERNAL_H
+
+#include "runtime/block.h"
+#include "runtime/model.h"
+
+/* Integers that a pass needs on the device. Host arrays; `dev` mirrors them at equal offsets where the
+ * device has memory of its own. */
+typedef struct {
+    int32_t *ids, *pos; /* [max_rows] */
+    int32_t *start;     /* [max_seqs+1] */
+    int32_t *kv_len;    /* [max_seqs] */
+    int32_t *pick;      /* [logit_rows] rows of the pass whose logits are wanted */
+    int32_t *target;    /* [logit_rows] */
+    int32_t *table;     /* [max_seqs, seq_blocks] */
+    int32_t *base;      /* all of them, one block */
+    size_t count;
+    dev_buf dev;
+} model_stage;
+
+struct model {
+    device *d;
+    weight_src *src;
+    const model_desc *m;
+    model_plan plan;
+    block *blocks;                  /* [layers] */
+    tensor embed, final_norm, head; /* [vocab,hidden], [hidden], [vocab,hidden] */
+    dev_buf embed_buf, norm_buf, head_buf;
+    block_scratch *scratch;
+    kv_cache *cache;
+    int32_t seq_blocks; /* columns of the block table */
+
+    int32_t *len;      /* [max_seqs] tokens held */
+    int32_t *rope_len; /* [max_seqs] tokens of the step that began the sequence (dynamic NTK) */
+    bool *busy;        /* [max_seqs] taking part in the current step */
+
+    model_stage stage;
+    dev_buf x_buf, pick_buf, logits_buf, nll_buf, best_buf;
+    float *logits_host; /* [logit_rows, vocab]; NULL where the device's memory is the host's */
+    float *nll_host;    /* [logit_rows] likewise */
+    int32_t *best_host;
+
+    rope_spec rope;
+    float *inv_freq; /* [rope_dims/2] host */
+    dev_buf inv_freq_buf;
+    int32_t rope_tokens; /* what inv_freq was made for */
+};
+
+err_code model_rope_set(model *m, int32_t n_tokens, err *e);
+
+#endif

@@ -1,0 +1,313 @@
+/* The step: sequences are laid out as rows, cut into passes of at most max_rows, each pass goes through all
+ * blocks, and the head runs on the rows that somebody wants. */
+#include <inttypes.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "runtime/model_internal.h"
+
+/* Where the next pass begins: token `off` of sequence `i`. */
+typedef struct {
+    int i;
+    int32_t off;
+} cursor;
+
+/* One pass: rows of sequences first..first+n-1; the first begins at token `off`. */
+typedef struct {
+    int first, n;
+    int32_t off, rows;
+    int32_t max_q, max_kv;
+} pass;
+
+/* A view of staged integers on the device, copied there first when it is not the host. */
+static err_code staged(model *m, tensor *out, int32_t *host, int ndim, int64_t n0, int64_t n1,
+                       err *e)
+{
+    *out = ndim == 1 ? tensor_1d(host, DT_I32, n0) : tensor_2d(host, DT_I32, n0, n1);
+    if (dev_mem(m->d) == MEM_HOST) return OK;
+    const tensor src = *out;
+    out->data = (int32_t *)m->stage.dev.data + (host - m->stage.base);
+    out->mem = dev_mem(m->d);
+    return dev_copy(m->d, out, &src, e);
+}
+
+static tensor act_2d(const model *m, const dev_buf *buf, int64_t at_row, int64_t rows, int64_t cols)
+{
+    const dtype act = dev_act(m->d);
+    tensor t = tensor_2d((char *)buf->data + (size_t)(at_row * cols) * dtype_bytes(act), act, rows,
+                         cols);
+    t.mem = dev_mem(m->d);
+    return t;
+}
+
+/* ---- before and after ---- */
+
+static err_code check_seq(const model *m, const step_seq *s, err *e)
+{
+    if (s->slot < 0 || s->slot >= m->plan.max_seqs)
+        return err_set(e, E_LIMIT, "step: slot: expected 0 to %d, got %d", m->plan.max_seqs - 1,
+                       s->slot);
+    if (m->busy[s->slot]) return err_set(e, E_USAGE, "step: slot %d: given twice", s->slot);
+    if (s->n_tokens < 1 || s->n_out < 0 || s->n_out > s->n_tokens)
+        return err_set(e, E_USAGE, "step: slot %d: %d tokens with %d outputs", s->slot, s->n_tokens,
+                       s->n_out);
+    for (int32_t i = 0; i < s->n_tokens; i++) {
+        if (s->tokens[i] < 0 || s->tokens[i] >= m->m->vocab)
+            return err_set(e, E_INPUT, "step: token %d: expected an id from 0 to %d, got %d", i,
+                           m->m->vocab - 1, s->tokens[i]);
+    }
+    for (int32_t i = 0; s->nll && i < s->n_out; i++) {
+        if (s->targets[i] < 0 || s->targets[i] >= m->m->vocab)
+            return err_set(e, E_INPUT, "step: target %d: expected an id from 0 to %d, got %d", i,
+                           m->m->vocab - 1, s->targets[i]);
+    }
+    return OK;
+}
+
+static void forget(model *m, const step_seq *seqs, int n)
+{
+    for (int i = 0; i < n; i++) kv_truncate(m->cache, seqs[i].slot, m->len[seqs[i].slot]);
+}
+
+/* Checks everything and reserves cache for all sequences, or for none. */
+static err_code prepare(model *m, const step_seq *seqs, int n, err *e)
+{
+    err_code rc = OK;
+    int taken = 0;
+    for (int i = 0; i < n && rc == OK; i++) {
+        if ((rc = check_seq(m, &seqs[i], e)) != OK) break;
+        m->busy[seqs[i].slot] = true;
+        taken = i + 1;
+    }
+    for (int i = 0; i < taken; i++) m->busy[seqs[i].slot] = false;
+    if (rc != OK) return rc;
+    for (int i = 0; i < n && rc == OK; i++) {
+        const int32_t len = m->len[seqs[i].slot];
+        if (seqs[i].n_tokens > m->plan.session_len - len)
+            rc = err_set(e, E_LIMIT, "session full: %d tokens held, %d more, at most %d", len,
+                         seqs[i].n_tokens, m->plan.session_len);
+        else
+            rc = kv_reserve(m->cache, seqs[i].slot, len + seqs[i].n_tokens, e);
+        if (rc == OK && len == 0) m->rope_len[seqs[i].slot] = seqs[i].n_tokens;
+    }
+    if (rc != OK) forget(m, seqs, n);
+    return rc;
+}
+
+/* ---- one pass ---- */
+
+/* Dynamic NTK fixes a sequence's frequencies at its start: sequences of other frequencies wait for the next
+ * pass. All other kinds share one table. */
+static int32_t rope_key(const model *m, int32_t slot)
+{
+    const int32_t max = m->m->max_tokens;
+    if (m->m->scaling.kind != ROPE_DYNAMIC) return max;
+    return m->rope_len[slot] > max ? m->rope_len[slot] : max;
+}
+
+static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t take, pass *p)
+{
+    const int32_t held = m->len[s->slot] + off;
+    int32_t n_blocks;
+    const int32_t *blocks = kv_block_list(m->cache, s->slot, &n_blocks);
+    memcpy(m->stage.ids + p->rows, s->tokens + off, (size_t)take * sizeof(int32_t));
+    for (int32_t i = 0; i < take; i++) m->stage.pos[p->rows + i] = held + i;
+    m->stage.start[at] = p->rows;
+    m->stage.start[at + 1] = p->rows + take;
+    m->stage.kv_len[at] = held + take;
+    memcpy(m->stage.table + (size_t)at * (size_t)m->seq_blocks, blocks,
+           (size_t)n_blocks * sizeof(int32_t));
+    p->rows += take;
+    if (take > p->max_q) p->max_q = take;
+    if (held + take > p->max_kv) p->max_kv = held + take;
+}
+
+/* Fills the tables with the next rows and moves the cursor behind them. */
+static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
+{
+    pass p = {.first = c->i, .off = c->off};
+    const int32_t key = rope_key(m, seqs[c->i].slot);
+    while (c->i < n && p.rows < m->plan.max_rows) {
+        const step_seq *s = &seqs[c->i];
+        const int32_t room = m->plan.max_rows - p.rows, left = s->n_tokens - c->off;
+        const int32_t take = left < room ? left : room;
+        if (rope_key(m, s->slot) != key) break;
+        add_rows(m, s, p.n++, c->off, take, &p);
+        c->off += take;
+        if (c->off < s->n_tokens) break;
+        c->i++;
+        c->off = 0;
+    }
+    return p;
+}
+
+static err_code run_blocks(model *m, const pass *p, const job *j, err *e)
+{
+    batch_rows rows = {.seqs = p->n, .max_q = p->max_q, .max_kv = p->max_kv};
+    tensor ids, x = act_2d(m, &m->x_buf, 0, p->rows, m->m->hidden);
+    TRY(staged(m, &ids, m->stage.ids, 1, p->rows, 0, e));
+    TRY(staged(m, &rows.pos, m->stage.pos, 1, p->rows, 0, e));
+    TRY(staged(m, &rows.seq_start, m->stage.start, 1, p->n + 1, 0, e));
+    TRY(staged(m, &rows.kv_len, m->stage.kv_len, 1, p->n, 0, e));
+    TRY(staged(m, &rows.block_table, m->stage.table, 2, p->n, m->seq_blocks, e));
+    TRY(op_embed(m->d, &x, &m->embed, &ids, e));
+    for (int32_t l = 0; l < m->m->layers; l++) {
+        const kv_layer kv = kv_layer_view(m->cache, l);
+        TRY(job_check(j, e));
+        TRY(block_forward(&m->blocks[l], m->d, m->scratch, &m->rope, &x, &kv, &rows, NULL, NULL,
+                          e));
+    }
+    return OK;
+}
+
+/* ---- outputs of a pass ---- */
+
+/* An output row: row `row` of the pass is output `out` of `s`. */
+typedef struct {
+    const step_seq *s;
+    int32_t row, out;
+} wanted;
+
+/* Walks the wanted rows of a pass in order. */
+typedef struct {
+    const step_seq *seqs;
+    const pass *p;
+    const int32_t *start; /* [n+1] rows of the pass */
+    int at;               /* sequence within the pass */
+    int32_t row;          /* next row of the pass to look at */
+} out_iter;
+
+static bool out_next(out_iter *it, wanted *w)
+{
+    for (; it->at < it->p->n; it->at++) {
+        const step_seq *s = &it->seqs[it->p->first + it->at];
+        const int32_t begin = it->start[it->at], end = it->start[it->at + 1];
+        const int32_t off = it->at == 0 ? it->p->off : 0; /* token of the first row */
+        const int32_t first = begin + (s->n_tokens - s->n_out) - off;
+        if (it->row < begin) it->row = begin;
+        if (it->row < first) it->row = first;
+        if (it->row >= end) continue;
+        *w = (wanted){s, it->row, it->row - first};
+        it->row++;
+        return true;
+    }
+    return false;
+}
+
+/* Losses and best ids of the first n rows of the logits. */
+static err_code run_nll(model *m, const tensor *logits, int32_t n, err *e)
+{
+    tensor nll = tensor_1d(m->nll_buf.data, DT_F32, n),
+           best = tensor_1d(m->best_buf.data, DT_I32, n), target;
+    nll.mem = best.mem = dev_mem(m->d);
+    TRY(staged(m, &target, m->stage.target, 1, n, 0, e));
+    TRY(op_nll(m->d, &nll, &best, logits, &target, e));
+    if (dev_mem(m->d) == MEM_HOST) return OK;
+    tensor nll_host = tensor_1d(m->nll_host, DT_F32, n),
+           best_host = tensor_1d(m->best_host, DT_I32, n);
+    TRY(dev_copy(m->d, &nll_host, &nll, e));
+    return dev_copy(m->d, &best_host, &best, e);
+}
+
+/* Brings logits to the host if some row needs them there; *host points at row 0. */
+static err_code fetch_logits(model *m, const tensor *logits, const float **host, err *e)
+{
+    *host = logits->data;
+    if (dev_mem(m->d) == MEM_HOST) return OK;
+    tensor copy = tensor_2d(m->logits_host, DT_F32, logits->shape[0], logits->shape[1]);
+    *host = m->logits_host;
+    return dev_copy(m->d, &copy, logits, e);
+}
+
+static void deliver(const model *m, const wanted *w, int32_t i, const float *logits)
+{
+    const size_t v = (size_t)m->m->vocab;
+    if (w->s->logits)
+        memcpy(w->s->logits + (size_t)w->out * v, logits + (size_t)i * v, v * sizeof(float));
+    if (w->s->argmax) w->s->argmax[w->out] = m->best_host[i];
+    if (w->s->nll) w->s->nll[w->out] = m->nll_host[i];
+}
+
+/* Head over the picked rows: the next n of `it`, which are handed out at the end. */
+static err_code run_head(model *m, out_iter it, int32_t n, bool need_logits, bool need_nll, err *e)
+{
+    const float *host = NULL;
+    const tensor x = act_2d(m, &m->x_buf, 0, m->plan.max_rows, m->m->hidden);
+    tensor rows = act_2d(m, &m->pick_buf, 0, n, m->m->hidden), pick;
+    tensor normed = act_2d(m, &m->pick_buf, m->plan.logit_rows, n, m->m->hidden);
+    tensor logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
+    wanted w;
+    logits.mem = dev_mem(m->d);
+    TRY(staged(m, &pick, m->stage.pick, 1, n, 0, e));
+    TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
+    TRY(op_rmsnorm(m->d, &normed, &rows, &m->final_norm, m->m->norm_eps, e));
+    TRY(op_gemm(m->d, &logits, &normed, &m->head, NULL, false, e));
+    if (need_nll) TRY(run_nll(m, &logits, n, e));
+    if (need_logits) TRY(fetch_logits(m, &logits, &host, e));
+    TRY(dev_sync(m->d, e));
+    for (int32_t i = 0; i < n && out_next(&it, &w); i++) deliver(m, &w, i, host);
+    return OK;
+}
+
+static err_code run_outputs(model *m, const step_seq *seqs, const pass *p, err *e)
+{
+    out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start}, begin = it;
+    bool need_logits = false, need_nll = false;
+    int32_t n = 0;
+    wanted w;
+    while (out_next(&it, &w)) {
+        m->stage.pick[n] = w.row;
+        m->stage.target[n++] = w.s->nll ? w.s->targets[w.out] : 0;
+        need_logits = need_logits || w.s->logits;
+        need_nll = need_nll || w.s->nll || w.s->argmax;
+        if (n < m->plan.logit_rows) continue;
+        TRY(run_head(m, begin, n, need_logits, need_nll, e));
+        begin = it;
+        n = 0;
+        need_logits = need_nll = false;
+    }
+    return n ? run_head(m, begin, n, need_logits, need_nll, e) : OK;
+}
+
+/* ---- the step ---- */
+
+err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e)
+{
+    err_code rc = OK;
+    cursor c = {0, 0};
+    if (n < 1) return OK;
+    TRY(prepare(m, seqs, n, e));
+    while (c.i < n && rc == OK) {
+        const int32_t key = rope_key(m, seqs[c.i].slot);
+        const pass p = next_pass(m, seqs, n, &c);
+        if ((rc = model_rope_set(m, key, e)) != OK) break;
+        if ((rc = run_blocks(m, &p, j, e)) != OK) break;
+        rc = run_outputs(m, seqs, &p, e);
+    }
+    if (rc == OK) rc = dev_sync(m->d, e);
+    if (rc != OK) {
+        forget(m, seqs, n);
+        return rc;
+    }
+    for (int i = 0; i < n; i++) m->len[seqs[i].slot] += seqs[i].n_tokens;
+    return OK;
+}
+
+int32_t model_seq_len(const model *m, int32_t slot)
+{
+    return slot >= 0 && slot < m->plan.max_seqs ? m->len[slot] : 0;
+}
+
+void model_truncate(model *m, int32_t slot, int32_t tokens)
+{
+    if (slot < 0 || slot >= m->plan.max_seqs || tokens >= m->len[slot]) return;
+    m->len[slot] = tokens < 0 ? 0 : tokens;
+    kv_truncate(m->cache, slot, m->len[slot]);
+}
+
+void model_seq_end(model *m, int32_t slot) { model_truncate(m, slot, 0); }
+
+int32_t model_kv_free_tokens(const model *m)
+{
+    return kv_free_blocks(m->cache) * m->plan.block_tokens;
+}
