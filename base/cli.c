@@ -28,7 +28,8 @@ static const cli_option *cli_find(const cli_spec *s, const char *name, size_t n)
     return NULL;
 }
 
-/* Edits between two short names, for "did you mean"; insertion, deletion and substitution cost one. */
+/* Edits between two short names, for "did you mean"; insertion, deletion and substitution cost
+ * one. */
 static int cli_distance(const char *a, size_t na, const char *b)
 {
     int row[64];
@@ -59,7 +60,9 @@ static err_code cli_unknown(const cli_state *c, const char *name, size_t n)
             near = c->s->options[i].name;
         }
     }
-    if (near) return err_set(c->e, E_USAGE, "unknown option '--%.*s' (did you mean '--%s'?)", (int)n, name, near);
+    if (near)
+        return err_set(c->e, E_USAGE, "unknown option '--%.*s' (did you mean '--%s'?)", (int)n,
+                       name, near);
     return err_set(c->e, E_USAGE, "unknown option '--%.*s'", (int)n, name);
 }
 
@@ -72,7 +75,8 @@ static err_code cli_i64(const cli_option *o, const char *v, err *e)
         return err_set(e, E_USAGE, "option '--%s': expected an integer, got '%s'", o->name, v);
     /* lo == hi: no bounds. long double keeps every int64 apart. */
     const bool bounded = o->lo != o->hi;
-    if (errno == ERANGE || (bounded && ((long double)n < (long double)o->lo || (long double)n > (long double)o->hi)))
+    if (errno == ERANGE ||
+        (bounded && ((long double)n < (long double)o->lo || (long double)n > (long double)o->hi)))
         return err_set(e, E_USAGE, "option '--%s': expected %.0f to %.0f, got '%s'", o->name,
                        bounded ? o->lo : (double)INT64_MIN, bounded ? o->hi : (double)INT64_MAX, v);
     *(int64_t *)o->target = n;
@@ -86,7 +90,8 @@ static err_code cli_f64(const cli_option *o, const char *v, err *e)
     if (end == v || *end || *v == ' ' || !isfinite(d))
         return err_set(e, E_USAGE, "option '--%s': expected a number, got '%s'", o->name, v);
     if (o->lo != o->hi && (d < o->lo || d > o->hi))
-        return err_set(e, E_USAGE, "option '--%s': expected %g to %g, got '%s'", o->name, o->lo, o->hi, v);
+        return err_set(e, E_USAGE, "option '--%s': expected %g to %g, got '%s'", o->name, o->lo,
+                       o->hi, v);
     *(double *)o->target = d;
     return OK;
 }
@@ -103,7 +108,8 @@ static err_code cli_bytes(const cli_option *o, const char *v, err *e)
         if (unit > 0 && (strcmp(end, "iB") == 0 || strcmp(end, "B") == 0)) end += strlen(end);
     }
     if (end == v || *end || unit == 0 || !(d >= 0) || d * unit > 0x1p62)
-        return err_set(e, E_USAGE, "option '--%s': expected bytes such as 512M or 3G, got '%s'", o->name, v);
+        return err_set(e, E_USAGE, "option '--%s': expected bytes such as 512M or 3G, got '%s'",
+                       o->name, v);
     *(int64_t *)o->target = (int64_t)(d * unit);
     return OK;
 }
@@ -120,7 +126,8 @@ static err_code cli_choice(const cli_option *o, const char *v, err *e)
         s += len;
         if (!*s) break;
     }
-    return err_set(e, E_USAGE, "option '--%s': expected one of %s, got '%s'", o->name, o->choices, v);
+    return err_set(e, E_USAGE, "option '--%s': expected one of %s, got '%s'", o->name, o->choices,
+                   v);
 }
 
 static err_code cli_store(const cli_option *o, const char *v, err *e)
@@ -146,7 +153,8 @@ static err_code cli_store(const cli_option *o, const char *v, err *e)
 static err_code cli_value(cli_state *c, const cli_option *o, const char **v)
 {
     if (c->at + 1 >= c->argc)
-        return err_set(c->e, E_USAGE, "option '--%s' needs a value (%s)", o->name, o->arg ? o->arg : "VALUE");
+        return err_set(c->e, E_USAGE, "option '--%s' needs a value (%s)", o->name,
+                       o->arg ? o->arg : "VALUE");
     *v = c->argv[++c->at];
     return OK;
 }
@@ -156,7 +164,9 @@ static err_code cli_long(cli_state *c, const char *name)
     const size_t n = strcspn(name, "=");
     const char *v = name[n] ? name + n + 1 : NULL;
     const cli_option *o = cli_find(c->s, name, n);
-    bool *special = cli_name_is("help", name, n) ? c->want_help : cli_name_is("version", name, n) ? c->want_version : NULL;
+    bool *special = cli_name_is("help", name, n)      ? c->want_help
+                    : cli_name_is("version", name, n) ? c->want_version
+                                                      : NULL;
     if (!o && !special) return cli_unknown(c, name, n);
     if (v && (!o || o->kind == CLI_FLAG))
         return err_set(c->e, E_USAGE, "option '--%.*s' takes no value", (int)n, name);
@@ -191,10 +201,10 @@ static err_code cli_short(cli_state *c, const char *letters)
     return OK;
 }
 
-err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap, int *n_args,
-                   bool *want_help, bool *want_version, err *e)
+err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap,
+                   int *n_args, bool *want_help, bool *want_version, err *e)
 {
-    cli_state c = { s, argc, 1, argv, want_help, want_version, e };
+    cli_state c = {s, argc, 1, argv, want_help, want_version, e};
     bool options = true;
     *n_args = 0;
     *want_help = *want_version = false;

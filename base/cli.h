@@ -1,5 +1,5 @@
-/* Option tables: parse, check, help, man and completion from one place. Long options as --name VALUE or
- * --name=VALUE; "--" ends options. */
+/* Option tables: parse, check, help, man and completion from one place. Long options as --name
+ * VALUE or --name=VALUE; "--" ends options. */
 #ifndef TMF_BASE_CLI_H
 #define TMF_BASE_CLI_H
 
@@ -11,20 +11,23 @@
 #include "base/err.h"
 
 typedef enum {
-    CLI_FLAG,  /* bool *  */
-    CLI_STR,   /* const char ** (borrowed from argv) */
-    CLI_LIST,  /* cli_list *: repeatable */
-    CLI_I64,   /* int64_t *, within [lo,hi] */
-    CLI_F64,   /* double *, within [lo,hi] */
-    CLI_CHOICE,/* const char **: one of `choices`, separated by '|' */
-    CLI_BYTES  /* int64_t *: a number with optional K, M, G (powers of 1024) */
+    CLI_FLAG,   /* bool *  */
+    CLI_STR,    /* const char ** (borrowed from argv) */
+    CLI_LIST,   /* cli_list *: repeatable */
+    CLI_I64,    /* int64_t *, within [lo,hi] */
+    CLI_F64,    /* double *, within [lo,hi] */
+    CLI_CHOICE, /* const char **: one of `choices`, separated by '|' */
+    CLI_BYTES   /* int64_t *: a number with optional K, M, G (powers of 1024) */
 } cli_kind;
 
-typedef struct { const char *v[64]; int n; } cli_list;
+typedef struct {
+    const char *v[64];
+    int n;
+} cli_list;
 
 typedef struct {
-    const char *name;    /* without "--" */
-    char letter;         /* short form, 0 none */
+    const char *name; /* without "--" */
+    char letter;      /* short form, 0 none */
     cli_kind kind;
     void *target;
     const char *arg;     /* shown in help: FILE, N, ... ; NULL for flags */
@@ -35,24 +38,30 @@ typedef struct {
 } cli_option;
 
 typedef struct {
-    const char *tool;      /* "awq-search" */
-    const char *usage;     /* "MODEL_DIR --calib CALIB -o PLAN [options]" */
-    const char *summary;   /* one sentence */
+    const char *tool;    /* "awq-search" */
+    const char *usage;   /* "MODEL_DIR --calib CALIB -o PLAN [options]" */
+    const char *summary; /* one sentence */
     const cli_option *options;
     int n_options;
     int min_args, max_args; /* positionals */
     const char *examples;   /* lines, or NULL */
 } cli_spec;
 
-/* Fills targets and the positionals (args, at most cap; *n_args counts). E_USAGE with one line naming the
- * option. --help and --version are the caller's: the parser sets *want_help / *want_version. */
-err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap, int *n_args,
-                   bool *want_help, bool *want_version, err *e);
-void cli_help(const cli_spec *s, FILE *out);          /* at most 100 columns */
+/* Fills targets and the positionals (args, at most cap; *n_args counts). E_USAGE with one line
+ * naming the option. --help and --version are the caller's: the parser sets *want_help /
+ * *want_version. */
+err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap,
+                   int *n_args, bool *want_help, bool *want_version, err *e);
+void cli_help(const cli_spec *s, FILE *out);                          /* at most 100 columns */
 void cli_completion(const cli_spec *s, const char *shell, FILE *out); /* bash, zsh or fish */
 
-/* The same for a tool of subcommands ("tm-run chat ..."); s->tool is the tool, its options are not used. */
-typedef struct { const char *name; const cli_spec *spec; } cli_command;
-void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell, FILE *out);
+/* The same for a tool of subcommands ("tm-run chat ..."); s->tool is the tool, its options are not
+ * used. */
+typedef struct {
+    const char *name;
+    const cli_spec *spec;
+} cli_command;
+void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell,
+                             FILE *out);
 
 #endif

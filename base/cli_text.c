@@ -5,14 +5,15 @@
 #include "base/cli.h"
 
 #define HELP_COLUMNS 100
-#define HELP_INDENT 30
+#define HELP_INDENT  30
 
 /* "  -o, --output FILE" */
 static int cli_left(char *buf, size_t cap, const cli_option *o)
 {
     char letter[8] = "    ";
     if (o->letter) (void)snprintf(letter, sizeof letter, "-%c, ", o->letter);
-    return snprintf(buf, cap, "  %s--%s%s%s", letter, o->name, o->arg ? " " : "", o->arg ? o->arg : "");
+    return snprintf(buf, cap, "  %s--%s%s%s", letter, o->name, o->arg ? " " : "",
+                    o->arg ? o->arg : "");
 }
 
 /* Words of `text` from column `at` on, wrapped at HELP_COLUMNS, later lines indented. */
@@ -59,8 +60,9 @@ void cli_help(const cli_spec *s, FILE *out)
     cli_wrap(out, s->summary, 0, 0);
     (void)fputs("\noptions:\n", out);
     for (int i = 0; i < s->n_options; i++) cli_help_option(&s->options[i], out);
-    if (s->examples) (void)fprintf(out, "\nexamples:\n%s%s", s->examples,
-                                   *s->examples && s->examples[strlen(s->examples) - 1] == '\n' ? "" : "\n");
+    if (s->examples)
+        (void)fprintf(out, "\nexamples:\n%s%s", s->examples,
+                      *s->examples && s->examples[strlen(s->examples) - 1] == '\n' ? "" : "\n");
 }
 
 /* "awq-search" -> "awq_search": a name that is a function in every shell. */
@@ -135,7 +137,8 @@ static void cli_bash(const cli_spec *s, const cli_command *cmd, int n, FILE *out
     (void)fprintf(out,
                   "# bash completion for %s\n"
                   "_%s() {\n"
-                  "    local cur=\"${COMP_WORDS[COMP_CWORD]}\" prev=\"${COMP_WORDS[COMP_CWORD-1]}\" words='' files=''\n",
+                  "    local cur=\"${COMP_WORDS[COMP_CWORD]}\" "
+                  "prev=\"${COMP_WORDS[COMP_CWORD-1]}\" words='' files=''\n",
                   s->tool, id);
     (void)fputs("    case \"${COMP_WORDS[1]}\" in\n", out);
     for (int i = 0; i < n; i++) cli_bash_arm(cmd[i].spec, cmd[i].name, out);
@@ -148,7 +151,9 @@ static void cli_bash(const cli_spec *s, const cli_command *cmd, int n, FILE *out
     }
     /* A subcommand being typed is not yet one: complete its name. */
     if (n) {
-        (void)fputs("    esac\n    if [ \"$COMP_CWORD\" -eq 1 ]; then files=''; words='--help --version --completion", out);
+        (void)fputs("    esac\n    if [ \"$COMP_CWORD\" -eq 1 ]; then files=''; words='--help "
+                    "--version --completion",
+                    out);
         for (int i = 0; i < n; i++) (void)fprintf(out, " %s", cmd[i].name);
         (void)fputs("'; fi\n", out);
     } else {
@@ -156,7 +161,8 @@ static void cli_bash(const cli_spec *s, const cli_command *cmd, int n, FILE *out
     }
     (void)fprintf(out,
                   "    if [ -n \"$files\" ]; then\n"
-                  "        mapfile -t COMPREPLY < <(compgen -f -- \"$cur\"); compopt -o filenames 2>/dev/null\n"
+                  "        mapfile -t COMPREPLY < <(compgen -f -- \"$cur\"); compopt -o filenames "
+                  "2>/dev/null\n"
                   "    else\n"
                   "        mapfile -t COMPREPLY < <(compgen -W \"$words\" -- \"$cur\")\n"
                   "    fi\n"
@@ -201,7 +207,9 @@ static void cli_zsh(const cli_spec *s, const cli_command *cmd, int n, FILE *out)
         cli_quoted(out, cmd[i].spec->summary, "[]:");
         (void)fputs("]'", out);
     }
-    (void)fputs("\n    return\nfi\nlocal command=$words[2]\nshift words; (( CURRENT-- ))\ncase $command in\n", out);
+    (void)fputs("\n    return\nfi\nlocal command=$words[2]\nshift words; (( CURRENT-- ))\ncase "
+                "$command in\n",
+                out);
     for (int i = 0; i < n; i++) {
         (void)fprintf(out, "%s)\n", cmd[i].name);
         cli_zsh_arm(cmd[i].spec, out);
@@ -226,7 +234,8 @@ static void cli_fish_options(const cli_spec *s, const char *tool, const char *na
             (void)fputs(cli_takes_path(o) ? " -r" : " -x", out);
         }
         (void)fputs(" -d '", out);
-        for (const char *h = o->help; *h; h++) (void)fprintf(out, *h == '\'' || *h == '\\' ? "\\%c" : "%c", *h);
+        for (const char *h = o->help; *h; h++)
+            (void)fprintf(out, *h == '\'' || *h == '\\' ? "\\%c" : "%c", *h);
         (void)fputs("'\n", out);
     }
 }
@@ -238,7 +247,8 @@ static void cli_fish(const cli_spec *s, const cli_command *cmd, int n, FILE *out
     (void)fprintf(out, "complete -c %s -l version -d 'show version'\n", s->tool);
     if (n == 0) cli_fish_options(s, s->tool, NULL, out);
     for (int i = 0; i < n; i++) {
-        (void)fprintf(out, "complete -c %s -f -n __fish_use_subcommand -a %s -d '", s->tool, cmd[i].name);
+        (void)fprintf(out, "complete -c %s -f -n __fish_use_subcommand -a %s -d '", s->tool,
+                      cmd[i].name);
         for (const char *h = cmd[i].spec->summary; *h; h++)
             (void)fprintf(out, *h == '\'' || *h == '\\' ? "\\%c" : "%c", *h);
         (void)fputs("'\n", out);
@@ -246,7 +256,8 @@ static void cli_fish(const cli_spec *s, const cli_command *cmd, int n, FILE *out
     }
 }
 
-void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell, FILE *out)
+void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell,
+                             FILE *out)
 {
     if (strcmp(shell, "zsh") == 0)
         cli_zsh(s, cmd, n, out);

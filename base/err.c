@@ -6,8 +6,9 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Callers format into their own buffer first: e->msg itself may be an argument. Names from files end up
- * in messages, so control bytes are blanked: a message is one line and cannot drive a terminal. */
+/* Callers format into their own buffer first: e->msg itself may be an argument. Names from files
+ * end up in messages, so control bytes are blanked: a message is one line and cannot drive a
+ * terminal. */
 static void err_store(err *e, const char *text, size_t full)
 {
     const size_t cap = sizeof e->msg;
@@ -46,7 +47,8 @@ err_code err_sys(err *e, err_code c, int errnum, const char *fmt, ...)
     va_start(ap, fmt);
     (void)err_format(head, sizeof head, fmt, ap);
     va_end(ap);
-    const int n = snprintf(full, sizeof full, "%s: %s", head, strerror_r(errnum, text, sizeof text));
+    const int n = snprintf(full, sizeof full, "%s: %s", head,
+                           strerror_r(errnum, text, sizeof text));
     err_store(e, full, n < 0 ? 0 : (size_t)n);
     e->code = errnum == ENOMEM ? E_NOMEM : c;
     return e->code;

@@ -1,5 +1,5 @@
-/* The only error vocabulary. Every function that can fail returns an err_code and takes `err *e` last.
- * `e` is never NULL, untouched on success, and complete enough on failure to print as it is:
+/* The only error vocabulary. Every function that can fail returns an err_code and takes `err *e`
+ * last. `e` is never NULL, untouched on success, and complete enough on failure to print as it is:
  * "model.safetensors: tensor 'lm_head.weight': expected shape [32000,2048], got [32000,1024]". */
 #ifndef TMF_BASE_ERR_H
 #define TMF_BASE_ERR_H
@@ -33,10 +33,10 @@ err_code err_wrap(err *e, const char *fmt, ...) __attribute__((format(printf, 2,
 /* A fixed lower-case name of a code, for logs and tests. */
 const char *err_name(err_code c);
 
-#define TRY(x)                                                                                     \
-    do {                                                                                           \
-        err_code try_rc_ = (x);                                                                    \
-        if (try_rc_ != OK) return try_rc_;                                                         \
+#define TRY(x)                             \
+    do {                                   \
+        err_code try_rc_ = (x);            \
+        if (try_rc_ != OK) return try_rc_; \
     } while (0)
 
 #endif

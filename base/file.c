@@ -37,12 +37,13 @@ err_code file_map_open(file_map *m, const char *path, err *e)
 {
     struct stat st;
     int fd;
-    *m = (file_map){ 0 };
+    *m = (file_map){0};
     TRY(file_open_regular(&fd, &st, path, e));
     if (st.st_size > 0) {
         if ((uintmax_t)st.st_size > PTRDIFF_MAX) {
             (void)close(fd);
-            return err_set(e, E_LIMIT, "'%s' is too large to map (%jd bytes)", path, (intmax_t)st.st_size);
+            return err_set(e, E_LIMIT, "'%s' is too large to map (%jd bytes)", path,
+                           (intmax_t)st.st_size);
         }
         void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
         if (p == MAP_FAILED) {
@@ -50,7 +51,7 @@ err_code file_map_open(file_map *m, const char *path, err *e)
             (void)close(fd);
             return err_sys(e, E_IO, errnum, "cannot map '%s'", path);
         }
-        *m = (file_map){ p, (size_t)st.st_size };
+        *m = (file_map){p, (size_t)st.st_size};
     }
     (void)close(fd); /* the mapping stays; nothing was written through fd */
     return OK;
@@ -59,7 +60,7 @@ err_code file_map_open(file_map *m, const char *path, err *e)
 void file_map_close(file_map *m)
 {
     if (m->size) (void)munmap((void *)(uintptr_t)m->data, m->size);
-    *m = (file_map){ 0 };
+    *m = (file_map){0};
 }
 
 /* Whole pages that the range touches (need) or covers (drop). */
@@ -69,7 +70,8 @@ static void file_map_advise(const file_map *m, size_t off, size_t len, int advic
     if (off >= m->size || len == 0) return;
     if (len > m->size - off) len = m->size - off;
     const size_t first = off / page * page;
-    (void)madvise((void *)(uintptr_t)(m->data + first), off + len - first, advice); /* advice only */
+    (void)madvise((void *)(uintptr_t)(m->data + first), off + len - first,
+                  advice); /* advice only */
 }
 
 void file_map_willneed(const file_map *m, size_t off, size_t len)
@@ -108,7 +110,8 @@ err_code file_read(char **out, size_t *size, const char *path, size_t max, err *
     *size = 0;
     TRY(file_open_regular(&fd, &st, path, e));
     if ((uintmax_t)st.st_size > max) {
-        rc = err_set(e, E_LIMIT, "'%s': %jd bytes, expected at most %zu", path, (intmax_t)st.st_size, max);
+        rc = err_set(e, E_LIMIT, "'%s': %jd bytes, expected at most %zu", path,
+                     (intmax_t)st.st_size, max);
         goto done;
     }
     if ((rc = mem_alloc(&p, (size_t)st.st_size + 1, 1, path, e)) != OK) goto done;
@@ -161,7 +164,8 @@ const char *path_base(const char *path)
 
 bool path_is_plain_name(const char *name)
 {
-    if (!*name || strcmp(name, ".") == 0 || strcmp(name, "..") == 0 || strlen(name) > 255) return false;
+    if (!*name || strcmp(name, ".") == 0 || strcmp(name, "..") == 0 || strlen(name) > 255)
+        return false;
     for (const unsigned char *s = (const unsigned char *)name; *s; s++)
         if (*s == '/' || *s < 0x20 || *s == 0x7f) return false;
     return true;
@@ -202,7 +206,8 @@ err_code dir_make(const char *path, err *e)
 {
     char buf[4096];
     const size_t n = strlen(path);
-    if (n == 0 || n >= sizeof buf) return err_set(e, E_IO, "cannot create directory '%s': bad length", path);
+    if (n == 0 || n >= sizeof buf)
+        return err_set(e, E_IO, "cannot create directory '%s': bad length", path);
     memcpy(buf, path, n + 1);
     for (size_t i = 1; i <= n; i++) {
         if (buf[i] != '/' && buf[i] != '\0') continue;
@@ -210,7 +215,8 @@ err_code dir_make(const char *path, err *e)
         buf[i] = '\0';
         if (mkdir(buf, 0777) != 0) {
             const int errnum = errno;
-            if (!file_is_dir(buf)) return err_sys(e, E_IO, errnum, "cannot create directory '%s'", buf);
+            if (!file_is_dir(buf))
+                return err_sys(e, E_IO, errnum, "cannot create directory '%s'", buf);
         }
         buf[i] = c;
     }
@@ -256,7 +262,7 @@ err_code dir_list_open(dir_list *l, const char *path, err *e)
 {
     size_t cap = 0;
     err_code rc = OK;
-    *l = (dir_list){ 0 };
+    *l = (dir_list){0};
     DIR *d = opendir(path);
     if (!d) return err_sys(e, E_IO, errno, "cannot open directory '%s'", path);
     for (;;) {
@@ -283,7 +289,7 @@ void dir_list_free(dir_list *l)
 {
     for (size_t i = 0; i < l->n; i++) mem_free(l->names[i]);
     mem_free(l->names);
-    *l = (dir_list){ 0 };
+    *l = (dir_list){0};
 }
 
 static err_code file_lock_busy(int fd, const char *path, err *e)
@@ -326,7 +332,8 @@ err_code file_lock_take(file_lock *l, const char *path, err *e)
     bool gone = true;
     l->fd = -1;
     const int n = snprintf(l->path, sizeof l->path, "%s.lock", path);
-    if (n < 0 || (size_t)n >= sizeof l->path) return err_set(e, E_IO, "path '%s' is too long", path);
+    if (n < 0 || (size_t)n >= sizeof l->path)
+        return err_set(e, E_IO, "path '%s' is too long", path);
     while (gone) TRY(file_lock_try(l, path, &gone, e));
     return OK;
 }

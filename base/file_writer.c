@@ -1,6 +1,6 @@
-/* Atomic outputs. The temporary name is fixed (".NAME.tmp" beside the target), so that a killed run leaves
- * at most one piece of litter, which the next run takes over; a lock on it keeps two runs apart, and the
- * kernel drops that lock however a process ends. */
+/* Atomic outputs. The temporary name is fixed (".NAME.tmp" beside the target), so that a killed run
+ * leaves at most one piece of litter, which the next run takes over; a lock on it keeps two runs
+ * apart, and the kernel drops that lock however a process ends. */
 #include "base/file.h"
 
 #include <assert.h>
@@ -54,7 +54,8 @@ static err_code writer_target(char *final, size_t cap, const char *path, err *e)
     return OK;
 }
 
-/* Makes the new name durable. File systems that cannot sync a directory say EINVAL: nothing to do there. */
+/* Makes the new name durable. File systems that cannot sync a directory say EINVAL: nothing to do
+ * there. */
 static err_code writer_sync_parent(const char *final, err *e)
 {
     char dir[4096];
@@ -147,7 +148,8 @@ fail:
 static err_code writer_put(file_writer *w, const void *data, size_t n, uint64_t at, err *e)
 {
     const uint8_t *s = data;
-    if (at > INT64_MAX || n > INT64_MAX - at) return err_set(e, E_LIMIT, "'%s' grows too large", w->final);
+    if (at > INT64_MAX || n > INT64_MAX - at)
+        return err_set(e, E_LIMIT, "'%s' grows too large", w->final);
     while (n) {
         const ssize_t r = pwrite(w->fd, s, n, (off_t)at);
         if (r < 0 && errno == EINTR) continue;
@@ -189,7 +191,8 @@ static err_code file_writer_finish(file_writer *w, err *e)
 {
     TRY(writer_flush(w, e));
     if (fsync(w->fd) != 0) return err_sys(e, E_IO, errno, "cannot write '%s'", w->final);
-    /* Renamed before close: closing first would drop the lock while the temporary name is still ours. */
+    /* Renamed before close: closing first would drop the lock while the temporary name is still
+     * ours. */
     if (writer_rename(w->temp, w->final, w->force) != 0) {
         if (errno == EEXIST)
             return err_set(e, E_USAGE, "output '%s' exists, use --force to replace it", w->final);
@@ -300,16 +303,19 @@ static err_code dir_writer_place(dir_writer *w, err *e)
     if (!w->force || !file_exists(w->final)) {
         if (writer_rename(w->temp, w->final, false) != 0)
             return errno == EEXIST || errno == ENOTEMPTY
-                       ? err_set(e, E_USAGE, "output '%s' exists, use --force to replace it", w->final)
+                       ? err_set(e, E_USAGE, "output '%s' exists, use --force to replace it",
+                                 w->final)
                        : err_sys(e, E_IO, errno, "cannot write '%s'", w->final);
         return OK;
     }
     TRY(dir_remove_tree(w->old, e));
     if (renameat2(AT_FDCWD, w->temp, AT_FDCWD, w->final, RENAME_EXCHANGE) == 0) {
-        if (rename(w->temp, w->old) != 0) return err_sys(e, E_IO, errno, "cannot move '%s' aside", w->temp);
+        if (rename(w->temp, w->old) != 0)
+            return err_sys(e, E_IO, errno, "cannot move '%s' aside", w->temp);
         return OK;
     }
-    if (rename(w->final, w->old) != 0) return err_sys(e, E_IO, errno, "cannot move '%s' aside", w->final);
+    if (rename(w->final, w->old) != 0)
+        return err_sys(e, E_IO, errno, "cannot move '%s' aside", w->final);
     if (rename(w->temp, w->final) != 0) {
         const int errnum = errno;
         (void)rename(w->old, w->final);

@@ -1,4 +1,5 @@
-/* Digests: XXH3-128 for checksums of tensors, SHA-256 for provenance. Hex strings are lower case. */
+/* Digests: XXH3-128 for checksums of tensors, SHA-256 for provenance. Hex strings are lower
+ * case. */
 #ifndef TMF_BASE_HASH_H
 #define TMF_BASE_HASH_H
 
@@ -7,8 +8,12 @@
 
 #include "base/err.h"
 
-typedef struct { char hex[33]; } hash128;
-typedef struct { char hex[65]; } hash256;
+typedef struct {
+    char hex[33];
+} hash128;
+typedef struct {
+    char hex[65];
+} hash256;
 
 hash128 hash_xxh128(const void *data, size_t n);
 typedef struct hash_xxh hash_xxh; /* streaming */

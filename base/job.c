@@ -18,7 +18,7 @@ void job_log(const job *j, log_level level, const char *fmt, ...)
 void job_step(const job *j, const char *stage, const char *unit, int64_t done, int64_t total)
 {
     if (!j || !j->progress) return;
-    const job_progress p = { stage, unit, done, total };
+    const job_progress p = {stage, unit, done, total};
     j->progress(j->ud, &p);
 }
 

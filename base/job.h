@@ -1,6 +1,6 @@
-/* What a long-running library call needs from its caller: where notes and progress go, and whether to
- * stop. The library never prints, exits or reads the environment. A `const job *` may be NULL: silent,
- * never stopped. */
+/* What a long-running library call needs from its caller: where notes and progress go, and whether
+ * to stop. The library never prints, exits or reads the environment. A `const job *` may be NULL:
+ * silent, never stopped. */
 #ifndef TMF_BASE_JOB_H
 #define TMF_BASE_JOB_H
 
@@ -19,11 +19,11 @@ typedef struct {
 } job_progress;
 
 typedef struct {
-    void (*log)(void *ud, log_level level, const char *line);   /* no line end in `line` */
-    void (*progress)(void *ud, const job_progress *p);          /* the sink limits the rate */
+    void (*log)(void *ud, log_level level, const char *line); /* no line end in `line` */
+    void (*progress)(void *ud, const job_progress *p);        /* the sink limits the rate */
     void *ud;
-    log_level level;          /* lines above this are not formatted */
-    const atomic_bool *stop;  /* NULL: never */
+    log_level level;         /* lines above this are not formatted */
+    const atomic_bool *stop; /* NULL: never */
 } job;
 
 void job_log(const job *j, log_level level, const char *fmt, ...)

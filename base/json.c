@@ -1,5 +1,5 @@
-/* JSON: typed getters over cJSON. cJSON reads only what json_scan.c has accepted, so its leniency is out
- * of reach, and a failure of it can only mean memory. */
+/* JSON: typed getters over cJSON. cJSON reads only what json_scan.c has accepted, so its leniency
+ * is out of reach, and a failure of it can only mean memory. */
 #include "base/json.h"
 
 #include <math.h>
@@ -63,7 +63,8 @@ static err_code json_find(const cJSON *o, const char *key, bool opt, const cJSON
     return OK;
 }
 
-static err_code json_i64(const cJSON *v, const char *path, int64_t lo, int64_t hi, int64_t *out, err *e)
+static err_code json_i64(const cJSON *v, const char *path, int64_t lo, int64_t hi, int64_t *out,
+                         err *e)
 {
     if (!cJSON_IsNumber(v))
         return err_set(e, E_INPUT, "%s: expected an integer, got %s", path, json_kind(v));
@@ -85,8 +86,8 @@ err_code json_get_i64(const cJSON *o, const char *key, int64_t lo, int64_t hi, i
     return json_i64(v, path, lo, hi, out, e);
 }
 
-err_code json_opt_i64(const cJSON *o, const char *key, int64_t lo, int64_t hi, int64_t def, int64_t *out,
-                      err *e)
+err_code json_opt_i64(const cJSON *o, const char *key, int64_t lo, int64_t hi, int64_t def,
+                      int64_t *out, err *e)
 {
     char path[256];
     const cJSON *v;
@@ -104,8 +105,8 @@ err_code json_get_i32(const cJSON *o, const char *key, int32_t lo, int32_t hi, i
     return OK;
 }
 
-err_code json_opt_i32(const cJSON *o, const char *key, int32_t lo, int32_t hi, int32_t def, int32_t *out,
-                      err *e)
+err_code json_opt_i32(const cJSON *o, const char *key, int32_t lo, int32_t hi, int32_t def,
+                      int32_t *out, err *e)
 {
     int64_t v;
     TRY(json_opt_i64(o, key, lo, hi, def, &v, e));

@@ -1,5 +1,6 @@
-/* A strict JSON checker in one pass, without recursion. Keys are remembered as 128-bit hashes seeded with
- * the number of their object, in one table: finding a duplicate costs the same with a million keys. */
+/* A strict JSON checker in one pass, without recursion. Keys are remembered as 128-bit hashes
+ * seeded with the number of their object, in one table: finding a duplicate costs the same with a
+ * million keys. */
 #include "base/json_scan.h"
 
 #include <math.h>
@@ -19,12 +20,12 @@ typedef struct {
     const char *what;
     err *e;
     int depth;
-    bool object[JSON_MAX_DEPTH];        /* else an array */
-    uint64_t number[JSON_MAX_DEPTH];    /* of the object at this depth */
-    uint64_t objects;                   /* seen so far */
-    XXH128_hash_t *keys;                /* open addressing; {0,0} is empty */
-    size_t n_keys, cap_keys;            /* cap is a power of two */
-    unsigned char *key;                 /* the key being read, unescaped */
+    bool object[JSON_MAX_DEPTH];     /* else an array */
+    uint64_t number[JSON_MAX_DEPTH]; /* of the object at this depth */
+    uint64_t objects;                /* seen so far */
+    XXH128_hash_t *keys;             /* open addressing; {0,0} is empty */
+    size_t n_keys, cap_keys;         /* cap is a power of two */
+    unsigned char *key;              /* the key being read, unescaped */
     size_t key_len, key_cap;
 } scan;
 
@@ -35,12 +36,16 @@ static err_code scan_fail(scan *c, const char *problem)
     return err_set(c->e, E_INPUT, "%s: byte %zu, line %zu: %s", c->what, c->at, line, problem);
 }
 
-/* Length of the UTF-8 sequence at s (1..4), 0 when it is not one. No overlong forms, no surrogates. */
+/* Length of the UTF-8 sequence at s (1..4), 0 when it is not one. No overlong forms, no
+ * surrogates. */
 static size_t utf8_length(const unsigned char *s, size_t n)
 {
     const unsigned char a = s[0];
     if (a < 0x80) return 1;
-    const size_t len = a >= 0xc2 && a < 0xe0 ? 2 : a >= 0xe0 && a < 0xf0 ? 3 : a >= 0xf0 && a < 0xf5 ? 4 : 0;
+    const size_t len = a >= 0xc2 && a < 0xe0   ? 2
+                       : a >= 0xe0 && a < 0xf0 ? 3
+                       : a >= 0xf0 && a < 0xf5 ? 4
+                                               : 0;
     if (len == 0 || len > n) return 0;
     for (size_t i = 1; i < len; i++)
         if ((s[i] & 0xc0) != 0x80) return 0;
@@ -61,7 +66,8 @@ bool json_utf8_valid(const char *s, size_t n)
 
 static void scan_space(scan *c)
 {
-    while (c->at < c->n && (c->s[c->at] == ' ' || c->s[c->at] == '\n' || c->s[c->at] == '\r' || c->s[c->at] == '\t'))
+    while (c->at < c->n && (c->s[c->at] == ' ' || c->s[c->at] == '\n' || c->s[c->at] == '\r' ||
+                            c->s[c->at] == '\t'))
         c->at++;
 }
 
@@ -102,9 +108,10 @@ static size_t utf8_put(unsigned char *out, unsigned v)
 {
     if (v < 0x80) return out[0] = (unsigned char)v, (size_t)1;
     const int extra = v < 0x800 ? 1 : v < 0x10000 ? 2 : 3;
-    static const unsigned char lead[] = { 0, 0xc0, 0xe0, 0xf0 };
+    static const unsigned char lead[] = {0, 0xc0, 0xe0, 0xf0};
     out[0] = (unsigned char)(lead[extra] | v >> (6 * extra));
-    for (int i = 1; i <= extra; i++) out[i] = (unsigned char)(0x80 | (v >> (6 * (extra - i)) & 0x3f));
+    for (int i = 1; i <= extra; i++)
+        out[i] = (unsigned char)(0x80 | (v >> (6 * (extra - i)) & 0x3f));
     return (size_t)extra + 1;
 }
 
@@ -117,8 +124,9 @@ static err_code scan_unicode(scan *c, bool keep)
     if (v == 0) return scan_fail(c, "U+0000 in a string");
     c->at += 5;
     if (v >= 0xd800 && v < 0xe000) {
-        const bool pair = v < 0xdc00 && c->n - c->at >= 6 && c->s[c->at] == '\\' && c->s[c->at + 1] == 'u' &&
-                          scan_hex4(c, c->at + 2, &low) && low >= 0xdc00 && low < 0xe000;
+        const bool pair = v < 0xdc00 && c->n - c->at >= 6 && c->s[c->at] == '\\' &&
+                          c->s[c->at + 1] == 'u' && scan_hex4(c, c->at + 2, &low) &&
+                          low >= 0xdc00 && low < 0xe000;
         if (!pair) return scan_fail(c, "lone surrogate in a string");
         v = 0x10000 + ((v - 0xd800) << 10 | (low - 0xdc00));
         c->at += 6;
@@ -229,8 +237,8 @@ static err_code scan_key(scan *c)
     const XXH128_hash_t h = XXH3_128bits_withSeed(c->key, c->key_len, c->number[c->depth - 1]);
     if (scan_key_insert(c->keys, c->cap_keys, h)) {
         char problem[128];
-        (void)snprintf(problem, sizeof problem, "duplicate key '%.*s'", (int)(c->key_len < 64 ? c->key_len : 64),
-                       (const char *)c->key);
+        (void)snprintf(problem, sizeof problem, "duplicate key '%.*s'",
+                       (int)(c->key_len < 64 ? c->key_len : 64), (const char *)c->key);
         c->at = start;
         return scan_fail(c, problem);
     }
@@ -244,7 +252,8 @@ static err_code scan_key(scan *c)
 static err_code scan_word(scan *c, const char *word)
 {
     const size_t len = strlen(word);
-    if (c->n - c->at < len || memcmp(c->s + c->at, word, len) != 0) return scan_fail(c, "expected a value");
+    if (c->n - c->at < len || memcmp(c->s + c->at, word, len) != 0)
+        return scan_fail(c, "expected a value");
     c->at += len;
     return OK;
 }
@@ -261,8 +270,16 @@ static err_code scan_value(scan *c, bool *open)
     case 'f': return scan_word(c, "false");
     case 'n': return scan_word(c, "null");
     case '-':
-    case '0': case '1': case '2': case '3': case '4':
-    case '5': case '6': case '7': case '8': case '9': return scan_number(c);
+    case '0':
+    case '1':
+    case '2':
+    case '3':
+    case '4':
+    case '5':
+    case '6':
+    case '7':
+    case '8':
+    case '9': return scan_number(c);
     case '{':
     case '[':
         if (c->depth == JSON_MAX_DEPTH) return scan_fail(c, "nested deeper than 64 levels");
@@ -290,7 +307,8 @@ static err_code scan_enter(scan *c, bool *closed)
     return object ? scan_key(c) : OK;
 }
 
-/* Behind a complete value: closes containers until one goes on with a comma, or the text's value is done. */
+/* Behind a complete value: closes containers until one goes on with a comma, or the text's value is
+ * done. */
 static err_code scan_leave(scan *c)
 {
     while (c->depth) {
@@ -328,7 +346,7 @@ static err_code scan_text(scan *c)
 
 err_code json_scan(const char *text, size_t n, const char *what, err *e)
 {
-    scan c = { .s = (const unsigned char *)text, .n = n, .what = what, .e = e };
+    scan c = {.s = (const unsigned char *)text, .n = n, .what = what, .e = e};
     const err_code rc = scan_text(&c);
     mem_free(c.keys);
     mem_free(c.key);

@@ -1,5 +1,6 @@
-/* Host memory. Blocks of 2 MiB and more are mapped on their own: they are zero without being touched,
- * may use huge pages, and go back to the system at once when freed, which keeps the stated peaks true. */
+/* Host memory. Blocks of 2 MiB and more are mapped on their own: they are zero without being
+ * touched, may use huge pages, and go back to the system at once when freed, which keeps the stated
+ * peaks true. */
 #include "base/mem.h"
 
 #include <assert.h>
@@ -21,8 +22,8 @@
 #endif
 
 #define MEM_ALIGN ((size_t)64)
-#define MEM_HUGE ((size_t)2 << 20)
-#define MEM_PAGE ((size_t)4096)
+#define MEM_HUGE  ((size_t)2 << 20)
+#define MEM_PAGE  ((size_t)4096)
 #define MEM_MAGIC 0x746d666d656d3031u
 
 /* Lies in the 64 bytes before every block. mapped is 0 for a block of malloc. */
@@ -48,10 +49,7 @@ err_code mem_add(size_t *out, size_t a, size_t b, const char *what, err *e)
     return OK;
 }
 
-static mem_head *mem_head_of(void *p)
-{
-    return (mem_head *)(void *)((uint8_t *)p - MEM_ALIGN);
-}
+static mem_head *mem_head_of(void *p) { return (mem_head *)(void *)((uint8_t *)p - MEM_ALIGN); }
 
 /* The block begins on a 2 MiB boundary, its header in the page before it; the slack is unmapped. */
 static void *mem_map(size_t bytes)
@@ -66,7 +64,7 @@ static void *mem_map(size_t bytes)
     const size_t tail = all - (size_t)(base - m) - MEM_PAGE - len;
     if (tail) (void)munmap(p + len, tail);
     (void)madvise(p, len, MADV_HUGEPAGE); /* a wish: kernels without huge pages say no */
-    *mem_head_of(p) = (mem_head){ MEM_MAGIC, MEM_PAGE + len, base };
+    *mem_head_of(p) = (mem_head){MEM_MAGIC, MEM_PAGE + len, base};
     return p;
 }
 
@@ -76,7 +74,7 @@ static void *mem_small(size_t bytes)
     if (posix_memalign(&base, MEM_ALIGN, bytes + MEM_ALIGN) != 0) return NULL;
     uint8_t *p = (uint8_t *)base + MEM_ALIGN;
     memset(base, 0, bytes + MEM_ALIGN);
-    *mem_head_of(p) = (mem_head){ MEM_MAGIC, 0, base };
+    *mem_head_of(p) = (mem_head){MEM_MAGIC, 0, base};
     return p;
 }
 
@@ -88,7 +86,8 @@ err_code mem_alloc(void **out, size_t n, size_t size, const char *what, err *e)
     if (bytes == 0) return OK;
     if (bytes > PTRDIFF_MAX - 2 * MEM_HUGE)
         return err_set(e, E_NOMEM, "%s: cannot allocate %zu bytes", what, bytes);
-    /* Under ASAN everything goes through malloc, so that overruns and leaks of large blocks are seen. */
+    /* Under ASAN everything goes through malloc, so that overruns and leaks of large blocks are
+     * seen. */
     *out = bytes >= MEM_HUGE && !MEM_ASAN ? mem_map(bytes) : mem_small(bytes);
     if (!*out) return err_set(e, E_NOMEM, "%s: cannot allocate %zu bytes", what, bytes);
     return OK;
@@ -136,9 +135,9 @@ static void arena_poison(arena *a)
 err_code arena_init(arena *a, size_t bytes, const char *what, err *e)
 {
     void *p;
-    *a = (arena){ 0 };
+    *a = (arena){0};
     TRY(mem_alloc(&p, bytes, 1, what, e));
-    *a = (arena){ p, bytes, 0 };
+    *a = (arena){p, bytes, 0};
     arena_poison(a);
     return OK;
 }
@@ -148,12 +147,14 @@ err_code arena_get(arena *a, void **out, size_t bytes, err *e)
     const size_t need = arena_need(bytes);
     *out = NULL;
     if (need > a->cap - a->used)
-        return err_set(e, E_LIMIT, "arena: %zu bytes wanted, %zu of %zu left", bytes, a->cap - a->used, a->cap);
+        return err_set(e, E_LIMIT, "arena: %zu bytes wanted, %zu of %zu left", bytes,
+                       a->cap - a->used, a->cap);
     if (need == 0) return OK;
     *out = a->base + a->used;
     a->used += need;
 #if MEM_ASAN
-    ASAN_UNPOISON_MEMORY_REGION(*out, bytes); /* what follows up to the next object stays poisoned */
+    ASAN_UNPOISON_MEMORY_REGION(*out,
+                                bytes); /* what follows up to the next object stays poisoned */
 #endif
     return OK;
 }
@@ -170,5 +171,5 @@ void arena_free(arena *a)
     if (a->base) ASAN_UNPOISON_MEMORY_REGION(a->base, a->cap);
 #endif
     mem_free(a->base);
-    *a = (arena){ 0 };
+    *a = (arena){0};
 }

@@ -1,7 +1,8 @@
-/* Thread pool for many short runs. One atomic counter, `left`, is the whole protocol: a thread claims an
- * item by taking it down by one. A run cannot end while a claimed item is unfinished, so whoever has
- * claimed one may read the run's fields; whoever comes late finds nothing left and touches nothing. The
- * caller waits for items, not for threads: a descheduled worker delays only what it has claimed. */
+/* Thread pool for many short runs. One atomic counter, `left`, is the whole protocol: a thread
+ * claims an item by taking it down by one. A run cannot end while a claimed item is unfinished, so
+ * whoever has claimed one may read the run's fields; whoever comes late finds nothing left and
+ * touches nothing. The caller waits for items, not for threads: a descheduled worker delays only
+ * what it has claimed. */
 #include "base/pool.h"
 
 #include <assert.h>
@@ -21,7 +22,8 @@
 #include "base/mem.h"
 
 #define POOL_MAX 1024
-#define POOL_SPIN_NS 60000 /* about one decode layer's gap; longer costs other processes more than it gains */
+#define POOL_SPIN_NS \
+    60000 /* about one decode layer's gap; longer costs other processes more than it gains */
 
 struct pool {
     /* Each group of fields that is written together has its own cache line. */
@@ -47,7 +49,8 @@ typedef struct {
 
 static void futex_wait(_Atomic uint32_t *word, uint32_t seen)
 {
-    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0); /* woken, changed or a signal */
+    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL,
+                  0); /* woken, changed or a signal */
 }
 
 static void futex_wake(_Atomic uint32_t *word, int count)
@@ -71,7 +74,8 @@ static int64_t now_ns(void)
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Claims and computes items until none is left; returns true when it finished the run's last one. */
+/* Claims and computes items until none is left; returns true when it finished the run's last
+ * one. */
 static bool pool_work(pool *p, int id)
 {
     int64_t mine = 0, n = 0;
@@ -102,7 +106,8 @@ static bool pool_spin(const pool *p)
     return false;
 }
 
-/* Sequentially consistent on both sides: either the caller sees a sleeper, or the sleeper a new `started`. */
+/* Sequentially consistent on both sides: either the caller sees a sleeper, or the sleeper a new
+ * `started`. */
 static void pool_sleep(pool *p)
 {
     const uint32_t seen = atomic_load(&p->started);
@@ -173,7 +178,8 @@ static int pool_quota(void)
     if (!f) return 0;
     const bool got = fgets(text, sizeof text, f) != NULL;
     (void)fclose(f);
-    if (!got || sscanf(text, "%lld %lld", &quota, &period) != 2 || quota <= 0 || period <= 0) return 0;
+    if (!got || sscanf(text, "%lld %lld", &quota, &period) != 2 || quota <= 0 || period <= 0)
+        return 0;
     const long long cpus = (quota + period - 1) / period;
     return cpus < POOL_MAX ? (int)cpus : POOL_MAX;
 }
@@ -197,7 +203,7 @@ static err_code pool_start(pool *p, int id, err *e)
 {
     void *arg;
     TRY(mem_alloc(&arg, 1, sizeof(pool_arg), "thread", e));
-    *(pool_arg *)arg = (pool_arg){ p, id };
+    *(pool_arg *)arg = (pool_arg){p, id};
     const int rc = pthread_create(&p->worker[id - 1], NULL, pool_main, arg);
     if (rc != 0) {
         mem_free(arg);
@@ -229,7 +235,8 @@ err_code pool_open(pool **out, int threads, err *e)
     TRY(mem_alloc(&mem, 1, sizeof(pool), "thread pool", e));
     pool *p = mem;
     p->threads = threads;
-    p->spin = threads <= cpus; /* with fewer CPUs than threads, spinning takes the CPU from the work */
+    p->spin = threads <=
+              cpus; /* with fewer CPUs than threads, spinning takes the CPU from the work */
     err_code rc = mem_alloc(&mem, (size_t)threads, sizeof(pthread_t), "thread pool", e);
     if (rc != OK) {
         mem_free(p);

@@ -12,12 +12,12 @@ static const struct {
     const char *name;
     uint8_t bytes;
 } dtype_table[DT_COUNT] = {
-    [DT_NONE] = { "none", 0 },       [DT_F64] = { "F64", 8 },   [DT_F32] = { "F32", 4 },
-    [DT_F16] = { "F16", 2 },         [DT_BF16] = { "BF16", 2 }, [DT_I64] = { "I64", 8 },
-    [DT_I32] = { "I32", 4 },         [DT_I16] = { "I16", 2 },   [DT_I8] = { "I8", 1 },
-    [DT_U64] = { "U64", 8 },         [DT_U32] = { "U32", 4 },   [DT_U16] = { "U16", 2 },
-    [DT_U8] = { "U8", 1 },           [DT_BOOL] = { "BOOL", 1 }, [DT_F8_E4M3] = { "F8_E4M3", 1 },
-    [DT_F8_E5M2] = { "F8_E5M2", 1 },
+    [DT_NONE] = {"none", 0},       [DT_F64] = {"F64", 8},   [DT_F32] = {"F32", 4},
+    [DT_F16] = {"F16", 2},         [DT_BF16] = {"BF16", 2}, [DT_I64] = {"I64", 8},
+    [DT_I32] = {"I32", 4},         [DT_I16] = {"I16", 2},   [DT_I8] = {"I8", 1},
+    [DT_U64] = {"U64", 8},         [DT_U32] = {"U32", 4},   [DT_U16] = {"U16", 2},
+    [DT_U8] = {"U8", 1},           [DT_BOOL] = {"BOOL", 1}, [DT_F8_E4M3] = {"F8_E4M3", 1},
+    [DT_F8_E5M2] = {"F8_E5M2", 1},
 };
 
 size_t dtype_bytes(dtype dt)
@@ -46,7 +46,7 @@ bool dtype_from_name(dtype *out, const char *name)
 tensor tensor_of(void *data, dtype dt, int ndim, const int64_t *shape)
 {
     assert(ndim >= 0 && ndim <= TENSOR_MAX_DIMS);
-    tensor t = { .data = data, .dt = dt, .mem = MEM_HOST, .ndim = ndim };
+    tensor t = {.data = data, .dt = dt, .mem = MEM_HOST, .ndim = ndim};
     int64_t step = 1;
     for (int i = ndim - 1; i >= 0; i--) {
         t.shape[i] = shape[i];
@@ -60,7 +60,7 @@ tensor tensor_1d(void *data, dtype dt, int64_t n) { return tensor_of(data, dt, 1
 
 tensor tensor_2d(void *data, dtype dt, int64_t rows, int64_t cols)
 {
-    return tensor_of(data, dt, 2, (const int64_t[]){ rows, cols });
+    return tensor_of(data, dt, 2, (const int64_t[]){rows, cols});
 }
 
 static tensor tensor_slice(const tensor *t, int dim, int64_t from, int64_t n)
@@ -99,15 +99,17 @@ int64_t tensor_count(const tensor *t)
 
 size_t tensor_bytes(const tensor *t) { return (size_t)tensor_count(t) * dtype_bytes(t->dt); }
 
-err_code tensor_count_checked(int64_t *count, int ndim, const int64_t *shape, const char *what, err *e)
+err_code tensor_count_checked(int64_t *count, int ndim, const int64_t *shape, const char *what,
+                              err *e)
 {
     int64_t n = 1;
     for (int i = 0; i < ndim; i++) {
         if (shape[i] < 0)
-            return err_set(e, E_INPUT, "%s: dimension %d is negative (%lld)", what, i, (long long)shape[i]);
+            return err_set(e, E_INPUT, "%s: dimension %d is negative (%lld)", what, i,
+                           (long long)shape[i]);
         /* An 8-byte type must still fit, and a zero must not hide an absurd neighbour. */
-        if (shape[i] > INT64_MAX / 16 || __builtin_mul_overflow(n ? n : 1, shape[i] ? shape[i] : 1, &n) ||
-            n > INT64_MAX / 16)
+        if (shape[i] > INT64_MAX / 16 ||
+            __builtin_mul_overflow(n ? n : 1, shape[i] ? shape[i] : 1, &n) || n > INT64_MAX / 16)
             return err_set(e, E_INPUT, "%s: the product of the dimensions overflows", what);
     }
     for (int i = 0; i < ndim; i++)
@@ -137,7 +139,8 @@ void tensor_describe(char *buf, size_t cap, const tensor *t)
     tensor_shape_text(buf, cap, t->dt, t->ndim, t->shape);
 }
 
-err_code tensor_expect(const tensor *t, const char *what, dtype dt, int ndim, const int64_t *shape, err *e)
+err_code tensor_expect(const tensor *t, const char *what, dtype dt, int ndim, const int64_t *shape,
+                       err *e)
 {
     assert(ndim >= 0 && ndim <= TENSOR_MAX_DIMS);
     bool same = t->dt == dt && t->ndim == ndim;
@@ -163,13 +166,13 @@ static float f8_e4m3_to_f32(uint8_t v)
 /* E5M2 is the upper byte of an f16. */
 static float f8_e5m2_to_f32(uint8_t v) { return f16_to_f32((f16)(v << 8)); }
 
-#define LOAD_LOOP(type, expr)                                                                      \
-    do {                                                                                           \
-        const type *s = src;                                                                       \
-        for (int64_t i = 0; i < n; i++) {                                                          \
-            const type v = s[i * step];                                                            \
-            out[i] = (expr);                                                                       \
-        }                                                                                          \
+#define LOAD_LOOP(type, expr)             \
+    do {                                  \
+        const type *s = src;              \
+        for (int64_t i = 0; i < n; i++) { \
+            const type v = s[i * step];   \
+            out[i] = (expr);              \
+        }                                 \
     } while (0)
 
 static void convert_load(float *out, const void *src, dtype dt, int64_t step, int64_t n)
@@ -185,13 +188,13 @@ static void convert_load(float *out, const void *src, dtype dt, int64_t step, in
     }
 }
 
-#define STORE_LOOP(type, expr)                                                                     \
-    do {                                                                                           \
-        type *d = dst;                                                                             \
-        for (int64_t i = 0; i < n; i++) {                                                          \
-            const float v = in[i];                                                                 \
-            d[i * step] = (expr);                                                                  \
-        }                                                                                          \
+#define STORE_LOOP(type, expr)            \
+    do {                                  \
+        type *d = dst;                    \
+        for (int64_t i = 0; i < n; i++) { \
+            const float v = in[i];        \
+            d[i * step] = (expr);         \
+        }                                 \
     } while (0)
 
 /* Returns how many finite inputs went to infinity. */
@@ -222,8 +225,8 @@ static int64_t convert_f64_over(const void *src, int64_t step, const float *in, 
     return over;
 }
 
-static int64_t convert_row(void *dst, dtype ddt, int64_t dstep, const void *src, dtype sdt, int64_t sstep,
-                           int64_t n)
+static int64_t convert_row(void *dst, dtype ddt, int64_t dstep, const void *src, dtype sdt,
+                           int64_t sstep, int64_t n)
 {
     float buf[512];
     int64_t over = 0;
@@ -241,8 +244,8 @@ static int64_t convert_row(void *dst, dtype ddt, int64_t dstep, const void *src,
 int64_t tensor_convert(tensor *dst, const tensor *src)
 {
     assert(dst->mem == MEM_HOST && src->mem == MEM_HOST && dst->ndim == src->ndim);
-    int64_t shape[TENSOR_MAX_DIMS] = { 1, 1, 1, 1 };
-    int64_t ds[TENSOR_MAX_DIMS] = { 0 }, ss[TENSOR_MAX_DIMS] = { 0 };
+    int64_t shape[TENSOR_MAX_DIMS] = {1, 1, 1, 1};
+    int64_t ds[TENSOR_MAX_DIMS] = {0}, ss[TENSOR_MAX_DIMS] = {0};
     const int pad = TENSOR_MAX_DIMS - dst->ndim;
     for (int i = 0; i < dst->ndim; i++) {
         assert(dst->shape[i] == src->shape[i]);
@@ -258,7 +261,8 @@ int64_t tensor_convert(tensor *dst, const tensor *src)
                 const int64_t d = a * ds[0] + b * ds[1] + c * ds[2];
                 const int64_t s = a * ss[0] + b * ss[1] + c * ss[2];
                 over += convert_row((uint8_t *)dst->data + (size_t)d * db, dst->dt, ds[3],
-                                    (const uint8_t *)src->data + (size_t)s * sb, src->dt, ss[3], shape[3]);
+                                    (const uint8_t *)src->data + (size_t)s * sb, src->dt, ss[3],
+                                    shape[3]);
             }
     return over;
 }

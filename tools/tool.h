@@ -1,19 +1,20 @@
-/* The shared main of every tool: options, log and progress on stderr, signals, exit codes. A tool is a
- * table of commands (one without a name, or several as in tm-run) whose `run` calls a library and returns
- * its err; results go to stdout, whose write and close errors tool_main reports.
+/* The shared main of every tool: options, log and progress on stderr, signals, exit codes. A tool
+ * is a table of commands (one without a name, or several as in tm-run) whose `run` calls a library
+ * and returns its err; results go to stdout, whose write and close errors tool_main reports.
  *
- *     static struct { const char *out; int64_t samples; } opt = { .samples = 128 };
+ *     static struct { const char *out; int64_t samples; } opt = {.samples = 128};
  *     static const cli_option options[] = {
- *         { "output", 'o', CLI_STR, &opt.out, "FILE", "the artifact to write", .alias = "work-dir" },
- *         { "samples", 0, CLI_I64, &opt.samples, "N", "windows to read [128]", .lo = 1, .hi = 65536 },
+ *         {"output", 'o', CLI_STR, &opt.out, "FILE", "the artifact to write", .alias = "work-dir"},
+ *         {"samples", 0, CLI_I64, &opt.samples, "N", "windows [128]", .lo = 1, .hi = 65536},
  *     };
  *     static err_code run(tool_ctx *t, err *e) { ... }
- *     static const tool_command command = { .usage = "MODEL_DIR --data FILE -o CALIB [options]",
+ *     static const tool_command command = {
+ *         .usage = "MODEL_DIR --data FILE -o CALIB [options]",
  *         .summary = "...", .options = options, .n_options = 2, .min_args = 1, .max_args = 1,
- *         .shared = TOOL_DEVICE | TOOL_SEED | TOOL_DRY_RUN | TOOL_FORCE, .run = run };
+ *         .shared = TOOL_DEVICE | TOOL_SEED | TOOL_DRY_RUN | TOOL_FORCE, .run = run};
  *     int main(int argc, char **argv)
  *     {
- *         return tool_main(argc, argv, &(tool_spec){ "calib-collect", "...", &command, 1 });
+ *         return tool_main(argc, argv, &(tool_spec){"calib-collect", "...", &command, 1});
  *     }
  */
 #ifndef TMF_TOOLS_TOOL_H
@@ -26,12 +27,12 @@
 
 /* Shared options a command takes besides -q, -v, --progress, --help, --version and --completion. */
 enum {
-    TOOL_DEVICE = 1,   /* --device cpu|cuda[:i], --threads N (0: CPUs of this process), --isa NAME */
-    TOOL_SEED = 2,     /* --seed N */
-    TOOL_DRY_RUN = 4,  /* --dry-run */
-    TOOL_FORCE = 8,    /* --force */
-    TOOL_JSON = 16,    /* --json */
-    TOOL_THREADS = 32  /* --threads alone, for tools without a device */
+    TOOL_DEVICE = 1,  /* --device cpu|cuda[:i], --threads N (0: CPUs of this process), --isa NAME */
+    TOOL_SEED = 2,    /* --seed N */
+    TOOL_DRY_RUN = 4, /* --dry-run */
+    TOOL_FORCE = 8,   /* --force */
+    TOOL_JSON = 16,   /* --json */
+    TOOL_THREADS = 32 /* --threads alone, for tools without a device */
 };
 
 typedef struct {
@@ -42,14 +43,14 @@ typedef struct {
     int64_t seed;
     bool dry_run, force, json;
     dev_opts device;
-    job job; /* log, progress and stop of this run: hand &t->job to library calls */
+    job job;        /* log, progress and stop of this run: hand &t->job to library calls */
     bool resumable; /* set by a command when what it leaves on E_CANCELED can be resumed: exit 8 */
 } tool_ctx;
 
 typedef struct {
-    const char *name; /* NULL: the tool's only command */
+    const char *name;                       /* NULL: the tool's only command */
     const char *usage, *summary, *examples; /* as in cli_spec */
-    const cli_option *options; /* its own; targets must live through tool_main */
+    const cli_option *options;              /* its own; targets must live through tool_main */
     int n_options;
     unsigned shared; /* TOOL_* */
     int min_args, max_args;
@@ -74,12 +75,13 @@ int tool_exit_code(err_code c, int signal_number, bool resumable);
 err_code tool_device_open(const tool_ctx *t, device **out, err *e);
 /* One line of JSON on stdout. */
 err_code tool_print_json(const cJSON *o, err *e);
-/* Logs "wrote 'PATH': 12.3 MB in 4.5 s, <detail>"; detail NULL: none. The time counts from the start. */
+/* Logs "wrote 'PATH': 12.3 MB in 4.5 s, <detail>"; detail NULL: none. The time counts from the
+ * start. */
 void tool_wrote(const tool_ctx *t, const char *path, const char *detail);
 /* Seconds since tool_main began. */
 double tool_seconds(void);
-/* For interactive commands: takes back a pending SIGINT, so that job_check passes again. True when there
- * was one. A second SIGINT that is not taken back in time ends the process at once. */
+/* For interactive commands: takes back a pending SIGINT, so that job_check passes again. True when
+ * there was one. A second SIGINT that is not taken back in time ends the process at once. */
 bool tool_interrupt_take(void);
 /* Clears the progress line before something else is written to a terminal. */
 void tool_progress_clear(void);
