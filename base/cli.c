@@ -130,6 +130,13 @@ static err_code cli_choice(const cli_option *o, const char *v, err *e)
                    v);
 }
 
+/* Where --help and --version go; NULL for any other name. */
+static bool *cli_special(const cli_state *c, const char *name, size_t n)
+{
+    if (cli_name_is("help", name, n)) return c->want_help;
+    return cli_name_is("version", name, n) ? c->want_version : NULL;
+}
+
 static err_code cli_store(const cli_option *o, const char *v, err *e)
 {
     cli_list *l;
@@ -164,13 +171,11 @@ static err_code cli_long(cli_state *c, const char *name)
     const size_t n = strcspn(name, "=");
     const char *v = name[n] ? name + n + 1 : NULL;
     const cli_option *o = cli_find(c->s, name, n);
-    bool *special = cli_name_is("help", name, n)      ? c->want_help
-                    : cli_name_is("version", name, n) ? c->want_version
-                                                      : NULL;
+    bool *special = cli_special(c, name, n);
     if (!o && !special) return cli_unknown(c, name, n);
-    if (v && (!o || o->kind == CLI_FLAG))
+    if (v && (special || o->kind == CLI_FLAG))
         return err_set(c->e, E_USAGE, "option '--%.*s' takes no value", (int)n, name);
-    if (!o) {
+    if (special) {
         *special = true;
         return OK;
     }
@@ -185,8 +190,9 @@ static err_code cli_short(cli_state *c, const char *letters)
         const cli_option *o = NULL;
         for (int i = 0; i < c->s->n_options && !o; i++)
             if (c->s->options[i].letter == *l) o = &c->s->options[i];
-        if (!o && *l == 'h') {
-            *c->want_help = true;
+        bool *special = o ? cli_special(c, o->name, strlen(o->name)) : NULL;
+        if (special) {
+            *special = true;
             continue;
         }
         if (!o) return err_set(c->e, E_USAGE, "unknown option '-%c'", *l);

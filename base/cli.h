@@ -49,7 +49,7 @@ typedef struct {
 
 /* Fills targets and the positionals (args, at most cap; *n_args counts). E_USAGE with one line
  * naming the option. --help and --version are the caller's: the parser sets *want_help /
- * *want_version. */
+ * *want_version; rows of those names (target NULL) are for the help text and completion. */
 err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap,
                    int *n_args, bool *want_help, bool *want_version, err *e);
 void cli_help(const cli_spec *s, FILE *out);                          /* at most 100 columns */

@@ -116,8 +116,8 @@ static void cli_bash_option(const cli_option *o, FILE *out)
 
 static void cli_bash_words(const cli_spec *s, FILE *out)
 {
-    (void)fputs("--help --version", out);
-    for (int i = 0; i < s->n_options; i++) (void)fprintf(out, " --%s", s->options[i].name);
+    for (int i = 0; i < s->n_options; i++)
+        (void)fprintf(out, "%s--%s", i ? " " : "", s->options[i].name);
 }
 
 /* One arm of the case over subcommands; `name` NULL for a tool without any. */
@@ -189,7 +189,7 @@ static void cli_zsh_option(const cli_option *o, FILE *out)
 
 static void cli_zsh_arm(const cli_spec *s, FILE *out)
 {
-    (void)fputs("    _arguments -s '--help[show help]' '--version[show version]'", out);
+    (void)fputs("    _arguments -s", out);
     for (int i = 0; i < s->n_options; i++) cli_zsh_option(&s->options[i], out);
     (void)fputs(" \\\n        '*:path:_files'\n", out);
 }
@@ -243,8 +243,6 @@ static void cli_fish_options(const cli_spec *s, const char *tool, const char *na
 static void cli_fish(const cli_spec *s, const cli_command *cmd, int n, FILE *out)
 {
     (void)fprintf(out, "# fish completion for %s\n", s->tool);
-    (void)fprintf(out, "complete -c %s -l help -d 'show help'\n", s->tool);
-    (void)fprintf(out, "complete -c %s -l version -d 'show version'\n", s->tool);
     if (n == 0) cli_fish_options(s, s->tool, NULL, out);
     for (int i = 0; i < n; i++) {
         (void)fprintf(out, "complete -c %s -f -n __fish_use_subcommand -a %s -d '", s->tool,

@@ -21,7 +21,7 @@ void file_map_close(file_map *m);
 void file_map_willneed(const file_map *m, size_t off, size_t len);
 void file_map_dontneed(const file_map *m, size_t off, size_t len);
 
-/* Whole regular file of at most `max` bytes (E_LIMIT beyond), NUL-terminated; free with mem_free. */
+/* Whole regular file of at most `max` bytes (else E_LIMIT), NUL-terminated; free with mem_free. */
 err_code file_read(char **out, size_t *size, const char *path, size_t max, err *e);
 bool file_exists(const char *path);
 bool file_is_dir(const char *path);
