@@ -10,9 +10,9 @@ typedef struct kv_cache kv_cache;
 typedef struct {
     kv_format format;
     int32_t layers, kv_heads, head_dim;
-    int32_t block_tokens;  /* 64 */
-    int32_t blocks;        /* how many in all */
-    int32_t max_seqs;      /* sequence slots 0..max_seqs-1 */
+    int32_t block_tokens; /* 64 */
+    int32_t blocks;       /* how many in all */
+    int32_t max_seqs;     /* sequence slots 0..max_seqs-1 */
     int32_t max_seq_tokens;
 } kv_opts;
 size_t kv_bytes(const kv_opts *o); /* cost before allocation */

@@ -1,0 +1,228 @@
+/* One sequence, token by token. Text goes through a small buffer that holds back what may still turn into
+ * a stop text. */
+#include "runtime/generate.h"
+
+#include <string.h>
+
+#include "base/mem.h"
+#include "runtime/clock.h"
+
+/* A piece of a tokenizer is at most 64 KiB; what waits is shorter than the longest stop text. */
+#define GEN_TEXT_BYTES ((64 << 10) + 2 * GEN_MAX_STOP_BYTES)
+
+struct generator {
+    model *m;
+    const tokenizer *t;
+    sampler *sampler;
+    float *logits; /* [vocab] */
+    char *text;    /* [GEN_TEXT_BYTES] */
+    size_t n_text; /* waiting */
+    decode_state decode;
+};
+
+const char *gen_end_name(gen_end end)
+{
+    static const char *const names[] = {"stop",    "stop_text", "length",
+                                        "session", "caller",    "canceled"};
+    return names[end];
+}
+
+err_code gen_open(generator **out, model *m, const tokenizer *t, err *e)
+{
+    const int32_t vocab = model_desc_of(m)->vocab;
+    void *p;
+    err_code rc;
+    *out = NULL;
+    TRY(mem_alloc(&p, 1, sizeof(generator), "generator", e));
+    generator *g = p;
+    g->m = m;
+    g->t = t;
+    if ((rc = sampler_open(&g->sampler, vocab, model_session_len(m) + 1, e)) != OK) goto done;
+    if ((rc = mem_alloc(&p, (size_t)vocab, sizeof(float), "logits", e)) != OK) goto done;
+    g->logits = p;
+    if ((rc = mem_alloc(&p, GEN_TEXT_BYTES, 1, "text", e)) != OK) goto done;
+    g->text = p;
+    *out = g;
+    g = NULL;
+done:
+    gen_close(&g);
+    return rc;
+}
+
+void gen_close(generator **g)
+{
+    if (!g || !*g) return;
+    sampler_close(&(*g)->sampler);
+    mem_free((*g)->logits);
+    mem_free((*g)->text);
+    mem_free(*g);
+    *g = NULL;
+}
+
+/* ---- text ---- */
+
+/* Where the first stop text begins in what waits; n_text when there is none. */
+static size_t find_stop(const generator *g, const gen_opts *o)
+{
+    size_t at = g->n_text;
+    for (int i = 0; i < o->n_stop_texts; i++) {
+        const char *hit = memmem(g->text, g->n_text, o->stop_texts[i], strlen(o->stop_texts[i]));
+        if (hit && (size_t)(hit - g->text) < at) at = (size_t)(hit - g->text);
+    }
+    return at;
+}
+
+/* How much of the end of what waits is the beginning of a stop text. */
+static size_t held_bytes(const generator *g, const gen_opts *o)
+{
+    size_t most = 0;
+    for (int i = 0; i < o->n_stop_texts; i++) {
+        const size_t len = strlen(o->stop_texts[i]);
+        size_t k = len - 1 < g->n_text ? len - 1 : g->n_text;
+        while (k > most && memcmp(g->text + g->n_text - k, o->stop_texts[i], k) != 0) k--;
+        if (k > most) most = k;
+    }
+    return most;
+}
+
+static err_code add_text(generator *g, int32_t id, err *e)
+{
+    size_t n = 0;
+    if (!g->t) return OK;
+    TRY(tokenizer_decode_next(g->t, &g->decode, id, true, g->text + g->n_text,
+                              GEN_TEXT_BYTES - g->n_text, &n, e));
+    g->n_text += n;
+    return OK;
+}
+
+/* ---- the loop ---- */
+
+static bool is_stop(const gen_opts *o, int32_t id)
+{
+    for (int i = 0; i < o->n_stop_ids; i++) {
+        if (o->stop_ids[i] == id) return true;
+    }
+    return false;
+}
+
+typedef struct {
+    gen_fn fn;
+    void *ud;
+} sink;
+
+static bool emit(generator *g, const sink *s, int32_t id, size_t n)
+{
+    const bool go = !s->fn || s->fn(s->ud, id, g->text, n);
+    memmove(g->text, g->text + n, g->n_text - n);
+    g->n_text -= n;
+    return go;
+}
+
+/* Hands out id and its text. True when the answer goes on; else r->end says why not. */
+static err_code take(generator *g, const gen_opts *o, const sink *s, int32_t id, gen_result *r,
+                     bool *go, err *e)
+{
+    r->n_new++;
+    sampler_accept(g->sampler, id);
+    *go = false;
+    if (is_stop(o, id)) {
+        r->end = GEN_STOP_ID;
+        (void)(s->fn && s->fn(s->ud, id, g->text, 0));
+        return OK;
+    }
+    TRY(add_text(g, id, e));
+    const size_t stop = find_stop(g, o);
+    if (stop < g->n_text) {
+        g->n_text = stop;
+        r->end = GEN_STOP_TEXT;
+        (void)emit(g, s, id, stop);
+        return OK;
+    }
+    r->end = GEN_CALLER;
+    if (!emit(g, s, id, g->n_text - held_bytes(g, o))) return OK;
+    r->end = GEN_LENGTH;
+    *go = r->n_new < o->max_new || o->max_new == 0;
+    return OK;
+}
+
+static err_code check_opts(const generator *g, const gen_opts *o, err *e)
+{
+    const int32_t held = model_seq_len(g->m, o->slot), room = model_session_len(g->m);
+    if (o->n_ids <= held)
+        return err_set(e, E_USAGE, "generate: %d ids, the slot already holds %d", o->n_ids, held);
+    if (o->n_ids > room)
+        return err_set(e, E_LIMIT, "prompt of %d tokens does not fit the session of %d", o->n_ids,
+                       room);
+    if (o->max_new < 0)
+        return err_set(e, E_USAGE, "new tokens: expected 0 or more, got %d", o->max_new);
+    if (o->n_stop_texts > GEN_MAX_STOP_TEXTS || (o->n_stop_texts && !g->t))
+        return err_set(e, E_USAGE, "stop texts: expected at most %d, got %d",
+                       g->t ? GEN_MAX_STOP_TEXTS : 0, o->n_stop_texts);
+    for (int i = 0; i < o->n_stop_texts; i++) {
+        const size_t n = strlen(o->stop_texts[i]);
+        if (n == 0 || n > GEN_MAX_STOP_BYTES)
+            return err_set(e, E_USAGE, "stop text %d: expected 1 to %d bytes, got %zu", i,
+                           GEN_MAX_STOP_BYTES, n);
+    }
+    return OK;
+}
+
+/* Runs ids [n] and draws the next id. E_CANCELED and a full session end the answer without failing. */
+static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int32_t n,
+                        int32_t *next, gen_result *r, bool *go, const job *j, err *e)
+{
+    const step_seq s = {
+        .slot = o->slot, .tokens = ids, .n_tokens = n, .n_out = 1, .logits = g->logits};
+    err step_err;
+    const err_code rc = model_step(g->m, &s, 1, j, &step_err);
+    *go = rc == OK;
+    if (rc == E_CANCELED) r->end = GEN_CANCELED;
+    if (rc == E_LIMIT && r->n_new > 0) r->end = GEN_SESSION;
+    if (rc != OK && rc != E_CANCELED && !(rc == E_LIMIT && r->n_new > 0)) {
+        *e = step_err;
+        return rc;
+    }
+    if (!*go) return OK;
+    *next = sampler_next(g->sampler, g->logits);
+    if (*next < 0)
+        return err_set(e, E_DEVICE, "generate: no finite logit behind %d tokens",
+                       model_seq_len(g->m, o->slot));
+    return OK;
+}
+
+static void flush_text(generator *g, const sink *s)
+{
+    size_t n = 0;
+    if (g->t) {
+        tokenizer_decode_flush(&g->decode, g->text + g->n_text, GEN_TEXT_BYTES - g->n_text, &n);
+        g->n_text += n;
+    }
+    if (g->n_text) (void)emit(g, s, -1, g->n_text);
+}
+
+err_code gen_run(generator *g, const gen_opts *o, gen_result *r, gen_fn fn, void *ud, const job *j,
+                 err *e)
+{
+    const sink s = {fn, ud};
+    int32_t id = -1;
+    bool go = true;
+    memset(r, 0, sizeof *r);
+    TRY(check_opts(g, o, e));
+    TRY(sampler_start(g->sampler, &o->sample, e));
+    sampler_prompt(g->sampler, o->ids, o->n_ids);
+    g->n_text = 0;
+    memset(&g->decode, 0, sizeof g->decode);
+    const int32_t held = model_seq_len(g->m, o->slot);
+    const double begin = clock_s();
+    TRY(advance(g, o, o->ids + held, o->n_ids - held, &id, r, &go, j, e));
+    r->n_prompt = o->n_ids - held;
+    const double first = clock_s();
+    r->prompt_s = first - begin;
+    while (go) {
+        TRY(take(g, o, &s, id, r, &go, e));
+        if (go) TRY(advance(g, o, &id, 1, &id, r, &go, j, e));
+    }
+    r->new_s = clock_s() - first;
+    if (r->end != GEN_STOP_TEXT) flush_text(g, &s);
+    return OK;
+}

@@ -1,0 +1,363 @@
+/* One block at a time over many windows. */
+#include "runtime/layer_walk.h"
+
+#include <inttypes.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "base/mem.h"
+#include "runtime/kv_cache.h"
+
+/* Rows of a pass: enough for the kernels, small beside the states. Fixed, since the order of sums over rows
+ * depends on it. */
+#define PASS_ROWS 2048
+#define KV_BLOCK  64
+
+struct layer_walk {
+    device *d;
+    weight_src *src;
+    const model_desc *m;
+    int32_t windows, seqlen, per_pass, seq_blocks;
+    void *states;  /* act [windows*seqlen, hidden] */
+    dev_buf x_buf; /* act [per_pass*seqlen, hidden] */
+    block b;
+    bool bound;
+    block_scratch *scratch;
+    kv_cache *kv;
+    int32_t *ints; /* host: pos, seq_start, kv_len, table, one behind the other */
+    dev_buf pos_buf, start_buf, len_buf, table_buf, freq_buf;
+    batch_rows full; /* of a whole pass; the last may have fewer sequences */
+    float *inv_freq;
+    rope_spec rope;
+};
+
+static int32_t per_pass_of(int32_t windows, int32_t seqlen)
+{
+    const int32_t n = seqlen < PASS_ROWS ? PASS_ROWS / seqlen : 1;
+    return n < windows ? n : windows;
+}
+
+static kv_opts kv_opts_for(const model_desc *m, int32_t per_pass, int32_t seqlen)
+{
+    return (kv_opts){.format = KV_16,
+                     .layers = 1,
+                     .kv_heads = m->kv_heads,
+                     .head_dim = m->head_dim,
+                     .block_tokens = KV_BLOCK,
+                     .blocks = per_pass * ((seqlen + KV_BLOCK - 1) / KV_BLOCK),
+                     .max_seqs = per_pass,
+                     .max_seq_tokens = seqlen};
+}
+
+size_t layer_walk_bytes(const device *d, const model_desc *m, weight_src *src, int32_t windows,
+                        int32_t seqlen)
+{
+    const int32_t per_pass = per_pass_of(windows, seqlen);
+    const kv_opts o = kv_opts_for(m, per_pass, seqlen);
+    const size_t row = (size_t)m->hidden * dtype_bytes(dev_act(d));
+    return (size_t)windows * (size_t)seqlen * row + (size_t)per_pass * (size_t)seqlen * row +
+           kv_bytes(&o) + block_scratch_bytes(d, m, per_pass * seqlen, per_pass, seqlen) +
+           block_bind_bytes(d, m, src);
+}
+
+/* ---- opening ---- */
+
+static err_code upload_ints(layer_walk *w, dev_buf *buf, tensor *out, int32_t *host, int ndim,
+                            int64_t n0, int64_t n1, err *e)
+{
+    const tensor t = ndim == 1 ? tensor_1d(host, DT_I32, n0) : tensor_2d(host, DT_I32, n0, n1);
+    return dev_upload(w->d, buf, out, &t, e);
+}
+
+static err_code open_rows(layer_walk *w, err *e)
+{
+    const int64_t rows = (int64_t)w->per_pass * w->seqlen, seqs = w->per_pass;
+    const int64_t count = rows + seqs + 1 + seqs + seqs * w->seq_blocks;
+    void *mem;
+    TRY(mem_alloc(&mem, (size_t)count, sizeof(int32_t), "rows of a pass", e));
+    w->ints = mem;
+    int32_t *pos = w->ints, *start = pos + rows, *len = start + seqs + 1, *table = len + seqs;
+    for (int64_t i = 0; i < rows; i++) pos[i] = (int32_t)(i % w->seqlen);
+    for (int32_t s = 0; s < w->per_pass; s++) {
+        int32_t n;
+        TRY(kv_reserve(w->kv, s, w->seqlen, e));
+        const int32_t *blocks = kv_block_list(w->kv, s, &n);
+        memcpy(table + (int64_t)s * w->seq_blocks, blocks, (size_t)n * sizeof *blocks);
+        start[s + 1] = (s + 1) * w->seqlen;
+        len[s] = w->seqlen;
+    }
+    w->full.seqs = w->per_pass;
+    w->full.max_q = w->full.max_kv = w->seqlen;
+    TRY(upload_ints(w, &w->pos_buf, &w->full.pos, pos, 1, rows, 0, e));
+    TRY(upload_ints(w, &w->start_buf, &w->full.seq_start, start, 1, seqs + 1, 0, e));
+    TRY(upload_ints(w, &w->len_buf, &w->full.kv_len, len, 1, seqs, 0, e));
+    return upload_ints(w, &w->table_buf, &w->full.block_table, table, 2, seqs, w->seq_blocks, e);
+}
+
+static err_code open_rope(layer_walk *w, err *e)
+{
+    const int64_t n = w->m->rope_dims / 2;
+    void *mem;
+    TRY(mem_alloc(&mem, (size_t)n, sizeof(float), "rotary frequencies", e));
+    w->inv_freq = mem;
+    model_inv_freq(w->m, w->seqlen > w->m->max_tokens ? w->seqlen : w->m->max_tokens, w->inv_freq,
+                   &w->rope.mscale);
+    w->rope.dims = w->m->rope_dims;
+    w->rope.interleaved = w->m->rope_interleaved;
+    const tensor host = tensor_1d(w->inv_freq, DT_F32, n);
+    return dev_upload(w->d, &w->freq_buf, &w->rope.inv_freq, &host, e);
+}
+
+static tensor act_rows(const layer_walk *w, void *base, int64_t first, int64_t rows, memspace mem)
+{
+    const dtype act = dev_act(w->d);
+    tensor t = tensor_2d((char *)base + (size_t)(first * w->m->hidden) * dtype_bytes(act), act,
+                         rows, w->m->hidden);
+    t.mem = mem;
+    return t;
+}
+
+static err_code embed(layer_walk *w, const tensor *tokens, err *e)
+{
+    dev_buf table_buf = {0}, ids_buf = {0};
+    tensor host, table, ids;
+    err_code rc;
+    TRY(weights_tensor(w->src, ROLE_EMBED, -1, &host, e));
+    if ((rc = dev_upload(w->d, &table_buf, &table, &host, e)) != OK) goto done;
+    for (int32_t at = 0; at < w->windows; at += w->per_pass) {
+        const int32_t n = w->windows - at < w->per_pass ? w->windows - at : w->per_pass;
+        const int64_t first = (int64_t)at * w->seqlen, rows = (int64_t)n * w->seqlen;
+        const tensor part = tensor_1d((int32_t *)tokens->data + first, DT_I32, rows);
+        tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d)),
+               y = act_rows(w, w->states, first, rows, MEM_HOST);
+        dev_free(&ids_buf);
+        if ((rc = dev_upload(w->d, &ids_buf, &ids, &part, e)) != OK) goto done;
+        if ((rc = op_embed(w->d, &x, &table, &ids, e)) != OK) goto done;
+        if ((rc = dev_copy(w->d, &y, &x, e)) != OK) goto done;
+        if ((rc = dev_sync(w->d, e)) != OK) goto done;
+    }
+done:
+    dev_free(&ids_buf);
+    dev_free(&table_buf);
+    return rc;
+}
+
+static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
+{
+    const int32_t rows = w->per_pass * w->seqlen;
+    const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_act(w->d));
+    const kv_opts o = kv_opts_for(w->m, w->per_pass, w->seqlen);
+    TRY(mem_alloc(&w->states, (size_t)w->windows * (size_t)w->seqlen, row, "hidden states", e));
+    TRY(dev_alloc(&w->x_buf, w->d, (size_t)rows * row, "rows of a pass", e));
+    TRY(block_scratch_open(&w->scratch, w->d, w->m, rows, w->per_pass, w->seqlen, e));
+    TRY(kv_open(&w->kv, w->d, &o, e));
+    TRY(open_rows(w, e));
+    TRY(open_rope(w, e));
+    return embed(w, tokens, e);
+}
+
+err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const tensor *tokens, err *e)
+{
+    const int64_t windows = tokens->shape[0], seqlen = tokens->shape[1];
+    void *mem;
+    if (windows < 1 || seqlen < 1 || windows > INT32_MAX / seqlen)
+        return err_set(e, E_LIMIT, "windows: expected 1 to 2^31 tokens, got %" PRId64 " x %" PRId64,
+                       windows, seqlen);
+    TRY(mem_alloc(&mem, 1, sizeof(layer_walk), "layer walk", e));
+    layer_walk *w = mem;
+    w->d = d;
+    w->src = src;
+    w->m = weights_desc(src);
+    w->windows = (int32_t)windows;
+    w->seqlen = (int32_t)seqlen;
+    w->per_pass = per_pass_of(w->windows, w->seqlen);
+    w->seq_blocks = (w->seqlen + KV_BLOCK - 1) / KV_BLOCK;
+    const err_code rc = open_all(w, tokens, e);
+    if (rc != OK) {
+        layer_walk_close(&w);
+        return rc;
+    }
+    *out = w;
+    return OK;
+}
+
+void layer_walk_close(layer_walk **out)
+{
+    layer_walk *w = *out;
+    if (!w) return;
+    dev_buf *const bufs[] = {&w->x_buf,   &w->pos_buf,   &w->start_buf,
+                             &w->len_buf, &w->table_buf, &w->freq_buf};
+    if (w->bound) block_free(&w->b);
+    for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
+    block_scratch_close(&w->scratch);
+    kv_close(&w->kv);
+    mem_free(w->ints);
+    mem_free(w->inv_freq);
+    mem_free(w->states);
+    mem_free(w);
+    *out = NULL;
+}
+
+tensor layer_walk_states(layer_walk *w)
+{
+    return act_rows(w, w->states, 0, (int64_t)w->windows * w->seqlen, MEM_HOST);
+}
+
+int32_t layer_walk_windows_per_pass(const layer_walk *w) { return w->per_pass; }
+const block *layer_walk_block(const layer_walk *w) { return &w->b; }
+
+/* ---- binding ---- */
+
+/* First row that holds something else than finite numbers; rows are claimed in order, so the least one wins. */
+typedef struct {
+    const tensor *t;
+    int64_t rows, cols;
+    _Atomic int64_t bad_row; /* INT64_MAX: none */
+} finite_scan;
+
+static bool finite_at(const tensor *t, const void *row, int64_t i)
+{
+    if (t->dt == DT_F32)
+        return (half_f32_bits(((const float *)row)[i]) & 0x7f800000u) != 0x7f800000u;
+    const uint16_t mask = t->dt == DT_F16 ? 0x7c00u : 0x7f80u;
+    return (((const uint16_t *)row)[i] & mask) != mask;
+}
+
+static bool finite_row16(const uint16_t *row, int64_t n, uint16_t mask)
+{
+    unsigned bad = 0;
+    for (int64_t i = 0; i < n; i++) bad |= (row[i] & mask) == mask;
+    return !bad;
+}
+
+static const void *scan_row(const finite_scan *s, int64_t row)
+{
+    return (const char *)s->t->data + (size_t)(row * s->cols) * dtype_bytes(s->t->dt);
+}
+
+static void scan_item(void *ctx, int64_t row, int worker)
+{
+    finite_scan *s = ctx;
+    const void *p = scan_row(s, row);
+    bool good = true;
+    (void)worker;
+    if (s->t->dt == DT_F32)
+        for (int64_t i = 0; i < s->cols; i++) good = good && finite_at(s->t, p, i);
+    else
+        good = finite_row16(p, s->cols, s->t->dt == DT_F16 ? 0x7c00u : 0x7f80u);
+    if (good) return;
+    int64_t seen = atomic_load(&s->bad_row);
+    while (row < seen && !atomic_compare_exchange_weak(&s->bad_row, &seen, row)) {
+    }
+}
+
+static err_code check_finite(layer_walk *w, const tensor *t, int32_t layer, tensor_role r,
+                             const char *part, err *e)
+{
+    finite_scan s = {.t = t, .rows = t->ndim == 2 ? t->shape[0] : 1, .cols = t->shape[t->ndim - 1]};
+    atomic_init(&s.bad_row, INT64_MAX);
+    if (!t->data || !tensor_contiguous(t) ||
+        (t->dt != DT_F32 && t->dt != DT_F16 && t->dt != DT_BF16))
+        return OK;
+    pool_run(dev_pool(w->d), scan_item, &s, s.rows);
+    const int64_t row = atomic_load(&s.bad_row);
+    if (row == INT64_MAX) return OK;
+    int64_t col = 0;
+    while (col < s.cols - 1 && finite_at(t, scan_row(&s, row), col)) col++;
+    return err_set(e, E_INPUT,
+                   "%s: layer %d: %s: %s row %" PRId64 " column %" PRId64
+                   ": expected a finite number, found nan or infinity",
+                   weights_path(w->src), (int)layer, role_name(r), part, row, col);
+}
+
+static err_code check_layer(layer_walk *w, int32_t layer, err *e)
+{
+    tensor_role roles[7];
+    tensor norm;
+    const tensor_role norms[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM};
+    const int n = model_block_linears(w->m, roles);
+    for (int i = 0; i < 2; i++) {
+        TRY(weights_tensor(w->src, norms[i], layer, &norm, e));
+        TRY(check_finite(w, &norm, layer, norms[i], "weight", e));
+    }
+    for (int i = 0; i < n; i++) {
+        linear_view v;
+        TRY(weights_linear(w->src, roles[i], layer, -1, &v, e));
+        if (!v.w4) TRY(check_finite(w, &v.dense, layer, roles[i], "weight", e));
+        TRY(check_finite(w, &v.bias, layer, roles[i], "bias", e));
+    }
+    return OK;
+}
+
+err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
+{
+    if (w->bound) {
+        weights_release(w->src, w->b.layer);
+        block_free(&w->b);
+        w->bound = false;
+    }
+    weights_prefetch(w->src, layer);
+    TRY(check_layer(w, layer, e));
+    TRY(block_bind(&w->b, w->d, w->src, layer, e));
+    w->bound = true;
+    return OK;
+}
+
+/* ---- running ---- */
+
+/* x act [n*seqlen, hidden] on the device, in place. */
+static err_code forward(layer_walk *w, const block *b, int32_t n, tensor *x, tap_fn tap,
+                        void *tap_ctx, err *e)
+{
+    batch_rows rows = w->full;
+    const kv_layer kv = kv_layer_view(w->kv, 0);
+    rows.seqs = n;
+    rows.pos.shape[0] = (int64_t)n * w->seqlen;
+    rows.seq_start.shape[0] = n + 1;
+    rows.kv_len.shape[0] = n;
+    rows.block_table.shape[0] = n;
+    return block_forward(b, w->d, w->scratch, &w->rope, x, &kv, &rows, tap, tap_ctx, e);
+}
+
+err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n, tap_fn tap,
+                         void *tap_ctx, tensor *y, err *e)
+{
+    const int64_t rows = (int64_t)n * w->seqlen;
+    const tensor from = act_rows(w, w->states, (int64_t)first * w->seqlen, rows, MEM_HOST);
+    tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d));
+    TRY(dev_copy(w->d, &x, &from, e));
+    err failure = {0};
+    const err_code rc = forward(w, b, n, &x, tap, tap_ctx, &failure);
+    if (rc != OK && !(rc == E_CANCELED && tap)) {
+        *e = failure;
+        return rc;
+    }
+    if (rc == OK && y) *y = x;
+    return dev_sync(w->d, e);
+}
+
+static err_code run_pass(layer_walk *w, int32_t first, int32_t n, bool keep, tap_fn tap,
+                         void *tap_ctx, err *e)
+{
+    tensor to = act_rows(w, w->states, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen,
+                         MEM_HOST),
+           y;
+    if (keep) return layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, NULL, e);
+    if (dev_mem(w->d) == MEM_HOST) return forward(w, &w->b, n, &to, tap, tap_ctx, e);
+    TRY(layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, &y, e));
+    TRY(dev_copy(w->d, &to, &y, e));
+    return dev_sync(w->d, e);
+}
+
+err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, const walk_progress *p,
+                        err *e)
+{
+    for (int32_t at = 0; at < w->windows; at += w->per_pass) {
+        const int32_t n = w->windows - at < w->per_pass ? w->windows - at : w->per_pass;
+        TRY(job_check(p->j, e));
+        TRY(run_pass(w, at, n, keep, tap, tap_ctx, e));
+        job_step(p->j, p->stage, "window", p->base + at + n, p->total);
+    }
+    return OK;
+}

@@ -1,0 +1,46 @@
+/* A model layer by layer: one block bound at a time, the hidden states of all windows in host memory, passes of
+ * a few windows through the block. What calibration and search share. */
+#ifndef TMF_RUNTIME_LAYER_WALK_H
+#define TMF_RUNTIME_LAYER_WALK_H
+
+#include "base/job.h"
+#include "runtime/block.h"
+
+typedef struct layer_walk layer_walk;
+
+/* Host and device memory that opening takes, the states of all windows included. */
+size_t layer_walk_bytes(const device *d, const model_desc *m, weight_src *src, int32_t windows,
+                        int32_t seqlen);
+
+/* tokens i32 [windows,seqlen]; every window is a sequence of its own from position 0. The states start as the
+ * embeddings. d and src are borrowed until close. */
+err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const tensor *tokens,
+                         err *e);
+void layer_walk_close(layer_walk **w);
+
+/* [windows*seqlen, hidden] of dev_act's type on the host: to save and to restore. */
+tensor layer_walk_states(layer_walk *w);
+int32_t layer_walk_windows_per_pass(const layer_walk *w);
+
+/* Binds a layer, after looking through its weights: E_INPUT "layer 3: gate: row 5 column 7: ... nan". Unbinds
+ * what was bound before. */
+err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e);
+const block *layer_walk_block(const layer_walk *w);
+
+/* Progress of a run within the whole job: base..base+windows of total. */
+typedef struct {
+    const job *j;
+    const char *stage;
+    int64_t base, total;
+} walk_progress;
+
+/* All windows through the bound block, in order; the states become its output unless `keep`. */
+err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, const walk_progress *p,
+                        err *e);
+/* One pass by itself: the states of `n` windows from `first` go through `b` (the bound block or a variant of it)
+ * into scratch; the states stay. *y: the block's output, valid until the next pass. NULL when not wanted. A tap
+ * that returns E_CANCELED ends the pass early: layer_walk_pass then returns OK and *y is unset. */
+err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n, tap_fn tap,
+                         void *tap_ctx, tensor *y, err *e);
+
+#endif
