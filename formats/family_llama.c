@@ -1,6 +1,4 @@
 /* Llama 1, 2, 3, 3.1, 3.2 and what took over their names and config. */
-#include <stdio.h>
-
 #include "formats/family_common.h"
 
 static err_code read_config(const cJSON *config, model_desc *out, err *e)

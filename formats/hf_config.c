@@ -67,11 +67,10 @@ static err_code parse_generation(const hf_text *text, model_desc *m, err *e)
 {
     cJSON *o;
     TRY(json_parse(&o, text->text, text->n, "generation_config.json", e));
-    err_code rc = OK;
-    if (cJSON_IsObject(o) && (rc = family_read_ids(o, "eos_token_id", m, &m->eos, e)) != OK)
-        rc = err_wrap(e, "generation_config.json");
+    const err_code rc = cJSON_IsObject(o) ? family_read_ids(o, "eos_token_id", m, &m->eos, e)
+                                          : err_set(e, E_INPUT, "expected an object");
     cJSON_Delete(o);
-    return rc;
+    return rc == OK ? OK : err_wrap(e, "generation_config.json");
 }
 
 static err_code read_config(const cJSON *config, model_desc *m, hf_quant *q, const family **f, err *e)

@@ -1,8 +1,11 @@
 /* One interface over every weight container: 16-bit HF directory, AWQ HF directory, TurboMind workspace,
- * and memory (tests). Views are borrowed and stay valid until weights_close. */
+ * and memory (tests). Views are borrowed and stay valid until weights_close. A source is used by one thread at
+ * a time; the memory behind its views may be read by many. Files are mapped: their sizes are checked at open,
+ * and a file that another process shortens while it is open ends the reader with SIGBUS, as any mapping. */
 #ifndef TMF_FORMATS_WEIGHTS_H
 #define TMF_FORMATS_WEIGHTS_H
 
+#include "base/job.h"
 #include "formats/model.h"
 
 typedef struct weight_src weight_src;
@@ -16,7 +19,8 @@ typedef struct {
 } linear_view;
 
 /* Detects the kind: "triton_models" inside is a workspace; config.json with quantization_config an AWQ
- * directory; else a 16-bit HF directory. A path that is none: E_INPUT saying what was looked for. */
+ * directory; else a 16-bit HF directory. A path that is none: E_INPUT saying what was looked for; E_IO when it
+ * does not exist. What is checked at open: hf_dir.h, tm_store.h. */
 err_code weights_open(weight_src **out, const char *path, err *e);
 void weights_close(weight_src **s);
 src_kind weights_kind(const weight_src *s);
@@ -35,8 +39,19 @@ bool weights_has(weight_src *s, tensor_role r, int32_t layer, int32_t expert);
 /* Hints for streaming: the pages of a layer are needed soon / may go. */
 void weights_prefetch(weight_src *s, int32_t layer);
 void weights_release(weight_src *s, int32_t layer);
-/* bf16 values that do not fit f16, per tensor: calls `each` for every tensor that has some. */
+
+/* ---- content checks: one pass at several GB/s over memory that is about to be used anyway ---- */
+/* bf16 and f32 values that become infinite in f16, per tensor: called for every tensor that has some. */
 typedef void (*weights_overflow_fn)(void *ud, const char *tensor, int64_t count, float largest);
+/* One float vector or matrix with a unit stride (E_SHAPE for others). E_INPUT "<name>: element [3,17]: expected a finite number, got nan". Counts
+ * what f16 does not hold, and the largest magnitude of it; both may be NULL. */
+err_code weights_check_tensor(const tensor *t, const char *name, int64_t *overflows, float *largest, err *e);
+/* Every float tensor of a layer, -1 for embedding, final norm and head: weights, biases, scales. Walks over
+ * layers call it as they come to one; the pages are read once. `each` may be NULL. */
+err_code weights_check_layer(weight_src *s, int32_t layer, weights_overflow_fn each, void *ud, err *e);
+/* The whole source, layer by layer, releasing each: for tools that read it all beforehand. Progress and stop
+ * through j. */
+err_code weights_check_finite(weight_src *s, const job *j, err *e);
 err_code weights_check_f16(weight_src *s, weights_overflow_fn each, void *ud, err *e);
 
 /* ---- implemented by the containers, not for callers ---- */
