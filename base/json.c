@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/file.h"
@@ -177,12 +178,51 @@ err_code json_opt_str(const cJSON *o, const char *key, const char *def, const ch
     return OK;
 }
 
+/* The shortest text that reads back as the same double; whole numbers without an exponent. */
+static void json_number(char *buf, size_t cap, double v)
+{
+    if (!isfinite(v)) {
+        (void)snprintf(buf, cap, "null");
+        return;
+    }
+    if (v == floor(v) && fabs(v) <= (double)JSON_I64_MAX) {
+        (void)snprintf(buf, cap, "%s%lld", v == 0 && signbit(v) ? "-" : "", (long long)v);
+        return;
+    }
+    for (int digits = 15; digits <= 17; digits++) {
+        (void)snprintf(buf, cap, "%.*g", digits, v);
+        if (strtod(buf, NULL) == v) return;
+    }
+}
+
+/* cJSON prints 15 digits of a number that 15 digits nearly describe: numbers become raw text
+ * first. */
+static bool json_fix_numbers(cJSON *o)
+{
+    for (cJSON *v = o; v; v = v->next) {
+        if (v->child && !json_fix_numbers(v->child)) return false;
+        if (!cJSON_IsNumber(v)) continue;
+        char text[40];
+        json_number(text, sizeof text, v->valuedouble);
+        const size_t n = strlen(text) + 1;
+        v->valuestring = cJSON_malloc(n);
+        if (!v->valuestring) return false;
+        memcpy(v->valuestring, text, n);
+        v->type = (v->type & ~0xff) | cJSON_Raw; /* the flags above stay */
+    }
+    return true;
+}
+
 err_code json_print(char **out, const cJSON *o, bool pretty, err *e)
 {
+    char *text = NULL;
     *out = NULL;
-    char *text = pretty ? cJSON_Print(o) : cJSON_PrintUnformatted(o);
-    if (!text) return err_set(e, E_NOMEM, "JSON text: out of memory");
-    const err_code rc = mem_strdup(out, text, e);
+    cJSON *copy = cJSON_Duplicate(o, true);
+    if (copy && json_fix_numbers(copy))
+        text = pretty ? cJSON_Print(copy) : cJSON_PrintUnformatted(copy);
+    const err_code rc = text ? mem_strdup(out, text, e)
+                             : err_set(e, E_NOMEM, "JSON text: out of memory");
     cJSON_free(text);
+    cJSON_Delete(copy);
     return rc;
 }

@@ -31,8 +31,8 @@ err_code json_opt_bool(const cJSON *o, const char *key, bool def, bool *out, err
 err_code json_get_str(const cJSON *o, const char *key, const char **out, err *e);
 err_code json_opt_str(const cJSON *o, const char *key, const char *def, const char **out, err *e);
 
-/* Builds. A NaN or infinity becomes null. Keys keep their order. Caller frees text with
- * mem_free. */
+/* Numbers read back as the same double. A NaN or infinity becomes null. Keys keep their order.
+ * Caller frees text with mem_free. */
 err_code json_print(char **out, const cJSON *o, bool pretty, err *e);
 bool json_utf8_valid(const char *s, size_t n);
 
