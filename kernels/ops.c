@@ -60,6 +60,7 @@ err_code op_gemm(device *d, tensor *y, const tensor *x, const tensor *w, const t
     TRY(check_tensor(d, x, "op_gemm: x", d->act, 2, SHAPE(-1, -1), e));
     TRY(check_weight(d, w, "op_gemm: w", 2, SHAPE(-1, x->shape[1]), e));
     TRY(check_contiguous(w, "op_gemm: w", e));
+    if (!w->shape[1]) return err_set(e, E_SHAPE, "op_gemm: x: no columns");
     TRY(check_tensor(d, y, "op_gemm: y", d->act, 2, SHAPE(x->shape[0], w->shape[0]), e));
     if (bias) TRY(check_weight(d, bias, "op_gemm: bias", 1, SHAPE(w->shape[0]), e));
     return tensor_count(y) ? d->ops.gemm(d, y, x, w, bias, add, e) : OK;
