@@ -11,11 +11,11 @@
 #include "base/half.h"
 #include "base/mem.h"
 
-#define TILE_K 64                /* one cache line of W4_CODES, and whole W4_TM_A tiles */
-#define TILE_WORDS 32            /* 256 columns: 128 bytes of a packed row */
-#define TILE_N (TILE_WORDS * 8)
-#define MAX_DIM ((int64_t)1 << 31) /* of k and n: keeps every product below 2^62 */
-#define TM_A_BIAS 0x5400u        /* bits of f16 64; 64+z is TM_A_BIAS | z << 4 for z in 0..63 */
+#define TILE_K     64 /* one cache line of W4_CODES, and whole W4_TM_A tiles */
+#define TILE_WORDS 32 /* 256 columns: 128 bytes of a packed row */
+#define TILE_N     (TILE_WORDS * 8)
+#define MAX_DIM    ((int64_t)1 << 31) /* of k and n: keeps every product below 2^62 */
+#define TM_A_BIAS  0x5400u /* bits of f16 64; 64+z is TM_A_BIAS | z << 4 for z in 0..63 */
 
 typedef struct {
     uint32_t w[TILE_K][TILE_WORDS];
@@ -201,7 +201,8 @@ static void read_tm_a(tile *p, const w4_weight *w, const tile_at *t)
             for (int c = 0; c < 8; c++) {
                 const int n = 8 * i + c;
                 const uint32_t *src = tm_a_tile(w, t->k0 + k, t->n0 + n);
-                word |= (src[tm_a_word(k % 32, n % 32)] >> tm_a_shift(k % 32, n % 32) & 15u) << 4 * c;
+                word |= (src[tm_a_word(k % 32, n % 32)] >> tm_a_shift(k % 32, n % 32) & 15u)
+                        << 4 * c;
             }
             p->w[k][i] = word;
         }
@@ -325,10 +326,11 @@ static err_code repack_groups(w4_weight *dst, const w4_weight *src, err *e)
                 for (int i = 0; i < 8; i++) {
                     z[i] = zero_at(src, g, n0 + i);
                     if (z[i] < lo || z[i] > hi)
-                        return err_set(e, E_UNSUPPORTED,
-                                       "zero of row %lld group %lld: %s holds integers %d..%d, got %g",
-                                       (long long)(n0 + i), (long long)g, w4_layout_name(dst->layout), lo,
-                                       hi, (double)zero_value(src, g, n0 + i));
+                        return err_set(
+                            e, E_UNSUPPORTED,
+                            "zero of row %lld group %lld: %s holds integers %d..%d, got %g",
+                            (long long)(n0 + i), (long long)g, w4_layout_name(dst->layout), lo, hi,
+                            (double)zero_value(src, g, n0 + i));
                 }
                 put_zeros(dst, g, n0, z);
                 put_scales(dst, src, g, n0);
@@ -386,10 +388,13 @@ static void part_shapes(int64_t k, int64_t n, int32_t group, w4_layout layout, d
 static err_code check_dims(int64_t k, int64_t n, int32_t group, w4_layout layout, err *e)
 {
     if (!on_disk(layout))
-        return err_set(e, E_UNSUPPORTED, "w4 layout %s is not a host layout", w4_layout_name(layout));
+        return err_set(e, E_UNSUPPORTED, "w4 layout %s is not a host layout",
+                       w4_layout_name(layout));
     if (k < 1 || n < 1 || k > MAX_DIM || n > MAX_DIM || group < 1)
-        return err_set(e, E_SHAPE, "w4 weight with k %lld, n %lld, group %d: expected positive sizes up to 2^31",
-                       (long long)k, (long long)n, group);
+        return err_set(
+            e, E_SHAPE,
+            "w4 weight with k %lld, n %lld, group %d: expected positive sizes up to 2^31",
+            (long long)k, (long long)n, group);
     if (k % group)
         return err_set(e, E_SHAPE, "group %d does not divide the %lld inputs", group, (long long)k);
     const layout_row *l = &layouts[layout];
@@ -397,8 +402,8 @@ static err_code check_dims(int64_t k, int64_t n, int32_t group, w4_layout layout
         return err_set(e, E_SHAPE, "layout %s needs inputs in multiples of %lld, got %lld", l->name,
                        (long long)l->k_unit, (long long)k);
     if (n % l->n_unit)
-        return err_set(e, E_SHAPE, "layout %s needs outputs in multiples of %lld, got %lld", l->name,
-                       (long long)l->n_unit, (long long)n);
+        return err_set(e, E_SHAPE, "layout %s needs outputs in multiples of %lld, got %lld",
+                       l->name, (long long)l->n_unit, (long long)n);
     return OK;
 }
 
@@ -508,6 +513,18 @@ err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e)
         }
     return OK;
 }
+
+void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0, int rows,
+                   int64_t n0, int cols)
+{
+    _Static_assert(W4_BLOCK_K == TILE_K && W4_BLOCK_N == TILE_N, "a block is a pivot tile");
+    const tile_at at = {k0, n0, rows, cols};
+    layouts[w->layout].read((tile *)(void *)out, w, &at);
+}
+
+f16 w4_scale(const w4_weight *w, int64_t n, int64_t group) { return scale_at(w, group, n); }
+
+float w4_zero(const w4_weight *w, int64_t n, int64_t group) { return zero_value(w, group, n); }
 
 int w4_code(const w4_weight *w, int64_t n, int64_t k)
 {

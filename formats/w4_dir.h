@@ -11,13 +11,14 @@
 typedef struct w4_dir_writer w4_dir_writer;
 
 typedef struct {
-    int32_t group;             /* of every W4 linear; must divide their inputs (E_SHAPE) */
-    uint32_t dense_roles;      /* bit r set: linears of role r stay f16, named in modules_to_not_convert */
-    int64_t shard_bytes;       /* 0: 4 GB (10^9); a tensor is never cut */
-    bool clamp_f16;            /* values beyond f16 become +-65504 with a warning; else E_INPUT naming them */
-    bool force;                /* replace what is at the output path */
-    const char *const *meta;   /* provenance "key", "value", ..., NULL: no paths, no times; NULL: none.
-                                  "parent" and "options" also go to the manifest */
+    int32_t group;        /* of every W4 linear; must divide their inputs (E_SHAPE) */
+    uint32_t dense_roles; /* bit r: role r stays f16, named in modules_to_not_convert */
+    int64_t shard_bytes;  /* 0: 4 GB (10^9); a tensor is never cut */
+    bool clamp_f16;       /* beyond f16: +-65504 with a warning; else E_INPUT naming them */
+    bool force;           /* replace what is at the output path */
+    /* Provenance "key", "value", ..., NULL: no paths, no times; NULL: none. "parent" and "options"
+     * also go to the manifest. */
+    const char *const *meta;
 } w4_dir_opts;
 
 /* `src` is what was quantized: it gives names, shapes, and the directory whose config.json and tokenizer
@@ -33,15 +34,16 @@ err_code w4_dir_tensor(w4_dir_writer *w, tensor_role r, int32_t layer, const ten
 err_code w4_dir_linear(w4_dir_writer *w, tensor_role r, int32_t layer, int32_t expert,
                        const w4_weight *codes, err *e);
 /* A linear of opts->dense_roles: weight [n,k], bias [n] or NULL. */
-err_code w4_dir_dense(w4_dir_writer *w, tensor_role r, int32_t layer, int32_t expert, const tensor *weight,
-                      const tensor *bias, err *e);
+err_code w4_dir_dense(w4_dir_writer *w, tensor_role r, int32_t layer, int32_t expert,
+                      const tensor *weight, const tensor *bias, err *e);
 /* Checks that everything was written, adds config, tokenizer files and manifest, renames. Nulls *w, also on
  * failure (what was written is removed). */
 err_code w4_dir_commit(w4_dir_writer **w, err *e);
 void w4_dir_abort(w4_dir_writer **w); /* NULL accepted */
 
 /* Bytes of the weight files that w4_dir_open would declare: for --dry-run. */
-err_code w4_dir_bytes(uint64_t *bytes, int64_t *tensors, const model_desc *m, const w4_dir_opts *o, err *e);
+err_code w4_dir_bytes(uint64_t *bytes, int64_t *tensors, const model_desc *m, const w4_dir_opts *o,
+                      err *e);
 /* Bytes that the writer allocates at most, beside what the caller holds. */
 size_t w4_dir_memory(const model_desc *m, const w4_dir_opts *o);
 

@@ -67,7 +67,8 @@ static w4_weight golden_codes(void)
     w4_weight w = make(64, 64, 64, W4_CODES);
     uint8_t *q = w.q.data;
     for (uint32_t k = 0; k < 64; k++)
-        for (uint32_t n = 0; n < 64; n++) q[n * 64 + k] = (uint8_t)((64 * k + n) * 2654435761u >> 28);
+        for (uint32_t n = 0; n < 64; n++)
+            q[n * 64 + k] = (uint8_t)((64 * k + n) * 2654435761u >> 28);
     memset(w.zeros.data, 8, 64);
     return w;
 }
@@ -77,13 +78,21 @@ static const struct {
     uint32_t first[4], last;
     const char *sha256;
 } golden[] = {
-    {W4_AWQ, {0x51d9b730, 0x40c8a62f, 0x3fb8951e, 0x2ea7841d}, 0xd9623fc8,
+    {W4_AWQ,
+     {0x51d9b730, 0x40c8a62f, 0x3fb8951e, 0x2ea7841d},
+     0xd9623fc8,
      "6e0b93c4ebd68cd66f83ae3027c47d3e86129cae7af2aafb99bee3bd28259fb3"},
-    {W4_TM_A, {0xef7866f0, 0xde6745de, 0xcd5634cd, 0xab4423bc}, 0xde6745de,
+    {W4_TM_A,
+     {0xef7866f0, 0xde6745de, 0xcd5634cd, 0xab4423bc},
+     0xde6745de,
      "656ee9075cb34924a08f9d5b928f70e5f693d00b34f49c86120d5badba6a716a"},
-    {W4_TM, {0x5b17d390, 0x4a06c28f, 0x39f5b18e, 0x28e4a17d}, 0xd39f6c28,
+    {W4_TM,
+     {0x5b17d390, 0x4a06c28f, 0x39f5b18e, 0x28e4a17d},
+     0xd39f6c28,
      "589a22b39f0dfb7a2c629e1387a111e2e46e0f55f0583fc0c62b0ddc3860829c"},
-    {W4_GPTQ, {0xe5c3a180, 0x7f6d4b29, 0x1807e5c3, 0xb2918f6d}, 0xd4b2a18f,
+    {W4_GPTQ,
+     {0xe5c3a180, 0x7f6d4b29, 0x1807e5c3, 0xb2918f6d},
+     0xd4b2a18f,
      "e7cab92d23d611a21d1b149aec8e164359ff6f1ede8128b7f94f6bf0d7524237"},
 };
 
@@ -110,8 +119,9 @@ END_TEST
 
 START_TEST(zeros_bits)
 {
-    w4_weight c = make(32, 32, 32, W4_CODES), awq = make(32, 32, 32, W4_AWQ), a = make(32, 32, 32, W4_TM_A),
-              tm = make(32, 32, 32, W4_TM), gptq = make(32, 32, 32, W4_GPTQ);
+    w4_weight c = make(32, 32, 32, W4_CODES), awq = make(32, 32, 32, W4_AWQ),
+              a = make(32, 32, 32, W4_TM_A), tm = make(32, 32, 32, W4_TM),
+              gptq = make(32, 32, 32, W4_GPTQ);
     for (int n = 0; n < 32; n++) {
         ((uint8_t *)c.zeros.data)[n] = (uint8_t)(n % 8 + 8);
         ((f16 *)c.scales.data)[n] = (f16)(0x2000 + n);
@@ -125,7 +135,8 @@ START_TEST(zeros_bits)
     ck_assert_uint_eq(((uint32_t *)gptq.zeros.data)[1], 0xedcba987u); /* zero - 1, in order */
     for (int n = 0; n < 32; n++) {
         const uint32_t z = (uint32_t)n % 8 + 8;
-        ck_assert_uint_eq(((uint32_t *)a.scales.data)[n], (0x2000u + (uint32_t)n) << 16 | 0x5400u | z << 4);
+        ck_assert_uint_eq(((uint32_t *)a.scales.data)[n],
+                          (0x2000u + (uint32_t)n) << 16 | 0x5400u | z << 4);
         ck_assert(f16_to_f32((f16)(((uint32_t *)a.scales.data)[n] & 0xffff)) == 64.0f + (float)z);
         ck_assert(f16_to_f32(((f16 *)tm.zeros.data)[n]) == (float)z);
         ck_assert_uint_eq(((f16 *)tm.scales.data)[n], 0x2000u + (uint32_t)n);
@@ -140,7 +151,8 @@ END_TEST
 
 static void assert_zero_refused(w4_layout from, w4_layout to, int zero, bool refused)
 {
-    w4_weight codes = make(32, 32, 32, W4_CODES), src = make(32, 32, 32, from), dst = make(32, 32, 32, to);
+    w4_weight codes = make(32, 32, 32, W4_CODES), src = make(32, 32, 32, from),
+              dst = make(32, 32, 32, to);
     err e = {0};
     memset(codes.zeros.data, 5, 32);
     ((uint8_t *)codes.zeros.data)[11] = (uint8_t)zero;
@@ -155,12 +167,12 @@ static void assert_zero_refused(w4_layout from, w4_layout to, int zero, bool ref
 
 START_TEST(zeros_out_of_range)
 {
-    assert_zero_refused(W4_CODES, W4_AWQ, 16, true);   /* a GPTQ zero that AWQ cannot hold */
+    assert_zero_refused(W4_CODES, W4_AWQ, 16, true); /* a GPTQ zero that AWQ cannot hold */
     assert_zero_refused(W4_GPTQ, W4_AWQ, 16, true);
-    assert_zero_refused(W4_CODES, W4_GPTQ, 0, true);   /* stored as zero - 1 */
+    assert_zero_refused(W4_CODES, W4_GPTQ, 0, true); /* stored as zero - 1 */
     assert_zero_refused(W4_AWQ, W4_GPTQ, 0, true);
     assert_zero_refused(W4_CODES, W4_GPTQ, 17, true);
-    assert_zero_refused(W4_CODES, W4_TM_A, 64, true);  /* 64+z leaves the exponent of 64 */
+    assert_zero_refused(W4_CODES, W4_TM_A, 64, true); /* 64+z leaves the exponent of 64 */
     assert_zero_refused(W4_TM, W4_AWQ, 255, true);
     assert_zero_refused(W4_GPTQ, W4_TM, 16, false);
     assert_zero_refused(W4_TM, W4_CODES, 255, false);
@@ -171,7 +183,8 @@ END_TEST
 START_TEST(fractional_zero)
 {
     static const float bad[] = {7.5f, -1.0f, 70000.0f /* inf as f16 */, 300.0f};
-    w4_weight tm = make(32, 32, 32, W4_TM), copy = make(32, 32, 32, W4_TM), awq = make(32, 32, 32, W4_AWQ);
+    w4_weight tm = make(32, 32, 32, W4_TM), copy = make(32, 32, 32, W4_TM),
+              awq = make(32, 32, 32, W4_AWQ);
     err e;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         ((f16 *)tm.zeros.data)[3] = f32_to_f16(bad[i]);
@@ -189,7 +202,10 @@ END_TEST
 
 /* ---- round trips: codes -> a -> b -> codes for every pair, sizes off the tile grid ---- */
 
-static const struct { int64_t k, n; int32_t group; } shapes[] = {
+static const struct {
+    int64_t k, n;
+    int32_t group;
+} shapes[] = {
     {32, 32, 32}, {64, 96, 32}, {128, 256, 128}, {192, 288, 64}, {96, 1056, 32}, {512, 64, 128},
 };
 
@@ -200,7 +216,8 @@ START_TEST(round_trip)
     w4_weight src = random_codes(k, n, g);
     for (int a = 0; a < N_LAYOUTS; a++)
         for (int b = 0; b < N_LAYOUTS; b++) {
-            w4_weight wa = make(k, n, g, all[a]), wb = make(k, n, g, all[b]), back = make(k, n, g, W4_CODES);
+            w4_weight wa = make(k, n, g, all[a]), wb = make(k, n, g, all[b]),
+                      back = make(k, n, g, W4_CODES);
             repack(&wa, &src);
             repack(&wb, &wa);
             repack(&back, &wb);
@@ -218,8 +235,8 @@ END_TEST
 /* AWQ and epoch C have no unit in k: groups such as 20 with k = 60 cross the byte blocks. */
 START_TEST(odd_inputs)
 {
-    w4_weight src = random_codes(60, 40, 20), awq = make(60, 40, 20, W4_AWQ), tm = make(60, 40, 20, W4_TM),
-              back = make(60, 40, 20, W4_CODES);
+    w4_weight src = random_codes(60, 40, 20), awq = make(60, 40, 20, W4_AWQ),
+              tm = make(60, 40, 20, W4_TM), back = make(60, 40, 20, W4_CODES);
     repack(&awq, &src);
     repack(&tm, &awq);
     repack(&back, &tm);
