@@ -63,11 +63,11 @@ static err_code writer_sync_parent(const char *final, err *e)
     const int n = base == final ? snprintf(dir, sizeof dir, ".")
                                 : snprintf(dir, sizeof dir, "%.*s", (int)(base - final), final);
     const int fd = n < 0 ? -1 : open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return err_sys(e, E_IO, errno, "cannot open directory '%s'", dir);
+    if (fd < 0) return err_sys(e, E_IO, errno, "cannot write '%s' (opening its directory)", final);
     const int rc = fsync(fd), errnum = errno;
     (void)close(fd);
     if (rc != 0 && errnum != EINVAL && errnum != EROFS)
-        return err_sys(e, E_IO, errnum, "cannot sync directory '%s'", dir);
+        return err_sys(e, E_IO, errnum, "cannot write '%s' (syncing its directory)", final);
     return OK;
 }
 
@@ -118,6 +118,7 @@ static err_code file_writer_create(file_writer *w, err *e)
         if (rc == OK && !stale) {
             if (ftruncate(w->fd, 0) == 0) return OK;
             rc = err_sys(e, E_IO, errno, "cannot write '%s'", w->final);
+            (void)unlink(w->temp);
         }
         (void)close(w->fd);
         w->fd = -1;
