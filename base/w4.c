@@ -526,6 +526,27 @@ f16 w4_scale(const w4_weight *w, int64_t n, int64_t group) { return scale_at(w, 
 
 float w4_zero(const w4_weight *w, int64_t n, int64_t group) { return zero_value(w, group, n); }
 
+w4_weight w4_inputs(const w4_weight *w, int64_t from, int64_t count)
+{
+    const int64_t g = w->group;
+    const int64_t unit = w->layout == W4_GPTQ ? 8 : w->layout == W4_TM_A ? 32 : 1;
+    w4_weight v = *w;
+
+    assert(from % g == 0 && count % g == 0 && from % unit == 0 && count % unit == 0);
+    v.k = count;
+    memset(&v.bias, 0, sizeof v.bias);
+    if (w->layout == W4_CODES) {
+        v.q = tensor_cols(&w->q, from, count);
+        v.scales = tensor_cols(&w->scales, from / g, count / g);
+        v.zeros = tensor_cols(&w->zeros, from / g, count / g);
+        return v;
+    }
+    v.q = tensor_rows(&w->q, from / unit, count / unit);
+    v.scales = tensor_rows(&w->scales, from / g, count / g);
+    if (w->zeros.data) v.zeros = tensor_rows(&w->zeros, from / g, count / g);
+    return v;
+}
+
 int w4_code(const w4_weight *w, int64_t n, int64_t k)
 {
     static const int inv[8] = {0, 4, 1, 5, 2, 6, 3, 7};

@@ -11,6 +11,7 @@
 #ifndef TMF_BASE_W4_H
 #define TMF_BASE_W4_H
 
+#include "base/half.h"
 #include "base/tensor.h"
 
 typedef enum { W4_CODES, W4_AWQ, W4_GPTQ, W4_TM, W4_TM_A, W4_DEVICE } w4_layout;
@@ -33,6 +34,17 @@ err_code w4_sizes(size_t *q, size_t *scales, size_t *zeros, int64_t k, int64_t n
  * on-disk layouts to any. E_UNSUPPORTED when a zero is not an integer in the target's range. */
 void w4_shape(w4_weight *w, int64_t k, int64_t n, int32_t group, w4_layout layout);
 err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e);
+/* View of inputs [from, from+count), without the bias: both multiples of the group, and of the layout's unit (8 for
+ * W4_GPTQ, 32 for W4_TM_A). */
+w4_weight w4_inputs(const w4_weight *w, int64_t from, int64_t count);
+/* Codes of rows [k0,k0+rows) and columns [n0,n0+cols) as W4_TM's sequential words: out[k-k0][(n-n0)/8],
+ * nibble n%8. k0 and n0 are multiples of the block, cols of 8. Any on-disk layout; the reader of device
+ * tilings. */
+enum { W4_BLOCK_K = 64, W4_BLOCK_N = 256 };
+void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0, int rows,
+                   int64_t n0, int cols);
+f16 w4_scale(const w4_weight *w, int64_t n, int64_t group);
+float w4_zero(const w4_weight *w, int64_t n, int64_t group);
 /* One row n as f32 (no f16 rounding): out[k]. Any on-disk layout. */
 void w4_dequant_row(float *out, const w4_weight *w, int64_t row);
 /* Code and zero of one place, for tests and compare. */

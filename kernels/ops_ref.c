@@ -1,4 +1,5 @@
 /* Fills the table with the references: complete, and right on any CPU. */
+#include "kernels/gemm_w4.h"
 #include "kernels/ref.h"
 
 static size_t scratch_bytes_ref(const device *d, const op_limits *l)
@@ -15,6 +16,9 @@ void ops_init_ref(op_table *t)
         .rmsnorm = rmsnorm_ref,
         .add = add_ref,
         .gemm = gemm_ref,
+        .gemm_w4 = gemm_w4_ref,
+        .w4_upload = w4_upload_cpu,
+        .w4_upload_bytes = w4_upload_bytes_cpu,
         .glu = glu_ref,
         .rope_kv = rope_kv_ref,
         .attn = attn_ref,
