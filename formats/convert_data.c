@@ -327,26 +327,11 @@ static err_code room_open(w4_room *r, const plan *p, int32_t group, err *e)
     return OK;
 }
 
-/* Inputs [from, from + rows) of an AWQ or W4_TM view. */
-static w4_weight input_band(const w4_weight *w, int64_t from, int64_t rows)
-{
-    w4_weight b = *w;
-    b.k = rows;
-    b.q = tensor_rows(&w->q, from, rows);
-    b.scales = tensor_rows(&w->scales, from / w->group, rows / w->group);
-    b.zeros = tensor_rows(&w->zeros, from / w->group, rows / w->group);
-    memset(&b.bias, 0, sizeof b.bias);
-    return b;
-}
-
 static err_code load_band(w4_room *r, const plan *p, int64_t k0, int64_t n, int32_t layer, err *e)
 {
     for (int i = 0; i < p->n_parts; i++) {
         const w4_weight *w = &p->part[i].q;
-        if (w->layout != W4_AWQ && w->layout != W4_TM)
-            return err_set(e, E_UNSUPPORTED, "layer %d: %s: layout %s", layer,
-                           role_name(p->role[i]), w4_layout_name(w->layout));
-        const w4_weight band = input_band(w, p->k_from + k0, n);
+        const w4_weight band = w4_inputs(w, p->k_from + k0, n);
         w4_shape(&r->part[i], n, w->n, w->group, W4_TM);
         if (w4_repack(&r->part[i], &band, e) != OK)
             return err_wrap(e, "layer %d: %s", layer, role_name(p->role[i]));

@@ -287,6 +287,30 @@ START_TEST(strided_target)
 }
 END_TEST
 
+/* Two halves along the inputs give the same as the whole. */
+START_TEST(input_views)
+{
+    w4_weight src = random_codes(128, 64, 32), want = make(128, 64, 32, W4_TM);
+    repack(&want, &src);
+    for (int l = 0; l < N_LAYOUTS; l++) {
+        w4_weight w = make(128, 64, 32, all[l]), got = make(128, 64, 32, W4_TM);
+        repack(&w, &src);
+        for (int64_t from = 0; from < 128; from += 64) {
+            const w4_weight part = w4_inputs(&w, from, 64);
+            w4_weight to = w4_inputs(&got, from, 64);
+            repack(&to, &part);
+        }
+        ck_assert_mem_eq(got.q.data, want.q.data, 128 * 64 / 2);
+        ck_assert_mem_eq(got.scales.data, want.scales.data, 4 * 64 * 2);
+        ck_assert_mem_eq(got.zeros.data, want.zeros.data, 4 * 64 * 2);
+        drop(&w);
+        drop(&got);
+    }
+    drop(&src);
+    drop(&want);
+}
+END_TEST
+
 START_TEST(refused_shapes)
 {
     size_t q, s, z;
@@ -337,6 +361,7 @@ int main(void)
     tcase_add_test(t, odd_inputs);
     tcase_add_test(t, dequant);
     tcase_add_test(t, strided_target);
+    tcase_add_test(t, input_views);
     tcase_add_test(t, refused_shapes);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
