@@ -118,7 +118,7 @@ static tensor act_rows(const layer_walk *w, void *base, int64_t first, int64_t r
     return t;
 }
 
-static err_code embed(layer_walk *w, const tensor *tokens, err *e)
+err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
 {
     dev_buf table_buf = {0}, ids_buf = {0};
     tensor host, table, ids;
@@ -154,7 +154,7 @@ static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
     TRY(kv_open(&w->kv, w->d, &o, e));
     TRY(open_rows(w, e));
     TRY(open_rope(w, e));
-    return embed(w, tokens, e);
+    return layer_walk_restart(w, tokens, e);
 }
 
 err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const tensor *tokens, err *e)
@@ -204,6 +204,7 @@ tensor layer_walk_states(layer_walk *w)
     return act_rows(w, w->states, 0, (int64_t)w->windows * w->seqlen, MEM_HOST);
 }
 
+int32_t layer_walk_windows(const layer_walk *w) { return w->windows; }
 int32_t layer_walk_windows_per_pass(const layer_walk *w) { return w->per_pass; }
 const block *layer_walk_block(const layer_walk *w) { return &w->b; }
 

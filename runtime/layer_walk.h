@@ -18,8 +18,12 @@ err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const ten
                          err *e);
 void layer_walk_close(layer_walk **w);
 
+/* The states are the embeddings again. */
+err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e);
+
 /* [windows*seqlen, hidden] of dev_act's type on the host: to save and to restore. */
 tensor layer_walk_states(layer_walk *w);
+int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 
 /* Binds a layer, after looking through its weights: E_INPUT "layer 3: gate: row 5 column 7: ... nan". Unbinds

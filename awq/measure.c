@@ -1,0 +1,174 @@
+/* Tiles and losses. Sums run over rows in order and tiles in order, in double, so that they depend neither on
+ * threads nor on anything but the shapes. */
+#include "awq/measure.h"
+
+#include <string.h>
+
+#include "awq/moments.h"
+#include "kernels/quant_group.h"
+
+#define TILE_ELEMS ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
+#define MIN_ROWS   64
+#define MIN_GROUP  32
+#define ROWS_MAX   8192
+
+static int64_t widest(const model_desc *m)
+{
+    const calib_block b = calib_shape(m);
+    int64_t k = 0;
+    for (int i = 0; i < b.n_taps; i++) k = b.tap[i].k > k ? b.tap[i].k : k;
+    return k;
+}
+
+static int64_t elems_of(const model_desc *m)
+{
+    const int64_t least = MIN_ROWS * widest(m);
+    return least > TILE_ELEMS ? least : TILE_ELEMS;
+}
+
+int64_t tile_rows(const quant_scratch *s, int64_t k)
+{
+    const int64_t n = s->elems / k;
+    return n < s->rows_max ? n : s->rows_max;
+}
+
+size_t quant_scratch_bytes(const model_desc *m)
+{
+    const size_t n = (size_t)elems_of(m), groups = n / MIN_GROUP;
+    return 2 * arena_need(n * sizeof(float)) + 3 * arena_need(groups * sizeof(float)) +
+           arena_need(groups * sizeof(f16)) + arena_need(groups) +
+           arena_need(ROWS_MAX * sizeof(double)) + arena_need(groups * sizeof(double));
+}
+
+quant_scratch quant_scratch_shape(const model_desc *m)
+{
+    return (quant_scratch){.elems = elems_of(m), .rows_max = ROWS_MAX};
+}
+
+err_code quant_scratch_init(quant_scratch *s, const model_desc *m, err *e)
+{
+    const size_t n = (size_t)elems_of(m), groups = n / MIN_GROUP;
+    *s = quant_scratch_shape(m);
+    struct {
+        void **out;
+        size_t bytes;
+    } const parts[] = {{(void **)&s->w, n * sizeof(float)},
+                       {(void **)&s->x, n * sizeof(float)},
+                       {(void **)&s->m0, groups * sizeof(float)},
+                       {(void **)&s->limit, groups * sizeof(float)},
+                       {(void **)&s->best, groups * sizeof(float)},
+                       {(void **)&s->scale, groups * sizeof(f16)},
+                       {(void **)&s->zero, groups},
+                       {(void **)&s->row, ROWS_MAX * sizeof(double)},
+                       {(void **)&s->sum, groups * sizeof(double)}};
+    TRY(arena_init(&s->mem, quant_scratch_bytes(m), "search scratch", e));
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        TRY(arena_get(&s->mem, parts[i].out, parts[i].bytes, e));
+    return OK;
+}
+
+void quant_scratch_free(quant_scratch *s) { arena_free(&s->mem); }
+
+err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e)
+{
+    *h = (second_moment){0};
+    if (b->o->loss == LOSS_WEIGHTS) return OK;
+    if (b->o->loss != LOSS_BLOCKS) return moments_get(b->moments, r, &h->full, e);
+    const calib_tap *t = calib_find(b->stats, r);
+    if (!t)
+        return err_set(e, E_INPUT, "layer %d: %s: expected statistics of its input, found none",
+                       (int)b->layer, role_name(r));
+    h->blocks = t->blocks;
+    return OK;
+}
+
+static err_code add_quad(const quant_block *b, const tensor *x, const tensor *h, double *loss,
+                         err *e)
+{
+    tensor out = tensor_1d(b->scratch->row, DT_F64, x->shape[0]);
+    TRY(op_quad(b->d, &out, x, h, e));
+    for (int64_t i = 0; i < x->shape[0]; i++) *loss += b->scratch->row[i];
+    return OK;
+}
+
+err_code moment_loss(const quant_block *b, const tensor *x, const second_moment *h, double *loss,
+                     err *e)
+{
+    *loss = 0;
+    if (h->full.data) return add_quad(b, x, &h->full, loss, e);
+    if (h->blocks.data) {
+        const int64_t g = h->blocks.shape[1];
+        for (int64_t i = 0; i < h->blocks.shape[0]; i++) {
+            const tensor cols = tensor_cols(x, i * g, g);
+            const tensor part = tensor_2d((float *)h->blocks.data + i * g * g, DT_F32, g, g);
+            TRY(add_quad(b, &cols, &part, loss, e));
+        }
+        return OK;
+    }
+    for (int64_t i = 0; i < x->shape[0]; i++) {
+        const float *row = (const float *)x->data + i * x->stride[0];
+        double sum = 0;
+        for (int64_t j = 0; j < x->shape[1]; j++) sum += (double)row[j] * row[j];
+        *loss += sum;
+    }
+    return OK;
+}
+
+/* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col. */
+static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l,
+                           const fold_linear *f, int64_t from, err *e)
+{
+    const int64_t n = w->shape[0], k = w->shape[1];
+    tensor scale = tensor_2d(b->scratch->scale, DT_F16, n, k / b->o->group);
+    tensor zero = tensor_2d(b->scratch->zero, DT_U8, n, k / b->o->group);
+    tensor col = tensor_1d(f && f->col ? f->col : NULL, DT_F32, k);
+    if (l) {
+        scale = tensor_rows(&l->scale, from, n);
+        zero = tensor_rows(&l->zero, from, n);
+    } else {
+        TRY(op_quant_range(b->d, &scale, &zero, w, NULL, b->o->group, e));
+    }
+    TRY(op_quant_error(b->d, w, w, &scale, &zero, col.data ? &col : NULL, b->o->group, e));
+    if (!f || !f->row) return OK;
+    for (int64_t i = 0; i < n; i++) {
+        float *row = (float *)w->data + i * k;
+        for (int64_t j = 0; j < k; j++) row[j] *= f->row[from + i];
+    }
+    return OK;
+}
+
+err_code linear_loss(const quant_block *b, tensor_role r, const fold *f, const plan_linear *l,
+                     double *loss, err *e)
+{
+    const fold_linear *fl = f ? fold_find(f, r) : NULL;
+    second_moment h;
+    linear_view v;
+    TRY(weights_linear(b->src, r, b->layer, -1, &v, e));
+    TRY(moment_of(b, r, &h, e));
+    const int64_t step = tile_rows(b->scratch, v.dense.shape[1]), n = v.dense.shape[0];
+    *loss = 0;
+    for (int64_t at = 0; at < n; at += step) {
+        tensor w = {.data = b->scratch->w};
+        double part;
+        TRY(job_check(b->j, e));
+        TRY(fold_rows(&w, &v.dense, fl, at, n - at < step ? n - at : step, b->layer, r, e));
+        TRY(tile_error(b, &w, l, fl, at, e));
+        TRY(moment_loss(b, &w, &h, &part, e));
+        *loss += part;
+    }
+    return OK;
+}
+
+err_code block_losses(const quant_block *b, block_plan *p, err *e)
+{
+    fold f;
+    err_code rc = OK;
+    TRY(fold_init(&f, b->m, p, e));
+    for (int i = 0; i < p->n_linears && rc == OK; i++) {
+        plan_linear *l = &p->linear[i];
+        rc = linear_loss(b, l->role, NULL, NULL, &l->loss_before, e);
+        if (rc == OK) rc = linear_loss(b, l->role, &f, l, &l->loss_after, e);
+    }
+    fold_free(&f);
+    return rc;
+}

@@ -1,0 +1,71 @@
+/* The table of quantization methods, and what a method is given. A method is one file method_<name>.c and one
+ * line in method.c: it fills a block_plan, and everything around it (layer loop, second moments, losses, resume,
+ * the artifact, packing) stays as it is. */
+#ifndef TMF_AWQ_METHOD_H
+#define TMF_AWQ_METHOD_H
+
+#include "base/job.h"
+#include "base/mem.h"
+#include "formats/calib_file.h"
+#include "formats/family.h"
+#include "formats/plan_file.h"
+#include "formats/weights.h"
+#include "kernels/ops.h"
+
+/* What errors are weighted by, when candidates are compared and in the losses that are reported. */
+typedef enum {
+    LOSS_WEIGHTS, /* nothing: the sum of squared weight errors (no calib file) */
+    LOSS_BLOCKS,  /* the g x g diagonal blocks of H in the calib file: no forward pass needed */
+    LOSS_GRAM,    /* tr(E H E^T) with the whole H, accumulated layer by layer */
+    LOSS_MODULE /* ratios by the squared error of the attention's or FFN's output, as llm-awq does;
+                     reported losses are LOSS_GRAM's */
+} loss_kind;
+const char *loss_name(loss_kind l);
+
+typedef struct {
+    int32_t group;
+    loss_kind loss;
+} quant_opts;
+
+typedef struct quant_scratch quant_scratch; /* awq/measure.h */
+typedef struct moment_source moment_source; /* awq/moments.h */
+typedef struct layer_walk layer_walk;       /* runtime/layer_walk.h */
+
+/* One block as a method sees it; everything is borrowed for the call. */
+typedef struct {
+    device *d;
+    weight_src *src; /* dense */
+    const model_desc *m;
+    const family *fam;
+    int32_t layer;
+    const quant_opts *o;
+    const calib_block *stats; /* NULL without a calib file */
+    moment_source *moments;   /* H by tap; NULL unless LOSS_GRAM or LOSS_MODULE */
+    layer_walk *walk;         /* the bound block and the states that enter it; NULL likewise */
+    quant_scratch *scratch;
+    arena *mem; /* what the plan points to: factors and codes */
+    const job *j;
+} quant_block;
+
+enum { METHOD_CALIB = 1 }; /* what a method cannot do without */
+
+typedef struct {
+    const char *name, *summary;
+    uint32_t needs;
+    loss_kind loss;   /* its own choice when --loss is not given and there is a calib file */
+    bool searches;    /* compares candidates: LOSS_MODULE means something */
+    bool fixes_codes; /* fills plan_linear.codes */
+    /* out comes from plan_shape with scale and zero allocated; factors come from b->mem (plan_factors). */
+    err_code (*plan_block)(const quant_block *b, block_plan *out, err *e);
+} quant_method;
+
+extern const quant_method method_rtn, method_lmdeploy, method_awq;
+const quant_method *method_find(const char *name); /* NULL when unknown */
+const quant_method *method_at(int i);              /* NULL behind the last */
+
+/* A group's factors, taken from b->mem and entered into `out`. */
+err_code plan_factors(const quant_block *b, block_plan *out, tensor_role source, float **s, err *e);
+/* Bytes of b->mem that any method may use for a block. */
+size_t plan_factors_bytes(const model_desc *m, bool codes);
+
+#endif

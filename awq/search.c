@@ -1,0 +1,391 @@
+/* The loop around a method: one block at a time, its second moments, its plan, its losses. */
+#include "awq/search.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "awq/measure.h"
+#include "awq/module_loss.h"
+#include "awq/moments.h"
+#include "runtime/layer_walk.h"
+
+typedef struct {
+    const search_opts *o;
+    device *d;
+    const job *j;
+    weight_src *src;
+    const model_desc *m;
+    const family *fam;
+    calib_file *calib;
+    const quant_method *method;
+    quant_opts q;
+    layer_walk *walk;
+    moment_source *moments;
+    quant_scratch scratch;
+    arena plan_mem; /* scales and zeros of a block, then what the method adds */
+    spool *spool;
+    double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
+    char options[160];
+} search;
+
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- inputs ---- */
+
+static err_code pick_method(search *s, err *e)
+{
+    char known[128] = "";
+    s->method = method_find(s->o->method);
+    if (s->method) return OK;
+    for (int i = 0; method_at(i); i++) {
+        const size_t used = strlen(known);
+        snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", method_at(i)->name);
+    }
+    return err_set(e, E_USAGE, "method '%s': expected one of %s", s->o->method, known);
+}
+
+static err_code pick_loss(search *s, err *e)
+{
+    const char *name = s->o->loss;
+    if (!s->calib && s->method->needs & METHOD_CALIB)
+        return err_set(e, E_USAGE, "method '%s' needs --calib", s->method->name);
+    s->q.loss = s->calib ? s->method->loss : LOSS_WEIGHTS;
+    for (loss_kind l = LOSS_WEIGHTS; name && l <= LOSS_MODULE; l++)
+        if (strcmp(name, loss_name(l)) == 0) {
+            s->q.loss = l;
+            name = NULL;
+        }
+    if (name)
+        return err_set(e, E_USAGE, "loss '%s': expected weights, blocks, gram or module", name);
+    if (s->q.loss != LOSS_WEIGHTS && !s->calib)
+        return err_set(e, E_USAGE, "loss '%s' needs --calib", loss_name(s->q.loss));
+    if (s->q.loss == LOSS_MODULE && !s->method->searches)
+        return err_set(e, E_USAGE,
+                       "loss 'module': method '%s' searches nothing, use gram or blocks",
+                       s->method->name);
+    return OK;
+}
+
+static err_code check_groups(const search *s, err *e)
+{
+    tensor_role roles[PLAN_LINEARS];
+    const int n = model_block_linears(s->m, roles);
+    for (int i = 0; i < n; i++) {
+        const int64_t k = model_linear_k(s->m, roles[i]);
+        if (k % s->q.group)
+            return err_set(e, E_UNSUPPORTED,
+                           "%s: group %d does not divide the %" PRId64 " inputs of %s",
+                           s->o->model_dir, (int)s->q.group, k, role_name(roles[i]));
+    }
+    return OK;
+}
+
+static err_code open_inputs(search *s, err *e)
+{
+    TRY(pick_method(s, e));
+    TRY(weights_open(&s->src, s->o->model_dir, e));
+    s->m = weights_desc(s->src);
+    s->fam = family_by_name(s->m->family);
+    if (s->m->w4_group || !s->fam)
+        return err_set(e, E_UNSUPPORTED, "%s: expected 16-bit weights, found 4-bit ones",
+                       s->o->model_dir);
+    if (s->m->experts)
+        return err_set(e, E_UNSUPPORTED, "%s: mixtures of experts are not supported",
+                       s->o->model_dir);
+    s->q.group = s->o->group;
+    TRY(check_groups(s, e));
+    if (s->o->calib_path) {
+        TRY(calib_open(&s->calib, s->o->calib_path, e));
+        TRY(calib_check_model(s->calib, s->m, weights_digest(s->src), e));
+    }
+    TRY(pick_loss(s, e));
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"}", (int)s->q.group,
+             loss_name(s->q.loss));
+    return OK;
+}
+
+static void close_all(search *s)
+{
+    spool_close(&s->spool);
+    moments_close(&s->moments);
+    layer_walk_close(&s->walk);
+    quant_scratch_free(&s->scratch);
+    arena_free(&s->plan_mem);
+    calib_close(&s->calib);
+    weights_close(&s->src);
+}
+
+static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE; }
+
+/* ---- memory ---- */
+
+static size_t plan_bytes(const search *s)
+{
+    block_plan p = plan_shape(s->m, s->q.group);
+    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes);
+    for (int i = 0; i < p.n_linears; i++)
+        n += arena_need(tensor_bytes(&p.linear[i].scale)) +
+             arena_need(tensor_bytes(&p.linear[i].zero));
+    return n;
+}
+
+/* What the search asks of the ops, beside the forward pass. */
+static op_limits search_limits(const search *s)
+{
+    const calib_block taps = calib_shape(s->m);
+    int64_t k = 0, rows = 0;
+    for (int i = 0; i < taps.n_taps; i++) k = taps.tap[i].k > k ? taps.tap[i].k : k;
+    for (int i = 0; i < taps.n_taps; i++) {
+        const int64_t r = tile_rows(&s->scratch, taps.tap[i].k);
+        rows = r > rows ? r : rows;
+    }
+    return (op_limits){.rows = (int32_t)rows,
+                       .k = k,
+                       .n = k,
+                       .heads = s->m->heads,
+                       .head_dim = s->m->head_dim,
+                       .max_kv = 1,
+                       .seqs = 1};
+}
+
+static bool all_moments(const search *s)
+{
+    return moments_bytes(s->m, true) <= (size_t)s->o->gram_bytes;
+}
+
+err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
+{
+    search s = {.o = o, .d = d};
+    *p = (memory_plan){0};
+    err_code rc = open_inputs(&s, e);
+    if (rc == OK) {
+        s.scratch = quant_scratch_shape(s.m);
+        const op_limits lim = search_limits(&s);
+        memory_plan_add(p, "program", memory_plan_process_bytes());
+        memory_plan_add(p, "search scratch", quant_scratch_bytes(s.m) + ops_reserve_bytes(d, &lim));
+        memory_plan_add(p, "plan of a block", plan_bytes(&s));
+    }
+    if (rc == OK && walks(&s)) {
+        const calib_info *c = calib_info_of(s.calib);
+        const int32_t per_pass = c->seqlen < 2048 ? 2048 / c->seqlen : 1;
+        memory_plan_add(p, "hidden states and forward pass",
+                        layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
+        memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (s.q.loss == LOSS_MODULE)
+            memory_plan_add(p, "module loss",
+                            module_loss_bytes(s.m, (int64_t)per_pass * c->seqlen));
+    }
+    close_all(&s);
+    return rc;
+}
+
+/* ---- one layer ---- */
+
+static err_code plan_alloc(search *s, block_plan *p, err *e)
+{
+    *p = plan_shape(s->m, s->q.group);
+    arena_reset(&s->plan_mem);
+    for (int i = 0; i < p->n_linears; i++) {
+        TRY(arena_get(&s->plan_mem, &p->linear[i].scale.data, tensor_bytes(&p->linear[i].scale),
+                      e));
+        TRY(arena_get(&s->plan_mem, &p->linear[i].zero.data, tensor_bytes(&p->linear[i].zero), e));
+    }
+    return OK;
+}
+
+static err_code search_layer(search *s, int32_t layer, const walk_progress *p, bool *advanced,
+                             err *e)
+{
+    calib_block stats;
+    block_plan plan;
+    double before = 0, after = 0;
+    quant_block b = {.d = s->d,
+                     .src = s->src,
+                     .m = s->m,
+                     .fam = s->fam,
+                     .layer = layer,
+                     .o = &s->q,
+                     .moments = s->moments,
+                     .walk = s->walk,
+                     .scratch = &s->scratch,
+                     .mem = &s->plan_mem,
+                     .j = s->j};
+    *advanced = false;
+    if (s->calib) {
+        TRY(calib_layer(s->calib, layer, &stats, e));
+        b.stats = &stats;
+    }
+    if (s->walk) {
+        TRY(layer_walk_bind(s->walk, layer, e));
+        TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM, advanced, p, e));
+    }
+    TRY(plan_alloc(s, &plan, e));
+    TRY(s->method->plan_block(&b, &plan, e));
+    TRY(block_losses(&b, &plan, e));
+    TRY(plan_put_layer(s->spool, layer, &plan, e));
+    for (int i = 0; i < plan.n_linears; i++) {
+        before += plan.linear[i].loss_before;
+        after += plan.linear[i].loss_after;
+        job_log(s->j, LOG_DEBUG, "layer %d: %s: loss %.6g -> %.6g", (int)layer,
+                role_name(plan.linear[i].role), plan.linear[i].loss_before,
+                plan.linear[i].loss_after);
+    }
+    job_log(s->j, LOG_INFO, "layer %d: loss %.6g -> %.6g (%.1f %%)", (int)layer, before, after,
+            before > 0 ? 100 * after / before : 100.);
+    return OK;
+}
+
+/* ---- the loop ---- */
+
+/* Saving may cost at most a twentieth of the time: then an interruption costs little and so does the insurance. */
+static err_code save_states(search *s, int32_t next, err *e)
+{
+    const double start = now_s(),
+                 pause = 20 * s->save_cost > s->o->save_s ? 20 * s->save_cost : s->o->save_s;
+    if (next >= s->m->layers || start - s->saved_at < pause) return OK;
+    const tensor states = layer_walk_states(s->walk);
+    TRY(spool_put_state(s->spool, next, &states, e));
+    s->saved_at = now_s();
+    s->save_cost = s->saved_at - start;
+    return OK;
+}
+
+static err_code first_layer(search *s, int32_t *first, err *e)
+{
+    *first = 0;
+    if (!s->walk) return OK;
+    tensor states = layer_walk_states(s->walk);
+    TRY(spool_get_state(s->spool, first, &states, e));
+    for (int32_t i = 0; i < *first; i++)
+        if (!spool_has(s->spool, i)) { /* its plan was damaged: begin again */
+            const tensor tokens = calib_tokens(s->calib);
+            *first = 0;
+            return layer_walk_restart(s->walk, &tokens, e);
+        }
+    return OK;
+}
+
+static err_code run_layers(search *s, err *e)
+{
+    const int64_t per_layer = s->walk ? layer_walk_windows(s->walk) : 1,
+                  total = per_layer * s->m->layers;
+    int32_t first;
+    TRY(first_layer(s, &first, e));
+    s->saved_at = now_s();
+    for (int32_t l = first; l < s->m->layers && spool_count(s->spool) < s->m->layers; l++) {
+        char stage[48];
+        bool advanced = false;
+        snprintf(stage, sizeof stage, "layer %d/%d", (int)l + 1, (int)s->m->layers);
+        const walk_progress p = {s->j, stage, l * per_layer, total};
+        TRY(job_check(s->j, e));
+        if (!spool_has(s->spool, l))
+            TRY(search_layer(s, l, &p, &advanced, e));
+        else if (s->walk)
+            TRY(layer_walk_bind(s->walk, l, e));
+        if (s->walk && !advanced && l + 1 < s->m->layers)
+            TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
+        job_step(s->j, stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);
+        if (s->walk) TRY(save_states(s, l + 1, e));
+    }
+    return OK;
+}
+
+static hash128 parent_calib(const search *s)
+{
+    return s->calib ? calib_digest(s->calib) : (hash128){"none"};
+}
+
+static err_code open_spool(search *s, search_summary *out, err *e)
+{
+    char text[512];
+    const hash128 calib = parent_calib(s);
+    snprintf(text, sizeof text, "%s plan %d %s %s %s %s", TMF_VERSION, PLAN_VERSION,
+             weights_digest(s->src), calib.hex, s->method->name, s->options);
+    const hash128 print = hash_xxh128(text, strlen(text));
+    const spool_opts o = {s->o->out_path, PLAN_KIND,    PLAN_VERSION,
+                          print.hex,      s->m->layers, s->o->force};
+    TRY(spool_open(&s->spool, &o, &out->fresh, e));
+    if (!out->fresh) out->resumed = spool_count(s->spool);
+    if (out->resumed)
+        job_log(s->j, LOG_INFO, "resuming: %d of %d layers are done", (int)out->resumed,
+                (int)s->m->layers);
+    return OK;
+}
+
+static err_code open_work(search *s, err *e)
+{
+    TRY(arena_init(&s->plan_mem, plan_bytes(s), "plan of a block", e));
+    TRY(quant_scratch_init(&s->scratch, s->m, e));
+    const op_limits lim = search_limits(s);
+    TRY(ops_reserve(s->d, &lim, e));
+    if (!walks(s)) return OK;
+    const tensor tokens = calib_tokens(s->calib);
+    TRY(layer_walk_open(&s->walk, s->d, s->src, &tokens, e));
+    return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, e);
+}
+
+static err_code finish(search *s, search_summary *out, err *e)
+{
+    const hash128 calib = parent_calib(s);
+    const plan_info info = {.layers = s->m->layers,
+                            .group = s->q.group,
+                            .method = s->method->name,
+                            .options = s->options,
+                            .loss = loss_name(s->q.loss == LOSS_MODULE ? LOSS_GRAM : s->q.loss),
+                            .model = weights_digest(s->src),
+                            .calib = calib.hex};
+    for (int32_t l = 0; l < s->m->layers; l++) {
+        double before, after;
+        TRY(plan_spooled_loss(s->spool, l, &before, &after, e));
+        out->before += before;
+        out->after += after;
+    }
+    out->loss = info.loss;
+    return plan_finish(s->spool, &info, NULL, 0, e);
+}
+
+/* The summary of a plan that was there already. */
+static err_code read_back(search *s, search_summary *out, err *e)
+{
+    plan_file *f = NULL;
+    block_plan p;
+    err_code rc = OK;
+    TRY(plan_open(&f, s->o->out_path, e));
+    for (int32_t l = 0; l < s->m->layers && rc == OK; l++) {
+        rc = plan_layer(f, l, &p, e);
+        for (int i = 0; rc == OK && i < p.n_linears; i++) {
+            out->before += p.linear[i].loss_before;
+            out->after += p.linear[i].loss_after;
+        }
+    }
+    out->loss = loss_name(s->q.loss == LOSS_MODULE ? LOSS_GRAM : s->q.loss);
+    plan_close(&f);
+    return rc;
+}
+
+err_code search_run(search_summary *out, device *d, const search_opts *o, const job *j, err *e)
+{
+    search s = {.o = o, .d = d, .j = j};
+    *out = (search_summary){0};
+    err_code rc = open_inputs(&s, e);
+    if (rc != OK) goto done;
+    out->layers = s.m->layers;
+    if ((rc = open_spool(&s, out, e)) != OK) goto done;
+    if (out->fresh) {
+        rc = read_back(&s, out, e);
+        goto done;
+    }
+    if ((rc = open_work(&s, e)) != OK) goto done;
+    if ((rc = run_layers(&s, e)) != OK) goto done;
+    rc = finish(&s, out, e);
+done:
+    close_all(&s);
+    return rc;
+}

@@ -1,0 +1,32 @@
+/* awq-search as a library call: model and calib file in, plan file out, layer by layer with resume. */
+#ifndef TMF_AWQ_SEARCH_H
+#define TMF_AWQ_SEARCH_H
+
+#include "awq/method.h"
+#include "runtime/memory_plan.h"
+
+typedef struct {
+    const char *model_dir;
+    const char *calib_path; /* NULL: none, for methods that can do without */
+    const char *out_path;
+    const char *method;
+    const char *loss; /* NULL: the method's own; "blocks", "gram", "module" */
+    int32_t group;
+    int64_t gram_bytes; /* second moments beyond this are gathered one at a time */
+    double save_s;      /* least seconds between two savings of the hidden states */
+    bool force;
+} search_opts;
+
+typedef struct {
+    int32_t layers, resumed; /* layers taken over from a killed run */
+    bool fresh;              /* the plan was there already */
+    double before, after;    /* sums over all layers */
+    const char *loss;        /* what they measure */
+} search_summary;
+
+/* What the run will hold; reads headers only. */
+err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e);
+/* E_CANCELED leaves finished layers in "<out_path>.part". */
+err_code search_run(search_summary *out, device *d, const search_opts *o, const job *j, err *e);
+
+#endif
