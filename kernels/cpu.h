@@ -10,7 +10,8 @@
 #define CPU_PASTE(a, b) CPU_PASTE_(a, b)
 #define CPU_FN(name) CPU_PASTE(name, CPU_SUFFIX)
 
-/* Scratch that the CPU variants of an op need; ops_cpu.c takes the largest. */
-size_t gram_cpu_scratch(const op_limits *l);
+/* Shared scratch that the CPU variants need; ops_cpu.c takes the largest. */
+size_t attn_cpu_scratch_avx2(const op_limits *l);
+size_t attn_cpu_scratch_avx512(const op_limits *l);
 
 #endif

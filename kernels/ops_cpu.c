@@ -1,25 +1,25 @@
 /* Puts the CPU variants over the references, in rising order of instruction sets. */
 #include "kernels/cpu.h"
-#include "kernels/gemm_w4.h"
 
 #if defined(__x86_64__)
 void ops_fill_avx2(op_table *t);
 void ops_fill_avx512(op_table *t);
 
+/* Ops run one at a time: the largest need of any, whatever the variant. */
 static size_t scratch_bytes_cpu(const device *d, const op_limits *l)
 {
+    const size_t need[] = {attn_cpu_scratch_avx2(l), attn_cpu_scratch_avx512(l)};
+    size_t most = 0;
     (void)d;
-    return gemm_w4_cpu_scratch(l);
+    for (size_t i = 0; i < sizeof need / sizeof *need; i++) most = need[i] > most ? need[i] : most;
+    return most;
 }
 
 void ops_init_cpu(op_table *t, uint32_t cpu_flags)
 {
-    if (cpu_flags & CPU_AVX2) {
-        ops_fill_avx2(t);
-        t->gemm_w4 = gemm_w4_cpu;
-        t->scratch_bytes = scratch_bytes_cpu;
-    }
+    if (cpu_flags & CPU_AVX2) ops_fill_avx2(t);
     if (cpu_flags & CPU_AVX512) ops_fill_avx512(t);
+    if (cpu_flags & CPU_AVX2) t->scratch_bytes = scratch_bytes_cpu;
 }
 #else
 void ops_init_cpu(op_table *t, uint32_t cpu_flags)

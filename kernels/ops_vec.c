@@ -3,5 +3,13 @@
 
 void CPU_FN(ops_fill)(op_table *t)
 {
+    t->embed = CPU_FN(embed_cpu);
+    t->rmsnorm = CPU_FN(rmsnorm_cpu);
+    t->add = CPU_FN(add_cpu);
     t->gemm = CPU_FN(gemm_cpu);
+    t->glu = CPU_FN(glu_cpu);
+    t->rope_kv = CPU_FN(rope_kv_cpu);
+    t->attn = CPU_FN(attn_cpu);
+    t->nll = CPU_FN(nll_cpu);
+    t->absstat = CPU_FN(absstat_cpu);
 }
