@@ -280,10 +280,8 @@ static err_code run_layers(search *s, err *e)
     TRY(first_layer(s, &first, e));
     s->saved_at = now_s();
     for (int32_t l = first; l < s->m->layers && spool_count(s->spool) < s->m->layers; l++) {
-        char stage[48];
         bool advanced = false;
-        snprintf(stage, sizeof stage, "layer %d/%d", (int)l + 1, (int)s->m->layers);
-        const walk_progress p = {s->j, stage, l * per_layer, total};
+        const walk_progress p = {s->j, "search", l * per_layer, total};
         TRY(job_check(s->j, e));
         if (!spool_has(s->spool, l))
             TRY(search_layer(s, l, &p, &advanced, e));
@@ -291,7 +289,7 @@ static err_code run_layers(search *s, err *e)
             TRY(layer_walk_bind(s->walk, l, e));
         if (s->walk && !advanced && l + 1 < s->m->layers)
             TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
-        job_step(s->j, stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);
+        job_step(s->j, p.stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);
         if (s->walk) TRY(save_states(s, l + 1, e));
     }
     return OK;

@@ -1,0 +1,120 @@
+/* awq-search: a model and its calib file in, a plan out. */
+#include <stdio.h>
+
+#include "awq/search.h"
+#include "tools/memory_text.h"
+#include "tools/tool.h"
+
+static struct {
+    const char *calib, *method, *loss, *out;
+    int64_t group, bits, gram_bytes;
+    bool search_scale;
+} opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
+
+static const cli_option options[] = {
+    {"calib", 0, CLI_STR, &opt.calib, "FILE", "what calib-collect wrote for this model"},
+    {"method", 0, CLI_CHOICE, &opt.method, "NAME",
+     "how to choose factors and ranges: rtn, lmdeploy or awq [awq]", .choices = "rtn|lmdeploy|awq"},
+    {"search-scale", 0, CLI_FLAG, &opt.search_scale, NULL, "the same as --method awq"},
+    {"loss", 0, CLI_CHOICE, &opt.loss, "NAME",
+     "what errors count by: gram (all of H), blocks (its diagonal blocks), module, weights [by "
+     "method]",
+     .choices = "gram|blocks|module|weights"},
+    {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
+     .lo = 32, .hi = 128, .alias = "w-group-size"},
+    {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 4, .hi = 4},
+    {"gram-memory", 0, CLI_BYTES, &opt.gram_bytes, "BYTES",
+     "second moments of a block beyond this are gathered one at a time [8G]"},
+    {"output", 'o', CLI_STR, &opt.out, "PLAN", "the plan file to write", .alias = "work-dir"},
+};
+
+static search_opts search_options(const tool_ctx *t)
+{
+    return (search_opts){.model_dir = t->args[0],
+                         .calib_path = opt.calib,
+                         .out_path = opt.out,
+                         .method = opt.search_scale || !opt.method ? "awq" : opt.method,
+                         .loss = opt.loss,
+                         .group = (int32_t)opt.group,
+                         .gram_bytes = opt.gram_bytes,
+                         .save_s = 20,
+                         .force = t->force};
+}
+
+static err_code check_options(err *e)
+{
+    if (!opt.out) return err_set(e, E_USAGE, "--output: expected a file name for the plan");
+    if (opt.search_scale && opt.method && opt.method[0] != 'a')
+        return err_set(e, E_USAGE, "--search-scale: expected method awq, got --method %s",
+                       opt.method);
+    if (opt.group != 32 && opt.group != 64 && opt.group != 128)
+        return err_set(e, E_USAGE, "--group-size: expected 32, 64 or 128, got %d", (int)opt.group);
+    return OK;
+}
+
+static err_code print_json(const search_opts *o, const search_summary *s, err *e)
+{
+    cJSON *j = cJSON_CreateObject();
+    cJSON_AddStringToObject(j, "method", o->method);
+    cJSON_AddNumberToObject(j, "group_size", o->group);
+    cJSON_AddNumberToObject(j, "layers", s->layers);
+    cJSON_AddNumberToObject(j, "resumed_layers", s->resumed);
+    cJSON_AddBoolToObject(j, "up_to_date", s->fresh);
+    cJSON_AddStringToObject(j, "loss", s->loss);
+    cJSON_AddNumberToObject(j, "loss_before", s->before);
+    cJSON_AddNumberToObject(j, "loss_after", s->after);
+    cJSON_AddNumberToObject(j, "seconds", tool_seconds());
+    const err_code rc = tool_print_json(j, e);
+    cJSON_Delete(j);
+    return rc;
+}
+
+static err_code report(const tool_ctx *t, const search_opts *o, const search_summary *s, err *e)
+{
+    char text[128];
+    snprintf(text, sizeof text, "%s, %s loss %.6g -> %.6g (%.1f %%)", o->method, s->loss, s->before,
+             s->after, s->before > 0 ? 100 * s->after / s->before : 100.);
+    if (s->fresh)
+        job_log(&t->job, LOG_INFO, "'%s' is up to date: %s", o->out_path, text);
+    else
+        tool_wrote(t, o->out_path, text);
+    return t->json ? print_json(o, s, e) : OK;
+}
+
+static err_code run(tool_ctx *t, err *e)
+{
+    const search_opts o = search_options(t);
+    search_summary s;
+    memory_plan plan;
+    device *d = NULL;
+    err_code rc;
+    TRY(check_options(e));
+    TRY(tool_device_open(t, &d, e));
+    rc = search_memory(&plan, d, &o, e);
+    if (rc == OK && t->dry_run) rc = tool_print_memory(&plan, t->json, e);
+    if (rc == OK && !t->dry_run) {
+        memory_plan_log(&plan, &t->job, LOG_INFO);
+        t->resumable = true;
+        rc = search_run(&s, d, &o, &t->job, e);
+        if (rc == OK) rc = report(t, &o, &s, e);
+    }
+    dev_close(&d);
+    return rc;
+}
+
+static const tool_command command = {
+    .usage = "MODEL_DIR --calib CALIB -o PLAN [options]",
+    .summary = "choose channel factors and weight ranges for 4-bit weights",
+    .examples = "  awq-search internlm2 --calib calib -o plan\n"
+                "  awq-search internlm2 --calib calib --method lmdeploy -o plan\n",
+    .options = options,
+    .n_options = sizeof options / sizeof *options,
+    .shared = TOOL_DEVICE | TOOL_DRY_RUN | TOOL_FORCE | TOOL_JSON,
+    .min_args = 1,
+    .max_args = 1,
+    .run = run};
+
+int main(int argc, char **argv)
+{
+    return tool_main(argc, argv, &(tool_spec){"awq-search", command.summary, &command, 1});
+}
