@@ -151,7 +151,7 @@ typedef struct {
     const void *row; /* k contiguous inputs from k_from, NULL: padding */
     dtype dt;
     int part;
-    int64_t index; /* row in its part, for messages */
+    int64_t first; /* its first element in its part, for messages */
 } source_row;
 
 /* Where each column of the target comes from. */
@@ -165,11 +165,11 @@ static void list_rows(source_row *rows, const plan *p)
             if (g->part < 0) continue;
             const tensor *t = &p->part[g->part].dense;
             const int64_t within = g->rope ? i % 2 * (g->count / 2) + i / 2 : i;
-            r->index = g->from + within;
+            const int64_t at = (g->from + within) * t->stride[0] + p->k_from;
             r->part = g->part;
             r->dt = t->dt;
-            r->row = (const char *)t->data +
-                     (size_t)(r->index * t->stride[0] + p->k_from) * dtype_bytes(t->dt);
+            r->first = at;
+            r->row = (const char *)t->data + (size_t)at * dtype_bytes(t->dt);
         }
     }
 }
@@ -185,7 +185,7 @@ static err_code transpose_tile(uint16_t *dst, int64_t ld, const source_row *rows
             continue;
         }
         const char *from = (const char *)rows[c].row + (size_t)k0 * dtype_bytes(rows[c].dt);
-        const int64_t first = rows[c].index * ld + k0; /* only named in errors */
+        const int64_t first = rows[c].first + k0;
         TRY(cast16_run(&cast[rows[c].part], tile[c], from, rows[c].dt, first, n_k, e));
     }
     for (int k = 0; k < n_k; k++)

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "formats/family.h"
 #include "formats/safetensors.h"
+#include "formats/w4_dir.h"
 #include "tests/support/tiny_weights.h"
 
 model_desc tiny_llama(void)
@@ -157,4 +158,44 @@ void tiny_dir_make(const char *dir, const model_desc *m, uint64_t seed)
     ck_assert_msg(tiny_open(&s, &o, &e) == OK, "%s", e.msg);
     ck_assert_msg(tiny_dir_write(dir, s, &e) == OK, "%s", e.msg);
     weights_close(&s);
+}
+
+static err_code feed_awq(w4_dir_writer *w, weight_src *codes, err *e)
+{
+    static const tensor_role roles[] = {ROLE_EMBED, ROLE_FINAL_NORM, ROLE_HEAD, ROLE_ATTN_NORM,
+                                        ROLE_FFN_NORM};
+    const model_desc *m = weights_desc(codes);
+    tensor_role linears[7];
+    const int n = model_block_linears(m, linears);
+    for (int32_t l = -1; l < m->layers; l++) {
+        for (int i = l < 0 ? 0 : 3; i < (l < 0 ? 3 : 5); i++) {
+            tensor t;
+            if (roles[i] == ROLE_HEAD && m->tied_embed) continue;
+            TRY(weights_tensor(codes, roles[i], l, &t, e));
+            TRY(w4_dir_tensor(w, roles[i], l, &t, e));
+        }
+        for (int i = 0; l >= 0 && i < n; i++) {
+            linear_view v;
+            TRY(weights_linear(codes, linears[i], l, -1, &v, e));
+            TRY(w4_dir_linear(w, linears[i], l, -1, &v.q, e));
+        }
+    }
+    return OK;
+}
+
+void tiny_awq_make(const char *out, const char *dense_dir, const model_desc *m, uint64_t seed,
+                   int32_t group)
+{
+    const tiny_opts t = {.desc = *m, .seed = seed, .w4_group = group};
+    const w4_dir_opts o = {.group = group};
+    weight_src *dense, *codes;
+    w4_dir_writer *w;
+    err e;
+    ck_assert_msg(weights_open(&dense, dense_dir, &e) == OK, "%s", e.msg);
+    ck_assert_msg(tiny_open(&codes, &t, &e) == OK, "%s", e.msg);
+    ck_assert_msg(w4_dir_open(&w, out, dense, &o, NULL, &e) == OK, "%s", e.msg);
+    ck_assert_msg(feed_awq(w, codes, &e) == OK, "%s", e.msg);
+    ck_assert_msg(w4_dir_commit(&w, &e) == OK, "%s", e.msg);
+    weights_close(&codes);
+    weights_close(&dense);
 }

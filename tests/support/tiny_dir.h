@@ -15,6 +15,9 @@ model_desc tiny_qwen2(void);     /* q, k, v biases, tied head */
 err_code tiny_dir_write(const char *dir, weight_src *src, err *e);
 /* tiny_open and tiny_dir_write in one: random weights in bf16. Ends the test on failure. */
 void tiny_dir_make(const char *dir, const model_desc *m, uint64_t seed);
+/* An AWQ directory of the same weights rounded to nearest; dense_dir gives the config. */
+void tiny_awq_make(const char *out, const char *dense_dir, const model_desc *m, uint64_t seed,
+                   int32_t group);
 void tiny_file_write(const char *dir, const char *name, const char *text);
 
 #endif
