@@ -74,11 +74,11 @@ static err_code check_index_file(const hf_shards *s, const cJSON *entry, err *e)
 
 static err_code list_from_index(hf_shards *s, const cJSON *map, const dir_list *files, err *e)
 {
-    const char *last = "";
+    const char *last = NULL;
     if (!cJSON_IsObject(map) || !map->child)
         return err_set(e, E_INPUT, "'%s/" HF_INDEX "': weight_map: expected an object with tensors", s->dir);
     for (const cJSON *c = map->child; c; c = c->next) {
-        if (cJSON_IsString(c) && strcmp(c->valuestring, last) == 0) continue; /* neighbours share a file */
+        if (last && cJSON_IsString(c) && strcmp(c->valuestring, last) == 0) continue; /* neighbours share a file */
         TRY(check_index_file(s, c, e));
         TRY(add_shard(s, c->valuestring, e));
         last = c->valuestring;
