@@ -11,7 +11,7 @@ typedef struct { const char *role, *content; } chat_message; /* "system", "user"
 
 typedef struct chat chat;
 
-/* `name`: a template's name (chat_names), or the path of a JSON file with LMDeploy's fields (system, eosys,
+/* `name`: a template's name (chat_name_at), or the path of a JSON file with LMDeploy's fields (system, eosys,
  * user, eoh, assistant, eoa, separator, stop_words, meta_instruction); unknown ones are E_USAGE. NULL: the
  * directory's chat_template if it is known by its text or by its marks (a note says so), else
  * family_default, else "base"; a template that is not known is noted through `j`. `t` is borrowed and must
@@ -20,8 +20,8 @@ err_code chat_open(chat **out, const tokenizer *t, const char *name, const char 
 void chat_close(chat **c); /* NULL accepted */
 const char *chat_name(const chat *c);
 bool chat_known(const char *name); /* a name that chat_open takes */
-/* The i-th name, NULL past the end; aliases are separate entries. For help and completion. */
-const char *chat_names(int i);
+/* The i-th name into buf (64 bytes), false past the end; aliases are names too. For help and completion. */
+bool chat_name_at(int i, char buf[64]);
 
 /* Appends the ids of a conversation, BOS included where the template or the tokenizer puts one.
  * meta_instruction: a system text used when messages[0] is not one; NULL: the template's own default, if its

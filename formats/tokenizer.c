@@ -176,9 +176,10 @@ static err_code encode_seg(const encoder *x, const token_seg *segs, int64_t i, i
     return encode_text(x, s->text + from, to - from, e);
 }
 
-err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs, token_list *out, err *e)
+err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs, bool begins,
+                               token_list *out, err *e)
 {
-    encoder x = { t, false, FRAG_FIRST, out };
+    encoder x = { t, false, begins ? FRAG_FIRST : FRAG_NEXT, out };
     for (int64_t i = 0; i < n_segs; i++, x.begin = FRAG_NEXT) {
         if (segs[i].id >= t->v.n)
             return err_set(e, E_INPUT, "token %d: the tokenizer has %d", segs[i].id, t->v.n);
@@ -186,6 +187,18 @@ err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_
         else TRY(encode_seg(&x, segs, i, n_segs, e));
     }
     return OK;
+}
+
+bool tokenizer_find_special(const tokenizer *t, const char *text, size_t n, size_t *at, size_t *len, int32_t *id)
+{
+    for (size_t i = 0; t->added.all.slots && i < n; i++) {
+        const int32_t k = trie_match(&t->added.all, text + i, n - i, len);
+        if (k < 0 || !t->added.tok[k].special) continue;
+        *at = i;
+        *id = t->added.tok[k].id;
+        return true;
+    }
+    return false;
 }
 
 /* ---- decoding ---- */
@@ -345,6 +358,14 @@ const char *tokenizer_chat_template(const tokenizer *t) { return t->chat_templat
 bool tokenizer_is_special(const tokenizer *t, int32_t id)
 {
     return id >= 0 && id < t->v.n && (t->v.piece[id].flags & PIECE_SPECIAL);
+}
+
+const char *tokenizer_string(const tokenizer *t, int32_t id, size_t *n)
+{
+    *n = 0;
+    if (id < 0 || id >= t->v.n || !(t->v.piece[id].flags & PIECE_SET)) return "";
+    *n = t->v.piece[id].raw_len;
+    return vocab_raw(&t->v, id);
 }
 
 const char *tokenizer_piece(const tokenizer *t, int32_t id, size_t *n)

@@ -35,7 +35,13 @@ err_code tokenizer_encode(const tokenizer *t, const char *text, size_t n, bool p
 /* Text in parts: plain text or, where id >= 0, one token (text unused). Special-token strings in the text
  * parts stay text, so this is how chat prompts are made from users' words. */
 typedef struct { const char *text; size_t n; int32_t id; } token_seg;
-err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs, token_list *out, err *e);
+err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs, bool begins,
+                               token_list *out, err *e); /* begins: nothing stands before */
+/* The first special token's string in text[0,n): false when there is none. */
+bool tokenizer_find_special(const tokenizer *t, const char *text, size_t n, size_t *at, size_t *len, int32_t *id);
+/* The string of a token as the files have it, also of special ones; "" for none. Borrowed, NUL-terminated
+ * unless it holds a NUL itself (see *n). */
+const char *tokenizer_string(const tokenizer *t, int32_t id, size_t *n);
 /* A long text in pieces: the largest p <= n such that text[0,p) and what follows, encoded one after another
  * with tokenizer_encode_part (only the first with `begins`), give the ids of the whole, whatever follows
  * text[0,n); 0 when no such place is known. No special tokens are parsed. */

@@ -79,7 +79,8 @@ typedef struct {
     tok_buf blob;
     added_token *tok; /* [cap], n used */
     int32_t n, cap;
-    added_trie raw, norm; /* over the text as it is, and over normalized text */
+    added_trie all;       /* every content: lookups */
+    added_trie raw, norm; /* those to match in text as it is, and in normalized text (tok_finish) */
     bool spaces;          /* some content has white space inside: no cuts before encoding */
 } added_set;
 /* Adds or, where the content is known, changes. */

@@ -210,6 +210,7 @@ err_code vocab_add(vocab *v, int32_t id, const char *raw, size_t n, const char *
     }
     if (v->piece[id].flags & PIECE_SET) TRY(vocab_demote(v, id, e));
     TRY(tok_buf_add(&v->blob, raw, n, e));
+    TRY(tok_buf_add(&v->blob, "", 1, e)); /* the NUL that callers of tokenizer_string count on */
     if (text && (text_n != n || memcmp(text, raw, n) != 0)) {
         p.text = v->blob.n;
         p.text_len = (uint32_t)text_n;
@@ -333,12 +334,11 @@ void trie_free(added_trie *t)
 
 /* ---- added tokens ---- */
 
-/* While tokens are collected, `raw` maps content to index; tok_finish rebuilds both tries for matching. */
 const added_token *added_find(const added_set *a, const char *s, size_t n)
 {
     size_t len = 0;
-    if (!a->raw.slots) return NULL;
-    const int32_t i = trie_match(&a->raw, s, n, &len);
+    if (!a->all.slots) return NULL;
+    const int32_t i = trie_match(&a->all, s, n, &len);
     return i >= 0 && len == n ? &a->tok[i] : NULL;
 }
 
@@ -348,12 +348,12 @@ err_code added_put(added_set *a, const char *s, size_t n, added_token t, err *e)
         return err_set(e, E_LIMIT, "added token %d: expected 1 to %d bytes, got %zu", t.id, TOK_MAX_ADDED_BYTES,
                        n);
     size_t len = 0;
-    int32_t i = a->raw.slots ? trie_match(&a->raw, s, n, &len) : -1;
+    int32_t i = a->all.slots ? trie_match(&a->all, s, n, &len) : -1;
     if (i < 0 || len != n) {
         TRY(table_grow((void **)&a->tok, a->n, &a->cap, sizeof *a->tok, e));
         t.at = a->blob.n;
         TRY(tok_buf_add(&a->blob, s, n, e));
-        TRY(trie_put(&a->raw, s, n, a->n, e));
+        TRY(trie_put(&a->all, s, n, a->n, e));
         i = a->n++;
     } else {
         t.at = a->tok[i].at;
@@ -367,6 +367,7 @@ err_code added_put(added_set *a, const char *s, size_t n, added_token t, err *e)
 
 void added_free(added_set *a)
 {
+    trie_free(&a->all);
     trie_free(&a->raw);
     trie_free(&a->norm);
     tok_buf_free(&a->blob);
