@@ -61,6 +61,8 @@ typedef struct {
     const char *name;
     const cli_spec *spec;
 } cli_command;
+/* Options (and commands, n > 0) as a part of a man page in scdoc's language. */
+void cli_man(const cli_spec *s, const cli_command *cmd, int n, FILE *out);
 void cli_completion_commands(const cli_spec *s, const cli_command *cmd, int n, const char *shell,
                              FILE *out);
 

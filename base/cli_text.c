@@ -269,3 +269,72 @@ void cli_completion(const cli_spec *s, const char *shell, FILE *out)
 {
     cli_completion_commands(s, NULL, 0, shell, out);
 }
+
+/* scdoc text: '*', '_' and '\' mean something inside words too. */
+static void cli_man_text(FILE *out, const char *s)
+{
+    for (; *s; s++) {
+        if (strchr("*_\\`", *s)) (void)fputc('\\', out);
+        (void)fputc(*s, out);
+    }
+}
+
+static void cli_man_option(const cli_option *o, FILE *out)
+{
+    if (o->letter) (void)fprintf(out, "*-%c*, ", o->letter);
+    (void)fprintf(out, "*--%s*", o->name);
+    if (o->arg) (void)fprintf(out, " _%s_", o->arg);
+    if (o->alias) (void)fprintf(out, ", *--%s*", o->alias);
+    (void)fputs("\n\t", out);
+    cli_man_text(out, o->help);
+    if (o->kind == CLI_CHOICE) {
+        (void)fputs(": one of ", out);
+        for (const char *c = o->choices; *c; c++) {
+            if (*c == '|')
+                (void)fputs(", ", out);
+            else
+                cli_man_text(out, (char[]){*c, '\0'});
+        }
+    }
+    (void)fputs("\n\n", out);
+}
+
+/* An option that every command has is told once, behind the commands. */
+static bool cli_man_common(const cli_option *o, const cli_command *cmd, int n)
+{
+    for (int i = 0; i < n; i++) {
+        bool there = false;
+        for (int k = 0; k < cmd[i].spec->n_options && !there; k++)
+            there = strcmp(cmd[i].spec->options[k].name, o->name) == 0 &&
+                    strcmp(cmd[i].spec->options[k].help, o->help) == 0;
+        if (!there) return false;
+    }
+    return n > 0;
+}
+
+static void cli_man_examples(const cli_spec *s, FILE *out)
+{
+    if (!s->examples || !*s->examples) return;
+    (void)fprintf(out, "Examples:\n\n```\n%s%s```\n\n", s->examples,
+                  s->examples[strlen(s->examples) - 1] == '\n' ? "" : "\n");
+}
+
+void cli_man(const cli_spec *s, const cli_command *cmd, int n, FILE *out)
+{
+    (void)fputs(n ? "# COMMANDS\n\n" : "# OPTIONS\n\n", out);
+    for (int i = 0; i < n; i++) {
+        const cli_spec *c = cmd[i].spec;
+        (void)fprintf(out, "## %s %s ", s->tool, cmd[i].name);
+        cli_man_text(out, c->usage);
+        (void)fputs("\n\n", out);
+        cli_man_text(out, c->summary);
+        (void)fputs("\n\n", out);
+        for (int k = 0; k < c->n_options; k++)
+            if (!cli_man_common(&c->options[k], cmd, n)) cli_man_option(&c->options[k], out);
+        cli_man_examples(c, out);
+    }
+    if (n) (void)fputs("# OPTIONS OF EVERY COMMAND\n\n", out);
+    for (int k = 0; k < s->n_options; k++)
+        if (n == 0 || cli_man_common(&s->options[k], cmd, n)) cli_man_option(&s->options[k], out);
+    if (n == 0) cli_man_examples(s, out);
+}

@@ -229,38 +229,50 @@ static err_code tool_help_commands(const tool_spec *s)
     return OK;
 }
 
+/* A command as the text generators want it. */
+typedef struct {
+    cli_spec spec;
+    cli_option options[TOOL_MAX_OPTIONS];
+} tool_row;
+
+static void tool_fill_row(tool_row *r, const char *tool_name, const tool_command *c)
+{
+    tool_shared unused = {0};
+    const int n = tool_options(r->options, &unused, c);
+    r->spec = (cli_spec){.tool = tool_name,
+                         .usage = c->usage,
+                         .summary = c->summary,
+                         .examples = c->examples,
+                         .options = r->options,
+                         .n_options = n};
+}
+
+/* "scdoc" is for the build: the generated part of the man page. */
 static err_code tool_complete(const tool_spec *s, const char *shell, err *e)
 {
     const int n = s->n_commands;
-    tool_shared shared = {0};
-    void *mem = NULL;
+    const bool single = n == 1 && !s->commands[0].name, man = strcmp(shell, "scdoc") == 0;
+    void *rows = NULL, *list = NULL;
     err_code rc;
-    struct complete {
-        cli_spec spec;
-        cli_command command;
-        cli_option options[TOOL_MAX_OPTIONS];
-    } * c;
-    if (strcmp(shell, "bash") != 0 && strcmp(shell, "zsh") != 0 && strcmp(shell, "fish") != 0)
+    if (!man && strcmp(shell, "bash") != 0 && strcmp(shell, "zsh") != 0 &&
+        strcmp(shell, "fish") != 0)
         return err_set(e, E_USAGE, "option '--completion': expected bash, zsh or fish, got '%s'",
                        shell);
-    cli_command *commands = NULL;
-    if ((rc = mem_alloc(&mem, (size_t)n, sizeof *c, "completion", e)) != OK) return rc;
-    c = mem;
-    if ((rc = mem_alloc(&mem, (size_t)n, sizeof *commands, "completion", e)) != OK) goto done;
-    commands = mem;
+    if ((rc = mem_alloc(&rows, (size_t)n, sizeof(tool_row), "completion", e)) != OK) goto done;
+    if ((rc = mem_alloc(&list, (size_t)n, sizeof(cli_command), "completion", e)) != OK) goto done;
+    tool_row *r = rows;
+    cli_command *commands = list;
     for (int i = 0; i < n; i++) {
-        const int n_options = tool_options(c[i].options, &shared, &s->commands[i]);
-        c[i].spec = (cli_spec){.tool = s->tool,
-                               .summary = s->commands[i].summary,
-                               .options = c[i].options,
-                               .n_options = n_options};
-        commands[i] = (cli_command){s->commands[i].name, &c[i].spec};
+        tool_fill_row(&r[i], s->tool, &s->commands[i]);
+        commands[i] = (cli_command){s->commands[i].name, &r[i].spec};
     }
-    const bool single = n == 1 && !s->commands[0].name;
-    cli_completion_commands(&c[0].spec, commands, single ? 0 : n, shell, stdout);
+    if (man)
+        cli_man(&r->spec, commands, single ? 0 : n, stdout);
+    else
+        cli_completion_commands(&r->spec, commands, single ? 0 : n, shell, stdout);
 done:
-    mem_free(commands);
-    mem_free(c);
+    mem_free(list);
+    mem_free(rows);
     return rc;
 }
 
