@@ -12,7 +12,6 @@
 #include "formats/family.h"
 #include "formats/model_files.h"
 #include "formats/tm_store.h"
-#include "formats/tokenizer.h"
 
 #define PATH_CAP 4096
 #define TM_GROUP 128 /* the only one that any LMDeploy loads */
@@ -90,19 +89,6 @@ static err_code decide_split(convert *c, err *e)
     return OK;
 }
 
-/* The tokenizer knows best; a directory without one that opens leaves what config.json says. */
-static void decide_ids(convert *c)
-{
-    tokenizer *t = NULL;
-    err ignored;
-    c->c.start_id = c->m.bos;
-    c->c.end_id = c->m.eos;
-    if (tokenizer_open(&t, weights_tokenizer_dir(c->src), &ignored) != OK) return;
-    c->c.start_id = tokenizer_bos(t);
-    if (tokenizer_eos(t) >= 0) c->c.end_id = tokenizer_eos(t);
-    tokenizer_close(&t);
-}
-
 static err_code set_text(char *dst, size_t cap, const char *what, const char *s, err *e)
 {
     if (strlen(s) >= cap)
@@ -150,7 +136,9 @@ static err_code decide(convert *c, err *e)
     c->c.session_len = c->o.session_len ? c->o.session_len : c->m.max_tokens;
     TRY(decide_split(c, e));
     TRY(decide_names(c, e));
-    decide_ids(c);
+    c->c.start_id =
+        c->m.bos; /* only v0.6.4 and v0.6.5 look at them; stop ids come from the json files */
+    c->c.end_id = c->m.eos;
     (void)snprintf(c->options, sizeof c->options,
                    "tp=%d dtype=%s session_len=%d model_name=%s chat_template=%s clamp=%d", c->c.tp,
                    c->c.m.w4_group ? "int4" : dtype_name(c->c.m.dt), c->c.session_len,
