@@ -37,15 +37,19 @@ err_code dev_open(device **out, const dev_opts *o, err *e)
 {
     void *p;
     *out = NULL;
-    if (o->kind != DEV_CPU) {
-        if (o->kind == DEV_CUDA)
-            return err_set(e, E_UNSUPPORTED, "device cuda: built without CUDA");
+#ifndef TMF_CUDA
+    if (o->kind == DEV_CUDA) return err_set(e, E_UNSUPPORTED, "device cuda: built without CUDA");
+#endif
+    if (o->kind != DEV_CPU && o->kind != DEV_CUDA)
         return err_set(e, E_USAGE, "device: unknown kind %d", (int)o->kind);
-    }
     TRY(mem_alloc(&p, 1, sizeof(device), "device", e));
     device *d = p;
     d->kind = o->kind;
+#ifdef TMF_CUDA
+    err_code rc = o->kind == DEV_CUDA ? device_cuda_open(d, o, e) : device_cpu_open(d, o, e);
+#else
     err_code rc = device_cpu_open(d, o, e);
+#endif
     if (rc == OK) rc = table_complete(d, e);
     if (rc != OK) {
         dev_close(&d);
@@ -74,6 +78,10 @@ memspace dev_mem(const device *d)
 dtype dev_act(const device *d)
 {
     return d->act;
+}
+dtype dev_resid(const device *d)
+{
+    return d->resid;
 }
 pool *dev_pool(device *d)
 {
@@ -142,4 +150,50 @@ err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e
     if (bytes <= d->shared_bytes) return OK;
     return err_set(e, E_LIMIT, "%s: needs %zu bytes of scratch, ops_reserve was told of %zu", op,
                    bytes, d->shared_bytes);
+}
+
+/* ---- recorded work ---- */
+
+struct dev_graph {
+    device *d;
+    void *graph;
+};
+
+bool dev_can_record(const device *d)
+{
+    return d->backend->record_begin != NULL;
+}
+
+err_code dev_record_begin(device *d, err *e)
+{
+    return d->backend->record_begin(d, e);
+}
+
+err_code dev_record_end(device *d, dev_graph **out, err *e)
+{
+    void *graph, *p;
+    *out = NULL;
+    TRY(d->backend->record_end(d, &graph, e));
+    const err_code rc = mem_alloc(&p, 1, sizeof(dev_graph), "recorded work", e);
+    if (rc != OK) {
+        d->backend->record_free(d, graph);
+        return rc;
+    }
+    *out = p;
+    (*out)->d = d;
+    (*out)->graph = graph;
+    return OK;
+}
+
+err_code dev_graph_run(dev_graph *g, err *e)
+{
+    return g->d->backend->record_run(g->d, g->graph, e);
+}
+
+void dev_graph_free(dev_graph **g)
+{
+    if (!g || !*g) return;
+    (*g)->d->backend->record_free((*g)->d, (*g)->graph);
+    mem_free(*g);
+    *g = NULL;
 }

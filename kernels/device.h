@@ -30,6 +30,7 @@ void dev_close(device **d);                                 /* NULL accepted */
 dev_kind dev_kind_of(const device *d);
 memspace dev_mem(const device *d);
 dtype dev_act(const device *d);          /* activations: DT_F32 on the CPU, DT_F16 on CUDA */
+dtype dev_resid(const device *d);        /* the residual stream: DT_F32 on both */
 pool *dev_pool(device *d);               /* host threads (also of a CUDA device, for host work) */
 const char *dev_name(const device *d);   /* "cpu (avx512-vnni, 2 threads)" */
 
@@ -41,5 +42,15 @@ err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
 /* A host tensor as the device sees it: on the CPU the same pointer (nothing copied, buf stays empty), on
  * CUDA a copy in `buf`. */
 err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
+
+/* Recorded work: ops between begin and end are not run but kept, and run again at each dev_graph_run with
+ * what their tensors hold then. Only on devices that can; shapes, pointers and host-side values (batch_rows'
+ * max_q and max_kv) are fixed at recording. Nothing may be allocated or copied from the host meanwhile. */
+typedef struct dev_graph dev_graph;
+bool dev_can_record(const device *d);
+err_code dev_record_begin(device *d, err *e);
+err_code dev_record_end(device *d, dev_graph **out, err *e); /* also after a failed op, to leave the state */
+err_code dev_graph_run(dev_graph *g, err *e);
+void dev_graph_free(dev_graph **g);
 
 #endif

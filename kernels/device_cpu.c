@@ -70,14 +70,15 @@ static void cpu_close(device *d)
 }
 
 static const dev_backend cpu_backend = {cpu_alloc,  cpu_release, cpu_copy, cpu_sync,
-                                        cpu_memory, cpu_upload,  cpu_close};
+                                        cpu_memory, cpu_upload,  cpu_close,
+                                        NULL,       NULL,        NULL,     NULL};
 
 err_code device_cpu_open(device *d, const dev_opts *o, err *e)
 {
     void *p;
     d->backend = &cpu_backend;
     d->mem = MEM_HOST;
-    d->act = DT_F32;
+    d->act = d->resid = DT_F32;
     if (o->threads < 0 || o->threads > 1024)
         return err_set(e, E_USAGE, "threads: expected 0 to 1024, got %d", o->threads);
     TRY(cpu_flags_get(&d->cpu_flags, o->isa, e));

@@ -40,12 +40,17 @@ typedef struct dev_backend {
     err_code (*memory)(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
     err_code (*upload)(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
     void (*close)(device *d); /* what dev_open of the backend made, scratch included */
+    /* recorded work; NULL where the device cannot */
+    err_code (*record_begin)(device *d, err *e);
+    err_code (*record_end)(device *d, void **graph, err *e);
+    err_code (*record_run)(device *d, void *graph, err *e);
+    void (*record_free)(device *d, void *graph);
 } dev_backend;
 
 struct device {
     dev_kind kind;
     memspace mem;
-    dtype act;
+    dtype act, resid;
     const dev_backend *backend;
     op_table ops;
     pool *workers;
@@ -54,6 +59,7 @@ struct device {
     uint8_t *worker_scratch; /* [threads][DEV_WORKER_BYTES] */
     void *shared_scratch;    /* [shared_bytes], NULL until ops_reserve */
     size_t shared_bytes;
+    void *backend_data; /* the backend's own */
     char name[64];
 };
 
@@ -63,5 +69,6 @@ static inline void *dev_worker(device *d, int worker)
 }
 
 err_code device_cpu_open(device *d, const dev_opts *o, err *e); /* fills all but kind */
+err_code device_cuda_open(device *d, const dev_opts *o, err *e); /* in builds with CUDA (TMF_CUDA) */
 
 #endif

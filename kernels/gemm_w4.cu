@@ -1,254 +1,262 @@
-/* W4A16 for few rows: every weight is read once, at the speed of memory.
- *
- * A warp owns `RT` tiles of 16 outputs and a run of k; eight warps of a block split k further, and a cluster
- * of blocks splits it again, so that every multiprocessor has bytes in flight whatever the shape. Partial
- * sums meet in shared memory, then through the cluster's distributed shared memory, always in the same
- * order. Weights are requested before the dependency wait: they belong to no earlier kernel. */
-#include <cooperative_groups.h>
+/* The W4 op on CUDA: tiling at load, few rows through the weight stream, many through f16 and cuBLAS. */
+#include "kernels/device_cuda.cuh"
+#include "kernels/gemm_w4.cuh"
 
-#include "gemm_w4.cuh"
-
-namespace cg = cooperative_groups;
-
-#define WARPS 8
-#define STEP_CHUNKS 2 /* a pipeline step is 128 inputs */
-
-/* 8 codes of one row pair to 4 half2 in fragment order, exactly (q - zero): 1024 + q sits in the low
- * nibbles, 1024 + 16 q in the high ones, and both differences are exact in f16. */
-struct zero_consts {
-    __half2 low[2], high[2]; /* [row g, row g + 8]: 1024 + z, -(64 + z) */
-};
-
-__device__ __forceinline__ void zero_prepare(zero_consts *z, uint2 p)
-{
-    const __half2 r[2] = {*(__half2 *)&p.x, *(__half2 *)&p.y};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const __half2 zz = __half2half2(__high2half(r[i]));
-        z->low[i] = __hadd2(__float2half2_rn(1024.f), zz);
-        z->high[i] = __hneg2(__hadd2(__float2half2_rn(64.f), zz));
-    }
+extern "C" {
+#include "base/w4.h"
 }
 
-__device__ __forceinline__ void unpack8(uint32_t a[4], uint32_t q, const zero_consts *z)
+#define THREADS 256
+/* Up to here several passes of the weight stream beat unpacking the weight for a dense product. */
+#define STREAM_ROWS 48
+#define DENSE_BYTES ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
+
+/* ---- tiling ---- */
+
+/* A weight as it lies on disk: q [k, n/8] words, zeros either packed alike [k/g, n/8] or f16 [k/g, n]. */
+typedef struct {
+    const uint32_t *q;
+    const __half *scales;
+    const void *zeros;
+    int n, k, group, first; /* first: row of the fused weight where this part begins */
+    bool awq;               /* nibble order 0,2,4,6,1,3,5,7 and packed zeros; else TurboMind */
+} disk_w4;
+
+__device__ __forceinline__ int nibble_of(bool awq, int col)
 {
-    const uint32_t lo = 0x000f000fu, hi = 0x00f000f0u, ex = 0x64006400u;
-    const __half2 sixteenth = __float2half2_rn(0.0625f);
-    uint32_t v;
-    /* Register i holds row g for even i, g + 8 for odd: i = 0, 2 are low nibbles, 1, 3 high ones. */
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(q), "r"(lo), "r"(ex));
-    *(__half2 *)&a[0] = __hsub2(*(__half2 *)&v, z->low[0]);
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(q), "r"(hi), "r"(ex));
-    *(__half2 *)&a[1] = __hfma2(*(__half2 *)&v, sixteenth, z->high[1]);
-    q >>= 8;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(q), "r"(lo), "r"(ex));
-    *(__half2 *)&a[2] = __hsub2(*(__half2 *)&v, z->low[0]);
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(q), "r"(hi), "r"(ex));
-    *(__half2 *)&a[3] = __hfma2(*(__half2 *)&v, sixteenth, z->high[1]);
+    return awq ? ((col & 1) << 2 | (col & 7) >> 1) : col & 7;
+}
+__device__ __forceinline__ uint32_t disk_code(const disk_w4 &s, int k, int n)
+{
+    return s.q[(size_t)k * (s.n / 8) + n / 8] >> (4 * nibble_of(s.awq, n)) & 15u;
 }
 
-/* One step of weights of one tile in registers. */
-struct step_regs {
-    uint4 q[STEP_CHUNKS];
-    uint2 p[4]; /* params of the groups of the step: 1, 2 or 4 */
-};
-
-template <int GROUP>
-__device__ __forceinline__ void load_step(step_regs *r, const w4_tiles &w, int tile, int step, int lane)
+/* One thread a row and 8 inputs. Rows g and g + 8 share bytes and may come from different parts: the buffer
+ * starts as zeros and nibbles are or-ed in, in any order. */
+__global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_bytes)
 {
-    const int groups_step = 128 / GROUP, groups = w.k / GROUP;
-    const uint4 *q = w.q + ((size_t)tile * w.chunks + (size_t)step * STEP_CHUNKS) * 32 + lane;
-    const bool second = step * STEP_CHUNKS + 1 < w.chunks;
-    r->q[0] = load_once16(q);
-    r->q[1] = second ? load_once16(q + 32) : make_uint4(0, 0, 0, 0);
-    const uint2 *p = w.params + ((size_t)tile * groups + (size_t)step * groups_step) * 8 + (lane >> 2);
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (int64_t)s.n * (s.k / 8)) return;
+    const int n = (int)(i % s.n), k = (int)(i / s.n) * 8;
+    const int row = s.first + n, tile = row / 16, g = row & 7, high = row >> 3 & 1;
+    const int unit = k / 128, step = k % 128 / 32, t = k % 32 / 8;
+    uint32_t *p = (uint32_t *)(data + ((size_t)tile * units + unit) * unit_bytes) +
+                  ((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2;
+    uint32_t word[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < groups_step; i++)
-        r->p[i] = step * groups_step + i < groups ? __ldg(p + i * 8) : make_uint2(0, 0);
+    for (int j = 0; j < 8; j++) word[j / 4] |= disk_code(s, k + j, n) << (8 * (j & 3) + 4 * high);
+    atomicOr(p, word[0]);
+    atomicOr(p + 1, word[1]);
 }
 
-/* Activations of half a chunk for the 8 columns of an mma: 8 values from k0 + 8 t of row `row`. */
-__device__ __forceinline__ uint4 load_x(const w4_call &c, int k, int row, int k0, int t)
+__global__ void w4_tile_params(uint8_t *data, disk_w4 s, int units, int unit_bytes)
 {
-    const int at = k0 + 8 * t;
-    if (row >= c.m || at >= k) return make_uint4(0, 0, 0, 0);
-    return *(const uint4 *)(c.x + (size_t)row * c.ldx + at);
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int groups = s.k / s.group;
+    if (i >= (int64_t)s.n * groups) return;
+    const int n = (int)(i % s.n), gr = (int)(i / s.n), row = s.first + n, k = gr * s.group;
+    const __half zero = s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
+                                                        (4 * nibble_of(true, n)) &
+                                                    15u))
+                              : ((const __half *)s.zeros)[(size_t)gr * s.n + n];
+    __half2 *p = (__half2 *)(data + ((size_t)(row / 16) * units + k / 128) * unit_bytes + 1024) +
+                 (k % 128 / s.group) * 16 + (row & 7) * 2 + (row >> 3 & 1);
+    *p = __halves2half2(s.scales[(size_t)gr * s.n + n], zero);
 }
 
-/* Multiplies a step of RT tiles into acc. */
-template <int RT, int NB, int GROUP>
-__device__ __forceinline__ void mul_step(float acc[RT][NB][4], const step_regs r[RT], const w4_tiles &w,
-                                         const w4_call &c, int step, int g, int t)
+/* Back to f16 rows [n0, n0 + rows) of the fused weight: out [rows, k]. One thread 8 inputs of a row. */
+__global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
 {
-    float part[RT][NB][4];
-#pragma unroll
-    for (int h = 0; h < 4; h++) { /* four halves of 32 inputs */
-        uint4 x[NB];
-#pragma unroll
-        for (int b = 0; b < NB; b++) x[b] = load_x(c, w.k, b * 8 + g, step * 128 + h * 32, t);
-#pragma unroll
-        for (int i = 0; i < RT; i++) {
-            const uint2 p = r[i].p[h * 32 / GROUP];
-            zero_consts z;
-            zero_prepare(&z, p);
-            if (h * 32 % GROUP == 0)
-#pragma unroll
-                for (int b = 0; b < NB; b++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) part[i][b][j] = 0.f;
-            const uint32_t *q = (const uint32_t *)&r[i].q[h / 2] + (h & 1) * 2;
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                uint32_t a[4];
-                unpack8(a, q[s], &z);
-#pragma unroll
-                for (int b = 0; b < NB; b++)
-                    mma_16816(part[i][b], a, s ? x[b].z : x[b].x, s ? x[b].w : x[b].y);
-            }
-            if ((h * 32 + 32) % GROUP == 0) {
-                const float s0 = __low2float(*(const __half2 *)&p.x);
-                const float s1 = __low2float(*(const __half2 *)&p.y);
-#pragma unroll
-                for (int b = 0; b < NB; b++) {
-                    acc[i][b][0] += s0 * part[i][b][0];
-                    acc[i][b][1] += s0 * part[i][b][1];
-                    acc[i][b][2] += s1 * part[i][b][2];
-                    acc[i][b][3] += s1 * part[i][b][3];
-                }
-            }
-        }
-    }
-}
-
-/* Writes one output (or a gate/up pair) of token `col`. */
-__device__ __forceinline__ void store_out(const w4_tiles &w, const w4_call &c, int tile, int row, int col,
-                                          float v, float up)
-{
-    if (col >= c.m) return;
-    if (w.glu) {
-        const int o = tile * 8 + row;
-        if (o >= w.n / 2) return;
-        const float s = v / (1.f + __expf(-v)) * up;
-        ((__half *)c.y)[(size_t)col * c.ldy + o] = __float2half_rn(s);
-        return;
-    }
-    const int o = tile * 16 + row;
-    if (o >= w.n) return;
-    if (w.bias) v += __half2float(w.bias[o]);
-    if (c.add)
-        ((float *)c.y)[(size_t)col * c.ldy + o] += v;
-    else
-        ((__half *)c.y)[(size_t)col * c.ldy + o] = __float2half_rn(v);
-}
-
-/* NT tile groups a block (each of RT tiles), KW = WARPS / NT slices of k in the block. */
-template <int RT, int NT, int NB, int GROUP, int DEPTH>
-__global__ void __launch_bounds__(WARPS * 32) gemm_w4_small_kernel(w4_tiles w, w4_call c)
-{
-    constexpr int KW = WARPS / NT, ROWS = RT * NT * 16, COLS = NB * 8;
-    __shared__ float sum[WARPS][RT * 16 * COLS];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int nt = warp % NT, kw = warp / NT;
-#if __CUDA_ARCH__ >= 900
-    cg::cluster_group cluster = cg::this_cluster();
-    const int rank = (int)cluster.block_rank(), ranks = (int)cluster.num_blocks();
-#else
-    const int rank = 0, ranks = 1;
-#endif
-    const int block = blockIdx.x / ranks;
-    const int tile0 = (block * NT + nt) * RT;
-    const int steps = (w.chunks + STEP_CHUNKS - 1) / STEP_CHUNKS;
-    const int slices = ranks * KW, slice = rank * KW + kw;
-    const int from = (int)((int64_t)steps * slice / slices), to = (int)((int64_t)steps * (slice + 1) / slices);
-
-    step_regs ring[DEPTH][RT];
-    float acc[RT][NB][4] = {};
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++)
-        if (from + d < to)
-#pragma unroll
-            for (int i = 0; i < RT; i++)
-                load_step<GROUP>(&ring[d][i], w, min(tile0 + i, w.tiles - 1), from + d, lane);
-    pdl_wait();
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int k8 = w.k / 8;
     pdl_launch();
-    for (int s0 = from; s0 < to; s0 += DEPTH) {
+    pdl_wait();
+    if (i >= (int64_t)rows * k8) return;
+    const int n = n0 + (int)(i / k8), k = (int)(i % k8) * 8;
+    const int ub = 1024 + 64 * (128 / w.group), g = n & 7, high = n >> 3 & 1, step = k % 128 / 32, t = k % 32 / 8;
+    const uint8_t *unit = w.data + ((size_t)(n / 16) * w.units + k / 128) * ub;
+    const uint2 q = *(const uint2 *)(unit + (((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2) * 4);
+    const __half2 p = ((const __half2 *)(unit + 1024))[(k % 128 / w.group) * 16 + g * 2 + high];
+    const float scale = __low2float(p), zero = __high2float(p);
+    __half v[8];
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            const int s = s0 + d;
-            if (s >= to) break;
-            mul_step<RT, NB, GROUP>(acc, ring[d], w, c, s, g, t);
-            if (s + DEPTH < to)
-#pragma unroll
-                for (int i = 0; i < RT; i++)
-                    load_step<GROUP>(&ring[d][i], w, min(tile0 + i, w.tiles - 1), s + DEPTH, lane);
-        }
+    for (int j = 0; j < 8; j++) {
+        const uint32_t word = j < 4 ? q.x : q.y, code = word >> (8 * (j & 3) + 4 * high) & 15u;
+        v[j] = __float2half_rn(((float)code - zero) * scale);
     }
-    /* Fragment order in shared memory: [i][b][j][lane], conflict free. */
-#pragma unroll
-    for (int i = 0; i < RT; i++)
-#pragma unroll
-        for (int b = 0; b < NB; b++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum[warp][((i * NB + b) * 4 + j) * 32 + lane] = acc[i][b][j];
-#if __CUDA_ARCH__ >= 900
-    if (ranks > 1)
-        cluster.sync();
-    else
-#endif
-        __syncthreads();
-    /* Every rank finishes its share of the block's outputs: pairs (row g, row g + 8) of one column. */
-    const int pairs = ROWS * COLS / 2;
-    for (int p = rank * WARPS * 32 + (int)threadIdx.x; p < pairs; p += ranks * WARPS * 32) {
-        const int l = p & 31, j = p >> 5 & 1, rest = p >> 6, b = rest % NB, i = rest / NB % RT, n = rest / NB / RT;
-        const int at = ((i * NB + b) * 4 + j) * 32 + l;
-        float v0 = 0.f, v1 = 0.f;
-        for (int r = 0; r < ranks; r++) {
-#if __CUDA_ARCH__ >= 900
-            const float *s = ranks > 1 ? cluster.map_shared_rank(&sum[0][0], r) : &sum[0][0];
-#else
-            const float *s = &sum[0][0];
-#endif
-#pragma unroll
-            for (int k = 0; k < KW; k++) {
-                const float *q = s + (size_t)(k * NT + n) * (RT * 16 * COLS) + at;
-                v0 += q[0];
-                v1 += q[64];
-            }
-        }
-        const int tile = (block * NT + n) * RT + i, row = l >> 2, col = b * 8 + 2 * (l & 3) + j;
-        if (tile >= w.tiles) continue;
-        if (w.glu)
-            store_out(w, c, tile, row, col, v0, v1);
-        else {
-            store_out(w, c, tile, row, col, v0, 0.f);
-            store_out(w, c, tile, row + 8, col, v1, 0.f);
-        }
-    }
-#if __CUDA_ARCH__ >= 900
-    if (ranks > 1) cluster.sync(); /* nobody leaves while its sums are read */
-#endif
+    *(uint4 *)(out + (size_t)(n - n0) * w.k + k) = *(const uint4 *)v;
 }
 
-template <int RT, int NT, int NB, int GROUP, int DEPTH>
-static cudaError_t launch_small(const w4_tiles *w, const w4_call *c, int ranks, cudaStream_t stream, bool pdl)
+static unsigned blocks_for(int64_t n)
 {
-    cudaLaunchConfig_t cfg = {};
-    cudaLaunchAttribute attr[2];
-    const int blocks = (w->tiles + RT * NT - 1) / (RT * NT);
-    cfg.gridDim = dim3((unsigned)(blocks * ranks));
-    cfg.blockDim = dim3(WARPS * 32);
-    cfg.stream = stream;
-    cfg.attrs = attr;
-    if (ranks > 1) {
-        attr[cfg.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attr[cfg.numAttrs].val.clusterDim.x = (unsigned)ranks;
-        attr[cfg.numAttrs].val.clusterDim.y = attr[cfg.numAttrs].val.clusterDim.z = 1;
-        cfg.numAttrs++;
-    }
-    if (pdl) {
-        attr[cfg.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attr[cfg.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-        cfg.numAttrs++;
-    }
-    return cudaLaunchKernelEx(&cfg, gemm_w4_small_kernel<RT, NT, NB, GROUP, DEPTH>, *w, *c);
+    return (unsigned)((n + THREADS - 1) / THREADS);
 }
+
+static w4_tiles tiles_of(const w4_weight *w)
+{
+    w4_tiles t = {};
+    t.data = (const uint8_t *)w->q.data;
+    t.bias = (const __half *)w->bias.data;
+    t.n = (int)w->n, t.k = (int)w->k, t.group = w->group;
+    t.tiles = (t.n + 15) / 16, t.units = (t.k + 127) / 128;
+    return t;
+}
+
+extern "C" {
+
+size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
+{
+    return (size_t)((n + 15) / 16) * (size_t)((k + 127) / 128) * (size_t)w4_unit_bytes(group) + (size_t)n * 2;
+}
+
+/* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host first. */
+static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int units, err *e)
+{
+    const cudaStream_t stream = cuda_of(d)->stream;
+    const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales), z = tensor_bytes(&src->zeros);
+    uint8_t *raw = NULL;
+    disk_w4 w = {};
+    err_code rc = OK;
+    CUDA_TRY(cudaMalloc((void **)&raw, q + s + z), e);
+    cudaMemcpyAsync(raw, src->q.data, q, cudaMemcpyHostToDevice, stream);
+    cudaMemcpyAsync(raw + q, src->scales.data, s, cudaMemcpyHostToDevice, stream);
+    cudaMemcpyAsync(raw + q + s, src->zeros.data, z, cudaMemcpyHostToDevice, stream);
+    w.q = (const uint32_t *)raw, w.scales = (const __half *)(raw + q), w.zeros = raw + q + s;
+    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.awq = src->layout == W4_AWQ;
+    w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(data, w, units, w4_unit_bytes(w.group));
+    w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(data, w, units,
+                                                                                    w4_unit_bytes(w.group));
+    rc = cuda_launched(d, "w4_upload", cudaStreamSynchronize(stream), e);
+    cudaFree(raw);
+    return rc;
+}
+
+static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int units, err *e)
+{
+    w4_weight t;
+    size_t q, s, z;
+    void *mem;
+    if (src->layout == W4_AWQ || src->layout == W4_TM) return upload_part(d, data, src, first, units, e);
+    TRY(w4_sizes(&q, &s, &z, src->k, src->n, src->group, W4_TM, e));
+    TRY(mem_alloc(&mem, q + s + z, 1, "w4 tiling", e));
+    w4_shape(&t, src->k, src->n, src->group, W4_TM);
+    t.q.data = mem, t.scales.data = (uint8_t *)mem + q, t.zeros.data = (uint8_t *)mem + q + s;
+    err_code rc = w4_repack(&t, src, e);
+    if (rc == OK) rc = upload_part(d, data, &t, first, units, e);
+    mem_free(mem);
+    return rc;
+}
+
+static err_code upload_bias(device *d, __half *bias, const w4_weight *const *parts, int n_parts, err *e)
+{
+    for (int i = 0; i < n_parts; i++) {
+        const int64_t n = parts[i]->n;
+        if (parts[i]->bias.data) {
+            void *mem;
+            TRY(mem_alloc(&mem, (size_t)n, 2, "bias", e));
+            tensor t = tensor_1d(mem, DT_F16, n);
+            tensor_convert(&t, &parts[i]->bias);
+            const cudaError_t rc = cudaMemcpy(bias, mem, (size_t)n * 2, cudaMemcpyHostToDevice);
+            mem_free(mem);
+            CUDA_TRY(rc, e);
+        }
+        bias += n;
+    }
+    return OK;
+}
+
+err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight *const *parts, int n_parts, err *e)
+{
+    int64_t n = 0;
+    bool bias = false;
+    for (int i = 0; i < n_parts; i++) n += parts[i]->n, bias = bias || parts[i]->bias.data;
+    const int64_t k = parts[0]->k;
+    const int units = (int)((k + 127) / 128), group = parts[0]->group;
+    if (k % 32 || n > INT32_MAX || k > INT32_MAX)
+        return err_set(e, E_UNSUPPORTED, "w4_upload: inputs: expected a multiple of 32, got %lld", (long long)k);
+    TRY(dev_alloc(buf, d, w4_upload_bytes_cuda(k, n, group), "w4 weights", e));
+    __half *b = (__half *)((uint8_t *)buf->data + w4_upload_bytes_cuda(k, n, group) - (size_t)n * 2);
+    err_code rc = OK;
+    int first = 0;
+    for (int i = 0; i < n_parts && rc == OK; i++) {
+        rc = upload_any(d, (uint8_t *)buf->data, parts[i], first, units, e);
+        first += (int)parts[i]->n;
+    }
+    if (rc == OK && bias) rc = upload_bias(d, b, parts, n_parts, e);
+    if (rc != OK) {
+        dev_free(buf);
+        return rc;
+    }
+    memset(out, 0, sizeof *out);
+    out->k = k, out->n = n, out->group = group, out->layout = W4_DEVICE;
+    out->q = tensor_1d(buf->data, DT_U8, (int64_t)buf->bytes);
+    out->q.mem = MEM_CUDA;
+    if (bias) {
+        out->bias = tensor_1d(b, DT_F16, n);
+        out->bias.mem = MEM_CUDA;
+    }
+    return OK;
+}
+
+size_t gemm_w4_scratch_cuda(const device *d, const op_limits *lim)
+{
+    (void)d;
+    const int units = (int)((lim->k + 127) / 128);
+    const size_t few = w4_planes_bytes(units, W4_FEW_MAX) + w4_scales_bytes(units, W4_FEW_MAX, 32);
+    const size_t dense = (size_t)lim->n * (size_t)lim->k * 2;
+    const size_t many = lim->rows <= STREAM_ROWS ? 0 : dense < DENSE_BYTES ? dense : DENSE_BYTES;
+    return few > many ? few : many;
+}
+
+static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
+{
+    const cuda_state *s = cuda_of(d);
+    void *scratch;
+    TRY(dev_scratch(d, &scratch, w4_planes_bytes(w->units, c->m) + w4_scales_bytes(w->units, c->m, w->group),
+                    "gemm_w4", e));
+    c->planes = (uint8_t *)scratch;
+    c->scales = (float *)(c->planes + w4_planes_bytes(w->units, c->m));
+    TRY(cuda_launched(d, "gemm_w4: planes", gemm_w4_planes(w, c, s->stream, s->sm >= 90), e));
+    return cuda_launched(d, "gemm_w4", gemm_w4_few(w, c, s->sms, s->stream, s->sm >= 90), e);
+}
+
+/* Slabs of outputs: unpack to f16, then a dense product. */
+static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e)
+{
+    const w4_tiles t = tiles_of(w);
+    int64_t slab = (int64_t)(DENSE_BYTES / ((size_t)t.k * 2)) / 64 * 64;
+    void *scratch;
+    if (slab > t.n) slab = t.n;
+    if (slab < 1) slab = 1;
+    TRY(dev_scratch(d, &scratch, (size_t)slab * (size_t)t.k * 2, "gemm_w4", e));
+    for (int64_t n = 0; n < t.n; n += slab) {
+        const int64_t rows = t.n - n < slab ? t.n - n : slab;
+        tensor dense = tensor_2d(scratch, DT_F16, rows, t.k), part = tensor_cols(y, n, rows), bias;
+        dense.mem = MEM_CUDA;
+        TRY(cuda_launch(d, "gemm_w4: unpack", w4_untile, dim3(blocks_for(rows * (t.k / 8))), dim3(THREADS), 0, e,
+                        (__half *)scratch, t, (int)n, (int)rows));
+        if (w->bias.data) bias = tensor_rows(&w->bias, n, rows);
+        TRY(gemm_cuda(d, &part, x, &dense, w->bias.data ? &bias : NULL, add, e));
+    }
+    return OK;
+}
+
+err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e)
+{
+    const w4_tiles t = tiles_of(w);
+    const int64_t m = x->shape[0];
+    const bool streams = cuda_of(d)->sm >= 90 && m <= STREAM_ROWS && x->stride[0] % 4 == 0;
+    if (!streams) return many_rows(d, y, x, w, add, e);
+    for (int64_t r = 0; r < m; r += W4_FEW_MAX) {
+        const tensor xr = tensor_rows(x, r, m - r < W4_FEW_MAX ? m - r : W4_FEW_MAX);
+        const tensor yr = tensor_rows(y, r, xr.shape[0]);
+        w4_call c = {};
+        c.x = (const __half *)xr.data, c.y = yr.data, c.m = (int)xr.shape[0];
+        c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
+        c.add = add, c.wide = y->dt == DT_F32;
+        TRY(few_rows(d, &t, &c, e));
+    }
+    return OK;
+}
+
+} /* extern "C" */

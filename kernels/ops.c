@@ -34,14 +34,14 @@ err_code op_embed(device *d, tensor *y, const tensor *table, const tensor *ids, 
 {
     TRY(check_weight(d, table, "op_embed: table", 2, SHAPE(-1, -1), e));
     TRY(check_tensor(d, ids, "op_embed: ids", DT_I32, 1, SHAPE(-1), e));
-    TRY(check_tensor(d, y, "op_embed: y", d->act, 2, SHAPE(ids->shape[0], table->shape[1]), e));
+    TRY(check_rows(d, y, "op_embed: y", SHAPE(ids->shape[0], table->shape[1]), e));
     TRY(check_ids(d, ids, table->shape[0], "op_embed: ids", e));
     return tensor_count(y) ? d->ops.embed(d, y, table, ids, e) : OK;
 }
 
 err_code op_rmsnorm(device *d, tensor *y, const tensor *x, const tensor *w, float eps, err *e)
 {
-    TRY(check_tensor(d, x, "op_rmsnorm: x", d->act, 2, SHAPE(-1, -1), e));
+    TRY(check_rows(d, x, "op_rmsnorm: x", SHAPE(-1, -1), e));
     TRY(check_tensor(d, y, "op_rmsnorm: y", d->act, 2, x->shape, e));
     TRY(check_weight(d, w, "op_rmsnorm: w", 1, SHAPE(x->shape[1]), e));
     return tensor_count(x) ? d->ops.rmsnorm(d, y, x, w, eps, e) : OK;
@@ -49,8 +49,8 @@ err_code op_rmsnorm(device *d, tensor *y, const tensor *x, const tensor *w, floa
 
 err_code op_add(device *d, tensor *y, const tensor *x, err *e)
 {
-    TRY(check_tensor(d, x, "op_add: x", d->act, 2, SHAPE(-1, -1), e));
-    TRY(check_tensor(d, y, "op_add: y", d->act, 2, x->shape, e));
+    TRY(check_rows(d, x, "op_add: x", SHAPE(-1, -1), e));
+    TRY(check_rows(d, y, "op_add: y", x->shape, e));
     return tensor_count(x) ? d->ops.add(d, y, x, e) : OK;
 }
 
@@ -61,7 +61,7 @@ err_code op_gemm(device *d, tensor *y, const tensor *x, const tensor *w, const t
     TRY(check_weight(d, w, "op_gemm: w", 2, SHAPE(-1, x->shape[1]), e));
     TRY(check_contiguous(w, "op_gemm: w", e));
     if (!w->shape[1]) return err_set(e, E_SHAPE, "op_gemm: x: no columns");
-    TRY(check_tensor(d, y, "op_gemm: y", d->act, 2, SHAPE(x->shape[0], w->shape[0]), e));
+    TRY(check_rows(d, y, "op_gemm: y", SHAPE(x->shape[0], w->shape[0]), e));
     if (bias) TRY(check_weight(d, bias, "op_gemm: bias", 1, SHAPE(w->shape[0]), e));
     return tensor_count(y) ? d->ops.gemm(d, y, x, w, bias, add, e) : OK;
 }
@@ -72,7 +72,7 @@ err_code op_gemm_w4(device *d, tensor *y, const tensor *x, const w4_weight *w, b
         return err_set(e, E_UNSUPPORTED, "op_gemm_w4: w: expected layout %s, got %s",
                        w4_layout_name(W4_DEVICE), w4_layout_name(w->layout));
     TRY(check_tensor(d, x, "op_gemm_w4: x", d->act, 2, SHAPE(-1, w->k), e));
-    TRY(check_tensor(d, y, "op_gemm_w4: y", d->act, 2, SHAPE(x->shape[0], w->n), e));
+    TRY(check_rows(d, y, "op_gemm_w4: y", SHAPE(x->shape[0], w->n), e));
     if (w->bias.data) TRY(check_weight(d, &w->bias, "op_gemm_w4: bias", 1, SHAPE(w->n), e));
     return tensor_count(y) ? d->ops.gemm_w4(d, y, x, w, add, e) : OK;
 }

@@ -1,6 +1,6 @@
 /* The op table and the checked entry points that all callers use. Entry points check shape, dtype and
  * space once, then call the table; ops neither allocate nor sync. <op>_ref.c is the definition of right.
- * m rows (tokens), n outputs, k inputs, g group. "act" is dev_act(d). Rows of x and y may be strided
+ * m rows (tokens), n outputs, k inputs, g group. "act" is dev_act(d), "res" dev_resid(d) or act. Rows of x and y may be strided
  * (stride[ndim-1] == 1). Reductions have a fixed order: results do not depend on threads or on m's split. */
 #ifndef TMF_KERNELS_OPS_H
 #define TMF_KERNELS_OPS_H
@@ -48,13 +48,13 @@ typedef struct {
 
 /* ---- ops ---- */
 err_code op_embed(device *d, tensor *y, const tensor *table, const tensor *ids, err *e);
-/* y act [m,h] = table[ids]; table f16/bf16/f32 [v,h]; ids i32 [m] in range (checked on the CPU) */
+/* y res [m,h] = table[ids]; table f16/bf16/f32 [v,h]; ids i32 [m] in range (checked on the CPU) */
 err_code op_rmsnorm(device *d, tensor *y, const tensor *x, const tensor *w, float eps, err *e);
-/* y,x act [m,k]; w f16/bf16/f32 [k]; y = x / sqrt(mean(x^2)+eps) * w */
-err_code op_add(device *d, tensor *y, const tensor *x, err *e); /* y += x, act [m,k] */
+/* y act, x res [m,k]; w f16/bf16/f32 [k]; y = x / sqrt(mean(x^2)+eps) * w */
+err_code op_add(device *d, tensor *y, const tensor *x, err *e); /* y += x, res [m,k] */
 err_code op_gemm(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias, bool add,
                  err *e);
-/* y act [m,n] (+)= x act [m,k] * w^T + bias; w f16/bf16/f32 [n,k] contiguous rows; bias [n] or NULL */
+/* y res [m,n] (+)= x act [m,k] * w^T + bias; w f16/bf16/f32 [n,k] contiguous rows; bias [n] or NULL */
 err_code op_gemm_w4(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e);
 /* as op_gemm with w from w4_upload (layout W4_DEVICE, bias inside) */
 err_code op_glu(device *d, tensor *y, const tensor *gate, const tensor *up, err *e);

@@ -390,9 +390,9 @@ static err_code attention(const block *b, device *d, block_scratch *s, const rop
 {
     const model_desc *m = b->m;
     const int64_t n_rows = x->shape[0];
-    tensor h = tensor_2d(s->narrow.data, x->dt, n_rows, m->hidden);
-    tensor a = tensor_2d(s->narrow.data, x->dt, n_rows, q_cols(m));
-    tensor qkv = tensor_2d(s->wide.data, x->dt, n_rows, q_cols(m) + 2 * kv_cols(m));
+    tensor h = tensor_2d(s->narrow.data, dev_act(d), n_rows, m->hidden);
+    tensor a = tensor_2d(s->narrow.data, dev_act(d), n_rows, q_cols(m));
+    tensor qkv = tensor_2d(s->wide.data, dev_act(d), n_rows, q_cols(m) + 2 * kv_cols(m));
     h.mem = a.mem = qkv.mem = x->mem;
 
     TRY(op_rmsnorm(d, &h, x, &b->attn_norm, m->norm_eps, e));
@@ -414,8 +414,8 @@ static err_code feed_forward(const block *b, device *d, block_scratch *s, tensor
                              void *tap_ctx, err *e)
 {
     const model_desc *m = b->m;
-    tensor h = tensor_2d(s->narrow.data, x->dt, x->shape[0], m->hidden);
-    tensor both = tensor_2d(s->wide.data, x->dt, x->shape[0], 2 * (int64_t)m->ffn);
+    tensor h = tensor_2d(s->narrow.data, dev_act(d), x->shape[0], m->hidden);
+    tensor both = tensor_2d(s->wide.data, dev_act(d), x->shape[0], 2 * (int64_t)m->ffn);
     h.mem = both.mem = x->mem;
     tensor gate = tensor_cols(&both, 0, m->ffn);
     const tensor up = tensor_cols(&both, m->ffn, m->ffn);

@@ -55,7 +55,7 @@ size_t layer_walk_bytes(const device *d, const model_desc *m, weight_src *src, i
 {
     const int32_t per_pass = per_pass_of(windows, seqlen);
     const kv_opts o = kv_opts_for(m, per_pass, seqlen);
-    const size_t row = (size_t)m->hidden * dtype_bytes(dev_act(d));
+    const size_t row = (size_t)m->hidden * dtype_bytes(dev_resid(d));
     return (size_t)windows * (size_t)seqlen * row + (size_t)per_pass * (size_t)seqlen * row +
            kv_bytes(&o) + block_scratch_bytes(d, m, per_pass * seqlen, per_pass, seqlen) +
            block_bind_bytes(d, m, src);
@@ -111,8 +111,8 @@ static err_code open_rope(layer_walk *w, err *e)
 
 static tensor act_rows(const layer_walk *w, void *base, int64_t first, int64_t rows, memspace mem)
 {
-    const dtype act = dev_act(w->d);
-    tensor t = tensor_2d((char *)base + (size_t)(first * w->m->hidden) * dtype_bytes(act), act,
+    const dtype res = dev_resid(w->d);
+    tensor t = tensor_2d((char *)base + (size_t)(first * w->m->hidden) * dtype_bytes(res), res,
                          rows, w->m->hidden);
     t.mem = mem;
     return t;
@@ -146,7 +146,7 @@ done:
 static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
 {
     const int32_t rows = w->per_pass * w->seqlen;
-    const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_act(w->d));
+    const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_resid(w->d));
     const kv_opts o = kv_opts_for(w->m, w->per_pass, w->seqlen);
     TRY(mem_alloc(&w->states, (size_t)w->windows * (size_t)w->seqlen, row, "hidden states", e));
     TRY(dev_alloc(&w->x_buf, w->d, (size_t)rows * row, "rows of a pass", e));

@@ -80,11 +80,11 @@ static void plan_scratch(model_plan *p, device *d, const model_desc *m)
 {
     const op_limits layer = block_limits(m, p->max_rows, p->max_seqs, p->session_len);
     const op_limits head = head_limits(m, p);
-    const size_t act = dtype_bytes(dev_act(d)), copies = dev_mem(d) == MEM_HOST ? 1 : 2;
+    const size_t res = dtype_bytes(dev_resid(d)), copies = dev_mem(d) == MEM_HOST ? 1 : 2;
     const size_t r_block = ops_reserve_bytes(d, &layer), r_head = ops_reserve_bytes(d, &head);
     p->scratch_bytes = block_scratch_bytes(d, m, p->max_rows, p->max_seqs, p->session_len);
     if (r_head > r_block) p->scratch_bytes += r_head - r_block;
-    p->scratch_bytes += ((size_t)p->max_rows + 2 * (size_t)p->logit_rows) * (size_t)m->hidden * act;
+    p->scratch_bytes += ((size_t)p->max_rows + 2 * (size_t)p->logit_rows) * (size_t)m->hidden * res;
     p->scratch_bytes += (size_t)p->logit_rows * (size_t)m->vocab * 4 * copies +
                         stage_count(p) * 4 * copies;
 }
@@ -241,8 +241,8 @@ static err_code open_host_outputs(model *m, err *e)
 static err_code open_scratch(model *m, err *e)
 {
     const model_plan *p = &m->plan;
-    const size_t act = dtype_bytes(dev_act(m->d)), rows = (size_t)p->logit_rows;
-    const size_t row = (size_t)m->m->hidden * act;
+    const size_t res = dtype_bytes(dev_resid(m->d)), rows = (size_t)p->logit_rows;
+    const size_t row = (size_t)m->m->hidden * res;
     const op_limits head = head_limits(m->m, p);
     TRY(block_scratch_open(&m->scratch, m->d, m->m, p->max_rows, p->max_seqs, p->session_len, e));
     TRY(ops_reserve(m->d, &head, e));

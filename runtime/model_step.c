@@ -31,11 +31,12 @@ static err_code staged(model *m, tensor *out, int32_t *host, int ndim, int64_t n
     return dev_copy(m->d, out, &src, e);
 }
 
-static tensor act_2d(const model *m, const dev_buf *buf, int64_t at_row, int64_t rows, int64_t cols)
+/* Hidden states: `rows` rows from byte row `at_row` of rows as wide as the residual stream's. */
+static tensor hidden_2d(const model *m, const dev_buf *buf, int64_t at_row, int64_t rows, dtype dt)
 {
-    const dtype act = dev_act(m->d);
-    tensor t = tensor_2d((char *)buf->data + (size_t)(at_row * cols) * dtype_bytes(act), act, rows,
-                         cols);
+    const int64_t cols = m->m->hidden;
+    const size_t row = (size_t)cols * dtype_bytes(dev_resid(m->d));
+    tensor t = tensor_2d((char *)buf->data + (size_t)at_row * row, dt, rows, cols);
     t.mem = dev_mem(m->d);
     return t;
 }
@@ -144,7 +145,7 @@ static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
 static err_code run_blocks(model *m, const pass *p, const job *j, err *e)
 {
     batch_rows rows = {.seqs = p->n, .max_q = p->max_q, .max_kv = p->max_kv};
-    tensor ids, x = act_2d(m, &m->x_buf, 0, p->rows, m->m->hidden);
+    tensor ids, x = hidden_2d(m, &m->x_buf, 0, p->rows, dev_resid(m->d));
     TRY(staged(m, &ids, m->stage.ids, 1, p->rows, 0, e));
     TRY(staged(m, &rows.pos, m->stage.pos, 1, p->rows, 0, e));
     TRY(staged(m, &rows.seq_start, m->stage.start, 1, p->n + 1, 0, e));
@@ -232,9 +233,9 @@ static void deliver(const model *m, const wanted *w, int32_t i, const float *log
 static err_code run_head(model *m, out_iter it, int32_t n, bool need_logits, bool need_nll, err *e)
 {
     const float *host = NULL;
-    const tensor x = act_2d(m, &m->x_buf, 0, m->plan.max_rows, m->m->hidden);
-    tensor rows = act_2d(m, &m->pick_buf, 0, n, m->m->hidden), pick;
-    tensor normed = act_2d(m, &m->pick_buf, m->plan.logit_rows, n, m->m->hidden);
+    const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
+    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick;
+    tensor normed = hidden_2d(m, &m->pick_buf, m->plan.logit_rows, n, dev_act(m->d));
     tensor logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
     wanted w;
     logits.mem = dev_mem(m->d);
