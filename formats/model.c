@@ -39,10 +39,10 @@ static err_code check_range(const char *field, int64_t v, int64_t lo, int64_t hi
                    (long long)hi);
 }
 
-static err_code check_positive(const char *field, double v, double hi, err *e)
+static err_code check_number(const char *field, double v, double lo, double hi, err *e)
 {
-    if (v > 0 && v <= hi) return OK; /* false for NaN */
-    return err_set(e, E_INPUT, "%s is %g, expected a number above 0 and at most %g", field, v, hi);
+    if (v >= lo && v <= hi) return OK; /* false for NaN */
+    return err_set(e, E_INPUT, "%s is %g, expected a number from %g to %g", field, v, lo, hi);
 }
 
 static err_code check_heads(const model_desc *m, err *e)
@@ -59,11 +59,11 @@ static err_code check_heads(const model_desc *m, err *e)
 static err_code check_rope(const model_desc *m, err *e)
 {
     const rope_scaling *s = &m->scaling;
-    TRY(check_positive("rope_theta", m->rope_theta, 1e15, e));
+    TRY(check_number("rope_theta", m->rope_theta, 1, 1e15, e));
     TRY(check_range("rope_dims", m->rope_dims, 2, m->head_dim, e));
     if (m->rope_dims % 2) return err_set(e, E_INPUT, "rope_dims is %d, expected an even number", m->rope_dims);
     if (s->kind == ROPE_NONE) return OK;
-    TRY(check_positive("rope scaling factor", s->factor, 1e6, e));
+    TRY(check_number("rope scaling factor", s->factor, 1e-3, 1e6, e));
     if (s->kind == ROPE_DYNAMIC && m->rope_dims == 2)
         return err_set(e, E_INPUT, "rope_dims is 2, too few for dynamic rope scaling");
     if (s->kind == ROPE_DYNAMIC && s->factor < 1)
@@ -71,15 +71,15 @@ static err_code check_rope(const model_desc *m, err *e)
     if (s->kind == ROPE_LLAMA3 || s->kind == ROPE_YARN)
         TRY(check_range("original_max_position_embeddings", s->original_max_positions, 1, MODEL_MAX_TOKENS, e));
     if (s->kind == ROPE_LLAMA3) {
-        TRY(check_positive("low_freq_factor", s->low_freq_factor, 1e6, e));
-        TRY(check_positive("high_freq_factor", s->high_freq_factor, 1e6, e));
+        TRY(check_number("low_freq_factor", s->low_freq_factor, 1e-6, 1e6, e));
+        TRY(check_number("high_freq_factor", s->high_freq_factor, 1e-6, 1e6, e));
         if (s->high_freq_factor <= s->low_freq_factor)
             return err_set(e, E_INPUT, "high_freq_factor %g is not above low_freq_factor %g",
                            s->high_freq_factor, s->low_freq_factor);
     }
     if (s->kind == ROPE_YARN) {
-        TRY(check_positive("beta_fast", s->beta_fast, 1e6, e));
-        TRY(check_positive("beta_slow", s->beta_slow, 1e6, e));
+        TRY(check_number("beta_fast", s->beta_fast, 1e-6, 1e6, e));
+        TRY(check_number("beta_slow", s->beta_slow, 1e-6, 1e6, e));
         if (m->rope_theta <= 1) return err_set(e, E_INPUT, "rope_theta is %g, expected above 1 for yarn", m->rope_theta);
         if (!isfinite(s->attention_factor) || s->attention_factor > 1e3)
             return err_set(e, E_INPUT, "attention_factor is %g, expected at most 1000", s->attention_factor);
@@ -104,7 +104,7 @@ err_code model_desc_check(const model_desc *m, err *e)
     TRY(check_range("vocab", m->vocab, 1, MODEL_MAX_VOCAB, e));
     TRY(check_range("max_tokens", m->max_tokens, 1, MODEL_MAX_TOKENS, e));
     TRY(check_heads(m, e));
-    TRY(check_positive("norm_eps", m->norm_eps, 1, e));
+    TRY(check_number("norm_eps", m->norm_eps, 1e-30, 1, e));
     TRY(check_rope(m, e));
     TRY(check_range("sliding_window", m->sliding_window, 0, MODEL_MAX_TOKENS, e));
     TRY(check_range("sliding_from", m->sliding_from, 0, m->layers, e));

@@ -176,21 +176,65 @@ static err_code scan_count(scan *s, int64_t *out, err *e)
     return OK;
 }
 
-/* ---- unknown members: balanced and lexically sound is enough to step over them ---- */
-static err_code skip_scalar(scan *s, err *e)
+/* ---- unknown members are checked and stepped over ---- */
+static size_t count_digits(const scan *s, size_t at)
+{
+    size_t n = 0;
+    while (at + n < s->n && s->text[at + n] >= '0' && s->text[at + n] <= '9') n++;
+    return n;
+}
+
+static bool next_is(const scan *s, size_t at, const char *set)
+{
+    return at < s->n && s->text[at] && strchr(set, s->text[at]);
+}
+
+/* Length of the JSON number at s->at, 0: none. */
+static size_t number_length(const scan *s)
+{
+    size_t at = s->at, n;
+    if (next_is(s, at, "-")) at++;
+    if ((n = count_digits(s, at)) == 0 || (n > 1 && s->text[at] == '0')) return 0;
+    at += n;
+    if (next_is(s, at, ".")) {
+        if ((n = count_digits(s, at + 1)) == 0) return 0;
+        at += 1 + n;
+    }
+    if (next_is(s, at, "eE")) {
+        at += next_is(s, at + 1, "+-") ? 2 : 1;
+        if ((n = count_digits(s, at)) == 0) return 0;
+        at += n;
+    }
+    return at - s->at;
+}
+
+static err_code skip_key(scan *s, err *e)
 {
     const char *ignored;
+    const size_t used = s->h->pool_used;
+    TRY(scan_string(s, &ignored, "a key", e));
+    s->h->pool_used = used;
+    return scan_need(s, ':', "':'", e);
+}
+
+static err_code skip_scalar(scan *s, err *e)
+{
+    static const char *const words[] = { "null", "true", "false" };
+    const char *ignored;
     scan_space(s);
-    if (s->at < s->n && s->text[s->at] == '"') {
+    if (next_is(s, s->at, "\"")) {
         const size_t used = s->h->pool_used;
         TRY(scan_string(s, &ignored, "a string", e));
         s->h->pool_used = used;
         return OK;
     }
-    const size_t from = s->at;
-    while (s->at < s->n && s->text[s->at] && strchr("+-.0123456789abcdefghijklmnopqrstuvwxyzE", s->text[s->at]))
-        s->at++;
-    return s->at > from ? OK : scan_fail(s, "a value", e);
+    size_t n = number_length(s);
+    for (int i = 0; i < 3 && n == 0; i++) {
+        const size_t len = strlen(words[i]);
+        if (s->n - s->at >= len && memcmp(s->text + s->at, words[i], len) == 0) n = len;
+    }
+    s->at += n;
+    return n ? OK : scan_fail(s, "a value", e);
 }
 
 static err_code skip_value(scan *s, err *e)
@@ -204,10 +248,7 @@ static err_code skip_value(scan *s, err *e)
                 return err_set(e, E_INPUT, "header: nested deeper than %d at byte %zu", ST_MAX_SKIP_DEPTH, s->at);
             open[depth++] = c;
             if (!scan_is(s, c == '{' ? '}' : ']')) {
-                if (c == '{') {
-                    TRY(skip_scalar(s, e));
-                    TRY(scan_need(s, ':', "':'", e));
-                }
+                if (c == '{') TRY(skip_key(s, e));
                 continue;
             }
             depth--;
@@ -217,10 +258,7 @@ static err_code skip_value(scan *s, err *e)
         while (depth > 0 && scan_is(s, open[depth - 1] == '{' ? '}' : ']')) depth--;
         if (depth == 0) return OK;
         TRY(scan_need(s, ',', "',' or a closing bracket", e));
-        if (open[depth - 1] == '{') {
-            TRY(skip_scalar(s, e));
-            TRY(scan_need(s, ':', "':'", e));
-        }
+        if (open[depth - 1] == '{') TRY(skip_key(s, e));
     }
 }
 
