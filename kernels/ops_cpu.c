@@ -1,5 +1,6 @@
 /* Puts the CPU variants over the references, in rising order of instruction sets. */
 #include "kernels/cpu.h"
+#include "kernels/gemm_w4.h"
 
 #if defined(__x86_64__)
 void ops_fill_avx2(op_table *t);
@@ -8,9 +9,9 @@ void ops_fill_avx512(op_table *t);
 /* Ops run one at a time: the largest need of any, whatever the variant. */
 static size_t scratch_bytes_cpu(const device *d, const op_limits *l)
 {
-    const size_t need[] = {attn_cpu_scratch_avx2(l), attn_cpu_scratch_avx512(l)};
+    const size_t need[] = {gemm_w4_cpu_scratch(l), attn_cpu_scratch_avx2(l), attn_cpu_scratch_avx512(l),
+                           d->cpu_flags & CPU_AMX ? gemm_amx_scratch(l) : 0};
     size_t most = 0;
-    (void)d;
     for (size_t i = 0; i < sizeof need / sizeof *need; i++) most = need[i] > most ? need[i] : most;
     return most;
 }
@@ -19,7 +20,11 @@ void ops_init_cpu(op_table *t, uint32_t cpu_flags)
 {
     if (cpu_flags & CPU_AVX2) ops_fill_avx2(t);
     if (cpu_flags & CPU_AVX512) ops_fill_avx512(t);
-    if (cpu_flags & CPU_AVX2) t->scratch_bytes = scratch_bytes_cpu;
+    if (cpu_flags & CPU_AMX) t->gemm = gemm_amx;
+    if (cpu_flags & CPU_AVX2) {
+        t->gemm_w4 = gemm_w4_cpu;
+        t->scratch_bytes = scratch_bytes_cpu;
+    }
 }
 #else
 void ops_init_cpu(op_table *t, uint32_t cpu_flags)
