@@ -11,7 +11,7 @@
 #include "kernels/vec.h"
 
 #define TILE_N (VL / 2)
-#define BLOCK_K 1024 /* a panel of 8 rows: 32 KB, beside two rows of x in L1 */
+#define BLOCK_K 512 /* a panel of 8 rows: 16 KB, half of the smallest L1 */
 #define STRIP_N 64   /* weight rows of one work item */
 #define STRIP_M 256  /* and its rows of x: 1 MB a block of k, within L2 */
 #define RAW_M 4 /* up to here weights are converted where they are used, beyond once for all rows  \
@@ -33,7 +33,7 @@ ALWAYS_INLINE void tile(float *out, const void *w, int64_t ldw, dtype dt, const 
         const vf x0 = vf_load(x + c), x1 = two ? vf_load(x + ldx + c) : x0;
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_N; i++) {
-            const vf wi = vf_any((const char *)w + (size_t)i * pitch, dt, c);
+            const vf wi = vf_pin(vf_any((const char *)w + (size_t)i * pitch, dt, c));
             acc[i] = vf_fma(wi, x0, acc[i]);
             if (two) acc[TILE_N + i] = vf_fma(wi, x1, acc[TILE_N + i]);
         }

@@ -308,6 +308,14 @@ static inline void vf_to_f16_n(f16 *p, vf a, int64_t n)
     memcpy(p, tmp, (size_t)n * sizeof *p);
 }
 
+/* Keeps a loaded vector in a register: compilers like to load it again into each of its uses, and where two
+ * uses share a load port is what limits. */
+static inline vf vf_pin(vf a)
+{
+    __asm__("" : "+v"(a));
+    return a;
+}
+
 /* Element i.. of a row of f16, bf16 or f32. `dt` is constant at every call: the branch folds. */
 static inline vf vf_any(const void *row, dtype dt, int64_t i)
 {

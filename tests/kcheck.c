@@ -261,10 +261,10 @@ static void check_variant(kcheck *c, const kcase *k, const kvariant *v, const kb
 
 /* ---- time ---- */
 
-static double now_s(void)
+static double now_s(const kcheck *c)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(c->threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
@@ -298,12 +298,12 @@ static uint64_t *flush_buf(void)
     return p;
 }
 
-static double read_seconds(device *d)
+static double read_seconds(const kcheck *c, device *d)
 {
     read_arg a = {flush_buf(), FLUSH_BYTES / 8};
-    const double t = now_s();
+    const double t = now_s(c);
     pool_run(dev_pool(d), read_item, &a, 64);
-    return now_s() - t;
+    return now_s(c) - t;
 }
 
 static int by_value(const void *a, const void *b)
@@ -330,23 +330,23 @@ static void sgemm_item(void *ctx, int64_t item, int worker) /* one strip of colu
 static void measure_roofs(kcheck *c)
 {
     const int n = 1024;
-    device *d = c->variant[0].dev[1];
+    device *d = c->variant[0].dev[c->threads - 1];
     kbuf a = kb_2d(DT_F32, n, n, 0), b = kb_2d(DT_F32, n, n, 0), y = kb_2d(DT_F32, n, n, 0);
     kc_fill(c, &a, 1);
     kc_fill(c, &b, 1);
     openblas_set_num_threads(1);
     c->read_gbs = c->sgemm_gflops = 0;
     for (int i = 0; i < 5; i++) {
-        const double gbs = (double)FLUSH_BYTES / read_seconds(d) * 1e-9;
+        const double gbs = (double)FLUSH_BYTES / read_seconds(c, d) * 1e-9;
         sgemm_arg s = {a.t.data, b.t.data, y.t.data, n};
-        const double t = now_s();
+        const double t = now_s(c);
         pool_run(dev_pool(d), sgemm_item, &s, 2);
-        const double gf = 2.0 * n * n * n / (now_s() - t) * 1e-9;
+        const double gf = 2.0 * n * n * n / (now_s(c) - t) * 1e-9;
         c->read_gbs = fmax(c->read_gbs, gbs);
         c->sgemm_gflops = fmax(c->sgemm_gflops, gf);
     }
-    printf("read %.1f GB/s, OpenBLAS sgemm %.0f GFLOP/s (2 threads, best of 5)\n", c->read_gbs,
-           c->sgemm_gflops);
+    printf("read %.1f GB/s, OpenBLAS sgemm %.0f GFLOP/s (%d threads, best of 5)\n", c->read_gbs,
+           c->sgemm_gflops, c->threads);
     kb_free(&a);
     kb_free(&b);
     kb_free(&y);
@@ -357,15 +357,14 @@ static double time_variant(kcheck *c, const kcase *k, const kvariant *v, kbuf *o
     double t[9];
     err e = {0};
     const int runs = 9;
-    if (k->run(v->dev[1], k->arg, out, &e) != OK)
-        return 0; /* warm-up; errors were reported before */
+    device *d = v->dev[c->threads - 1];
+    if (k->run(d, k->arg, out, &e) != OK) return 0; /* warm-up; errors were reported before */
     for (int i = 0; i < runs; i++) {
-        if (k->cold) read_seconds(v->dev[1]);
-        const double start = now_s();
-        if (k->run(v->dev[1], k->arg, out, &e) != OK) return 0;
-        t[i] = now_s() - start;
+        if (k->cold) read_seconds(c, d);
+        const double start = now_s(c);
+        if (k->run(d, k->arg, out, &e) != OK) return 0;
+        t[i] = now_s(c) - start;
     }
-    (void)c;
     qsort(t, (size_t)runs, sizeof *t, by_value);
     return t[runs / 2];
 }
@@ -433,7 +432,8 @@ static void open_variants(kcheck *c, const char *only)
 
 static int usage(FILE *f, int code)
 {
-    fputs("usage: kcheck [--bench] [--slow] [--op NAME] [--isa avx2|avx512|amx] [--seed N]\n"
+    fputs("usage: kcheck [--bench [--threads 1|2]] [--slow] [--op NAME] [--isa avx2|avx512|amx] "
+          "[--seed N]\n"
           "compares every kernel variant with its reference; --bench times the marked cases "
           "instead\n",
           f);
@@ -452,6 +452,8 @@ static int parse(kcheck *c, const char **isa, int argc, char **argv)
             c->only = argv[++i];
         else if (strcmp(argv[i], "--isa") == 0 && value)
             *isa = argv[++i];
+        else if (strcmp(argv[i], "--threads") == 0 && value && (*value == '1' || *value == '2'))
+            c->threads = *argv[++i] - '0';
         else if (strcmp(argv[i], "--seed") == 0 && value)
             c->seed = strtoull(argv[++i], NULL, 10);
         else if (strcmp(argv[i], "--help") == 0)
@@ -464,7 +466,7 @@ static int parse(kcheck *c, const char **isa, int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    kcheck c = {.seed = 1};
+    kcheck c = {.seed = 1, .threads = 2};
     const char *isa = NULL;
     const int code = parse(&c, &isa, argc, argv);
     if (code >= 0) return code;

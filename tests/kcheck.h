@@ -24,10 +24,12 @@ typedef struct {
     int variants;
     const char *only; /* op name, or NULL for all */
     bool bench, slow;
+    int threads; /* of --bench: 2, or 1: then the thread's CPU time counts, which other load
+                    disturbs less */
     uint64_t seed, rng;
     int cases, failures;
     double worst[32];              /* error over tolerance by row of the tolerance table */
-    double read_gbs, sgemm_gflops; /* measured at the start of --bench, 2 threads */
+    double read_gbs, sgemm_gflops; /* measured at the start of --bench */
 } kcheck;
 
 /* Rows of dimension 0 lie `pad` elements apart beyond their length. Contents: all guard bytes. */
