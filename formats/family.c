@@ -5,8 +5,8 @@
 #include <string.h>
 
 /* Those with a match come before the one whose architecture they share. */
-static const family *const families[] = { &family_internlm2, &family_yi, &family_llama, &family_mistral,
-                                          &family_qwen2 };
+static const family *const families[] = {&family_internlm2, &family_yi, &family_llama,
+                                         &family_mistral, &family_qwen2};
 enum { N_FAMILIES = sizeof families / sizeof families[0] };
 
 static bool family_accepts(const family *f, const char *architecture, const cJSON *config)
@@ -37,12 +37,14 @@ err_code family_of_config(const family **out, const cJSON *config, err *e)
     char known[256];
     *out = NULL;
     if (!cJSON_IsString(first))
-        return err_set(e, E_INPUT, "key 'architectures': expected a list that begins with a string");
+        return err_set(e, E_INPUT,
+                       "key 'architectures': expected a list that begins with a string");
     for (int i = 0; i < N_FAMILIES && !*out; i++)
         if (family_accepts(families[i], first->valuestring, config)) *out = families[i];
     if (*out) return OK;
     family_list(known, sizeof known);
-    return err_set(e, E_UNSUPPORTED, "architecture '%.64s' is not known; known are %s", first->valuestring, known);
+    return err_set(e, E_UNSUPPORTED, "architecture '%.64s' is not known; known are %s",
+                   first->valuestring, known);
 }
 
 const family *family_by_name(const char *name)
@@ -59,8 +61,8 @@ const char *family_chat_template(const model_desc *m)
     return f->template_for ? f->template_for(m) : f->chat_template;
 }
 
-err_code family_tensor_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert, char *buf,
-                            size_t cap, err *e)
+err_code family_tensor_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert,
+                            char *buf, size_t cap, err *e)
 {
     const family *f = family_by_name(m->family);
     if (!f) return err_set(e, E_UNSUPPORTED, "family '%.32s' is not known", m->family);

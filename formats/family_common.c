@@ -6,38 +6,43 @@
 #include <string.h>
 
 static const family_names llama_names = {
-    .model = { [ROLE_EMBED] = "model.embed_tokens", [ROLE_FINAL_NORM] = "model.norm", [ROLE_HEAD] = "lm_head" },
+    .model = {[ROLE_EMBED] = "model.embed_tokens",
+              [ROLE_FINAL_NORM] = "model.norm",
+              [ROLE_HEAD] = "lm_head"},
     .layer = "model.layers.",
-    .part = { [ROLE_ATTN_NORM] = "input_layernorm",
-              [ROLE_Q] = "self_attn.q_proj",
-              [ROLE_K] = "self_attn.k_proj",
-              [ROLE_V] = "self_attn.v_proj",
-              [ROLE_O] = "self_attn.o_proj",
-              [ROLE_FFN_NORM] = "post_attention_layernorm",
-              [ROLE_GATE] = "mlp.gate_proj",
-              [ROLE_UP] = "mlp.up_proj",
-              [ROLE_DOWN] = "mlp.down_proj" },
+    .part = {[ROLE_ATTN_NORM] = "input_layernorm",
+             [ROLE_Q] = "self_attn.q_proj",
+             [ROLE_K] = "self_attn.k_proj",
+             [ROLE_V] = "self_attn.v_proj",
+             [ROLE_O] = "self_attn.o_proj",
+             [ROLE_FFN_NORM] = "post_attention_layernorm",
+             [ROLE_GATE] = "mlp.gate_proj",
+             [ROLE_UP] = "mlp.up_proj",
+             [ROLE_DOWN] = "mlp.down_proj"},
 };
 
 const smooth_group family_llama_smooth[3] = {
-    { ROLE_ATTN_NORM, { ROLE_Q, ROLE_K, ROLE_V }, 3 },
-    { ROLE_FFN_NORM, { ROLE_GATE, ROLE_UP }, 2 },
-    { ROLE_UP, { ROLE_DOWN }, 1 },
+    {ROLE_ATTN_NORM, {ROLE_Q, ROLE_K, ROLE_V}, 3},
+    {ROLE_FFN_NORM, {ROLE_GATE, ROLE_UP}, 2},
+    {ROLE_UP, {ROLE_DOWN}, 1},
 };
 
-err_code family_name(const family_names *t, const model_desc *m, tensor_role r, int32_t layer, char *buf,
-                     size_t cap, err *e)
+err_code family_name(const family_names *t, const model_desc *m, tensor_role r, int32_t layer,
+                     char *buf, size_t cap, err *e)
 {
     const char *name = layer < 0 ? t->model[r] : t->part[r];
     if (!name || layer >= m->layers)
-        return err_set(e, E_INPUT, "family '%s' has no tensor '%s' in layer %d", m->family, role_name(r), layer);
-    const int n = layer < 0 ? snprintf(buf, cap, "%s", name) : snprintf(buf, cap, "%s%d.%s", t->layer, layer, name);
-    if (n < 0 || (size_t)n >= cap) return err_set(e, E_LIMIT, "the name of tensor '%s' is too long", role_name(r));
+        return err_set(e, E_INPUT, "family '%s' has no tensor '%s' in layer %d", m->family,
+                       role_name(r), layer);
+    const int n = layer < 0 ? snprintf(buf, cap, "%s", name)
+                            : snprintf(buf, cap, "%s%d.%s", t->layer, layer, name);
+    if (n < 0 || (size_t)n >= cap)
+        return err_set(e, E_LIMIT, "the name of tensor '%s' is too long", role_name(r));
     return OK;
 }
 
-err_code family_llama_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert, char *buf,
-                           size_t cap, err *e)
+err_code family_llama_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert,
+                           char *buf, size_t cap, err *e)
 {
     (void)expert;
     return family_name(&llama_names, m, r, layer, buf, cap, e);
@@ -46,23 +51,29 @@ err_code family_llama_name(const model_desc *m, tensor_role r, int32_t layer, in
 /* ---- rope ---- */
 static err_code rope_kind_of(rope_kind *out, const cJSON *o, err *e)
 {
-    static const struct { const char *name; rope_kind kind; } kinds[] = {
-        { "default", ROPE_NONE }, { "linear", ROPE_LINEAR }, { "dynamic", ROPE_DYNAMIC },
-        { "llama3", ROPE_LLAMA3 }, { "yarn", ROPE_YARN },
+    static const struct {
+        const char *name;
+        rope_kind kind;
+    } kinds[] = {
+        {"default", ROPE_NONE},  {"linear", ROPE_LINEAR}, {"dynamic", ROPE_DYNAMIC},
+        {"llama3", ROPE_LLAMA3}, {"yarn", ROPE_YARN},
     };
     const char *type, *old;
     TRY(json_opt_str(o, "type", NULL, &old, e));
     TRY(json_opt_str(o, "rope_type", old ? old : "default", &type, e));
     if (old && strcmp(old, type) != 0)
-        return err_set(e, E_INPUT, "rope scaling: type is '%.32s' and rope_type is '%.32s'", old, type);
+        return err_set(e, E_INPUT, "rope scaling: type is '%.32s' and rope_type is '%.32s'", old,
+                       type);
     for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
         if (strcmp(kinds[i].name, type) == 0) {
             *out = kinds[i].kind;
             return OK;
         }
     }
-    return err_set(e, E_UNSUPPORTED, "rope scaling '%.32s' is not known; known are default, linear, dynamic, llama3, yarn",
-                   type);
+    return err_set(
+        e, E_UNSUPPORTED,
+        "rope scaling '%.32s' is not known; known are default, linear, dynamic, llama3, yarn",
+        type);
 }
 
 static err_code get_float(const cJSON *o, const char *key, float *out, err *e)
@@ -81,7 +92,10 @@ static err_code opt_float(const cJSON *o, const char *key, double def, float *ou
     return OK;
 }
 
-static double yarn_log(double factor, double m) { return factor <= 1 ? 1.0 : 0.1 * m * log(factor) + 1.0; }
+static double yarn_log(double factor, double m)
+{
+    return factor <= 1 ? 1.0 : 0.1 * m * log(factor) + 1.0;
+}
 
 /* A factor that is absent follows from the two lengths; the attention factor from either. */
 static err_code read_yarn(const cJSON *o, const model_desc *m, rope_scaling *s, err *e)
@@ -94,13 +108,15 @@ static err_code read_yarn(const cJSON *o, const model_desc *m, rope_scaling *s, 
     TRY(json_opt_f64(o, "mscale", 0, &mscale, e));
     TRY(json_opt_f64(o, "mscale_all_dim", 0, &mscale_all, e));
     s->factor = (float)factor;
-    const double automatic = mscale != 0 && mscale_all != 0 ? yarn_log(factor, mscale) / yarn_log(factor, mscale_all)
-                                                            : yarn_log(factor, 1);
+    const double automatic = mscale != 0 && mscale_all != 0
+                                 ? yarn_log(factor, mscale) / yarn_log(factor, mscale_all)
+                                 : yarn_log(factor, 1);
     TRY(opt_float(o, "attention_factor", automatic, &s->attention_factor, e));
     TRY(opt_float(o, "beta_fast", 32, &s->beta_fast, e));
     TRY(opt_float(o, "beta_slow", 1, &s->beta_slow, e));
     TRY(json_opt_bool(o, "truncate", true, &truncate, e));
-    if (!truncate) return err_set(e, E_UNSUPPORTED, "yarn rope scaling with truncate false is not supported");
+    if (!truncate)
+        return err_set(e, E_UNSUPPORTED, "yarn rope scaling with truncate false is not supported");
     return OK;
 }
 
@@ -114,10 +130,13 @@ static err_code read_rope(const cJSON *config, model_desc *m, err *e)
     TRY(json_opt_f64(config, "rope_theta", 10000, &theta, e));
     TRY(json_opt_f64(config, "partial_rotary_factor", 1, &part, e));
     if (o && !cJSON_IsNull(o)) {
-        if (!cJSON_IsObject(o)) return err_set(e, E_INPUT, "key '%s': expected an object", o->string);
+        if (!cJSON_IsObject(o))
+            return err_set(e, E_INPUT, "key '%s': expected an object", o->string);
         for (const cJSON *c = o->child; c; c = c->next)
             if (cJSON_IsObject(c))
-                return err_set(e, E_UNSUPPORTED, "key '%s': rope by layer type ('%.32s') is not supported", o->string, c->string);
+                return err_set(e, E_UNSUPPORTED,
+                               "key '%s': rope by layer type ('%.32s') is not supported", o->string,
+                               c->string);
         TRY(rope_kind_of(&s->kind, o, e));
         TRY(json_opt_f64(o, "rope_theta", theta, &theta, e));
         TRY(json_opt_f64(o, "partial_rotary_factor", part, &part, e));
@@ -126,13 +145,15 @@ static err_code read_rope(const cJSON *config, model_desc *m, err *e)
         if (s->kind == ROPE_LLAMA3) {
             TRY(get_float(o, "low_freq_factor", &s->low_freq_factor, e));
             TRY(get_float(o, "high_freq_factor", &s->high_freq_factor, e));
-            TRY(json_get_i32(o, "original_max_position_embeddings", 1, MODEL_MAX_TOKENS, &s->original_max_positions, e));
+            TRY(json_get_i32(o, "original_max_position_embeddings", 1, MODEL_MAX_TOKENS,
+                             &s->original_max_positions, e));
         }
         if (s->kind == ROPE_YARN) TRY(read_yarn(o, m, s, e));
     }
     m->rope_theta = (float)theta;
     if (!(part > 0 && part <= 1))
-        return err_set(e, E_INPUT, "key 'partial_rotary_factor' is %g, expected above 0 and at most 1", part);
+        return err_set(e, E_INPUT,
+                       "key 'partial_rotary_factor' is %g, expected above 0 and at most 1", part);
     m->rope_dims = (int32_t)(m->head_dim * part);
     return OK;
 }
@@ -165,8 +186,13 @@ err_code family_read_ids(const cJSON *o, const char *key, model_desc *m, int32_t
 
 static err_code read_dtype(const cJSON *config, model_desc *m, err *e)
 {
-    static const struct { const char *name; dtype dt; } names[] = {
-        { "float16", DT_F16 }, { "bfloat16", DT_BF16 }, { "float32", DT_F32 },
+    static const struct {
+        const char *name;
+        dtype dt;
+    } names[] = {
+        {"float16", DT_F16},
+        {"bfloat16", DT_BF16},
+        {"float32", DT_F32},
     };
     const char *name;
     TRY(json_opt_str(config, "dtype", "float16", &name, e));
@@ -178,13 +204,15 @@ static err_code read_dtype(const cJSON *config, model_desc *m, err *e)
             return OK;
         }
     }
-    return err_set(e, E_UNSUPPORTED, "torch_dtype '%.32s' is not supported; supported are float16, bfloat16, float32", name);
+    return err_set(e, E_UNSUPPORTED,
+                   "torch_dtype '%.32s' is not supported; supported are float16, bfloat16, float32",
+                   name);
 }
 
 static err_code read_max_tokens(const cJSON *config, int32_t def, int32_t *out, err *e)
 {
-    static const char *const keys[] = { "max_position_embeddings", "max_sequence_length", "max_seq_len",
-                                        "seq_length", "n_positions" };
+    static const char *const keys[] = {"max_position_embeddings", "max_sequence_length",
+                                       "max_seq_len", "seq_length", "n_positions"};
     *out = def;
     for (int i = 4; i >= 0; i--) /* the first key rules */
         TRY(json_opt_i32(config, keys[i], 1, MODEL_MAX_TOKENS, *out, out, e));
@@ -201,9 +229,11 @@ static err_code read_sizes(const cJSON *config, model_desc *m, err *e)
     TRY(json_opt_i32(config, "num_key_value_heads", 1, MODEL_MAX_HEADS, m->heads, &m->kv_heads, e));
     const cJSON *dim = cJSON_GetObjectItemCaseSensitive(config, "head_dim");
     if ((!dim || cJSON_IsNull(dim)) && m->hidden % m->heads)
-        return err_set(e, E_INPUT, "key 'hidden_size' is %d, expected a multiple of num_attention_heads %d", m->hidden,
-                       m->heads);
-    return json_opt_i32(config, "head_dim", 1, MODEL_MAX_HEAD_DIM, m->hidden / m->heads, &m->head_dim, e);
+        return err_set(e, E_INPUT,
+                       "key 'hidden_size' is %d, expected a multiple of num_attention_heads %d",
+                       m->hidden, m->heads);
+    return json_opt_i32(config, "head_dim", 1, MODEL_MAX_HEAD_DIM, m->hidden / m->heads,
+                        &m->head_dim, e);
 }
 
 err_code family_read_common(const cJSON *config, int32_t max_tokens, model_desc *out, err *e)
@@ -211,12 +241,15 @@ err_code family_read_common(const cJSON *config, int32_t max_tokens, model_desc 
     model_desc *m = out;
     double eps;
     const char *act;
-    *m = (model_desc){ .bos = -1, .eos = -1, .qkv = QKV_SPLIT };
-    const cJSON *arch = cJSON_GetArrayItem(cJSON_GetObjectItemCaseSensitive(config, "architectures"), 0);
-    if (cJSON_IsString(arch)) (void)snprintf(m->architecture, sizeof m->architecture, "%s", arch->valuestring);
+    *m = (model_desc){.bos = -1, .eos = -1, .qkv = QKV_SPLIT};
+    const cJSON *arch = cJSON_GetArrayItem(
+        cJSON_GetObjectItemCaseSensitive(config, "architectures"), 0);
+    if (cJSON_IsString(arch))
+        (void)snprintf(m->architecture, sizeof m->architecture, "%s", arch->valuestring);
     TRY(json_opt_str(config, "hidden_act", "silu", &act, e));
     if (strcmp(act, "silu") != 0)
-        return err_set(e, E_UNSUPPORTED, "hidden_act '%.32s' is not supported; supported is silu", act);
+        return err_set(e, E_UNSUPPORTED, "hidden_act '%.32s' is not supported; supported is silu",
+                       act);
     TRY(read_sizes(config, m, e));
     TRY(read_max_tokens(config, max_tokens, &m->max_tokens, e));
     TRY(json_opt_f64(config, "rms_norm_eps", 1e-6, &eps, e));
@@ -247,14 +280,18 @@ static err_code read_layer_list(const cJSON *list, model_desc *m, err *e)
         const char *type = cJSON_IsString(c) ? c->valuestring : "";
         const bool sliding = strcmp(type, "sliding_attention") == 0;
         if (!sliding && strcmp(type, "full_attention") != 0)
-            return err_set(e, E_UNSUPPORTED, "key 'layer_types': '%.32s' in layer %d is not supported", type, layer);
+            return err_set(e, E_UNSUPPORTED,
+                           "key 'layer_types': '%.32s' in layer %d is not supported", type, layer);
         if (sliding && from == m->layers) from = layer;
         if (!sliding && from < m->layers)
             return err_set(e, E_UNSUPPORTED,
-                           "key 'layer_types': full attention in layer %d behind a sliding one is not supported", layer);
+                           "key 'layer_types': full attention in layer %d behind a sliding one is "
+                           "not supported",
+                           layer);
     }
     if (from < m->layers && m->sliding_window == 0)
-        return err_set(e, E_INPUT, "key 'layer_types': layer %d slides, but there is no sliding_window", from);
+        return err_set(e, E_INPUT,
+                       "key 'layer_types': layer %d slides, but there is no sliding_window", from);
     m->sliding_from = from;
     return OK;
 }

@@ -2,25 +2,27 @@
 #include "formats/family_common.h"
 
 static const family_names names = {
-    .model = { [ROLE_EMBED] = "model.tok_embeddings", [ROLE_FINAL_NORM] = "model.norm", [ROLE_HEAD] = "output" },
+    .model = {[ROLE_EMBED] = "model.tok_embeddings",
+              [ROLE_FINAL_NORM] = "model.norm",
+              [ROLE_HEAD] = "output"},
     .layer = "model.layers.",
-    .part = { [ROLE_ATTN_NORM] = "attention_norm",
-              [ROLE_QKV] = "attention.wqkv",
-              [ROLE_O] = "attention.wo",
-              [ROLE_FFN_NORM] = "ffn_norm",
-              [ROLE_GATE] = "feed_forward.w1",
-              [ROLE_UP] = "feed_forward.w3",
-              [ROLE_DOWN] = "feed_forward.w2" },
+    .part = {[ROLE_ATTN_NORM] = "attention_norm",
+             [ROLE_QKV] = "attention.wqkv",
+             [ROLE_O] = "attention.wo",
+             [ROLE_FFN_NORM] = "ffn_norm",
+             [ROLE_GATE] = "feed_forward.w1",
+             [ROLE_UP] = "feed_forward.w3",
+             [ROLE_DOWN] = "feed_forward.w2"},
 };
 
 static const smooth_group smooth[] = {
-    { ROLE_ATTN_NORM, { ROLE_QKV }, 1 },
-    { ROLE_FFN_NORM, { ROLE_GATE, ROLE_UP }, 2 },
-    { ROLE_UP, { ROLE_DOWN }, 1 },
+    {ROLE_ATTN_NORM, {ROLE_QKV}, 1},
+    {ROLE_FFN_NORM, {ROLE_GATE, ROLE_UP}, 2},
+    {ROLE_UP, {ROLE_DOWN}, 1},
 };
 
-static err_code tensor_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert, char *buf,
-                            size_t cap, err *e)
+static err_code tensor_name(const model_desc *m, tensor_role r, int32_t layer, int32_t expert,
+                            char *buf, size_t cap, err *e)
 {
     (void)expert;
     return family_name(&names, m, r, layer, buf, cap, e);
@@ -36,7 +38,7 @@ static err_code read_config(const cJSON *config, model_desc *out, err *e)
     return OK;
 }
 
-static const char *const architectures[] = { "InternLM2ForCausalLM", NULL };
+static const char *const architectures[] = {"InternLM2ForCausalLM", NULL};
 
 const family family_internlm2 = {
     .name = "internlm2",

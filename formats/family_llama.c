@@ -7,7 +7,9 @@ static err_code read_config(const cJSON *config, model_desc *out, err *e)
     TRY(family_read_common(config, 2048, out, e));
     TRY(json_opt_bool(config, "attention_bias", false, &attention_bias, e));
     TRY(json_opt_bool(config, "mlp_bias", false, &mlp_bias, e));
-    if (mlp_bias) return err_set(e, E_UNSUPPORTED, "key 'mlp_bias': biases in the feed-forward part are not supported");
+    if (mlp_bias)
+        return err_set(e, E_UNSUPPORTED,
+                       "key 'mlp_bias': biases in the feed-forward part are not supported");
     out->qkv_bias = out->o_bias = attention_bias;
     return family_read_layer_types(config, out, e);
 }
@@ -19,7 +21,7 @@ static const char *template_for(const model_desc *m)
     return m->scaling.kind == ROPE_LLAMA3 ? "llama3_1" : "llama3";
 }
 
-static const char *const architectures[] = { "LlamaForCausalLM", "LLaMAForCausalLM", NULL };
+static const char *const architectures[] = {"LlamaForCausalLM", "LLaMAForCausalLM", NULL};
 
 const family family_llama = {
     .name = "llama",

@@ -1,5 +1,5 @@
-/* Mistral 7B and Nemo: Llama's block and names; all layers share one sliding window, 4096 when the config is
- * silent, none when it says null. */
+/* Mistral 7B and Nemo: Llama's block and names; all layers share one sliding window, 4096 when the
+ * config is silent, none when it says null. */
 #include "formats/family_common.h"
 
 static err_code read_config(const cJSON *config, model_desc *out, err *e)
@@ -9,7 +9,7 @@ static err_code read_config(const cJSON *config, model_desc *out, err *e)
     return family_read_layer_types(config, out, e);
 }
 
-static const char *const architectures[] = { "MistralForCausalLM", NULL };
+static const char *const architectures[] = {"MistralForCausalLM", NULL};
 
 const family family_mistral = {
     .name = "mistral",

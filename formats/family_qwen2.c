@@ -1,5 +1,6 @@
-/* Qwen1.5, Qwen2 and Qwen2.5 (dense): Llama's names, biases on q, k and v, the small ones with a tied head.
- * With use_sliding_window the first max_window_layers layers see everything and the later ones slide. */
+/* Qwen1.5, Qwen2 and Qwen2.5 (dense): Llama's names, biases on q, k and v, the small ones with a
+ * tied head. With use_sliding_window the first max_window_layers layers see everything and the
+ * later ones slide. */
 #include "formats/family_common.h"
 
 static err_code read_window(const cJSON *config, model_desc *m, err *e)
@@ -18,7 +19,7 @@ static err_code read_config(const cJSON *config, model_desc *out, err *e)
     return read_window(config, out, e);
 }
 
-static const char *const architectures[] = { "Qwen2ForCausalLM", NULL };
+static const char *const architectures[] = {"Qwen2ForCausalLM", NULL};
 
 const family family_qwen2 = {
     .name = "qwen2",

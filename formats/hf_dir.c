@@ -10,7 +10,10 @@
 #include "formats/manifest.h"
 #include "formats/st_header.h"
 
-typedef struct { char *name; tensor view; } hf_own; /* a converted or realigned tensor */
+typedef struct {
+    char *name;
+    tensor view;
+} hf_own; /* a converted or realigned tensor */
 
 typedef struct {
     hf_shards *shards;
@@ -25,8 +28,8 @@ typedef struct {
 enum { HF_NAME = 256, HF_WHAT = 4096 + HF_NAME };
 
 /* ---- views ---- */
-static err_code hf_name(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert, const char *suffix, char *buf,
-                        err *e)
+static err_code hf_name(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert,
+                        const char *suffix, char *buf, err *e)
 {
     char name[HF_NAME - 16];
     TRY(h->fam->tensor_name(&h->m, r, layer, expert, name, sizeof name, e));
@@ -34,12 +37,14 @@ static err_code hf_name(const hf_dir *h, tensor_role r, int32_t layer, int32_t e
     return OK;
 }
 
-static bool hf_there(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert, const char *suffix)
+static bool hf_there(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert,
+                     const char *suffix)
 {
     char name[HF_NAME];
     tensor view;
     err ignored;
-    return hf_name(h, r, layer, expert, suffix, name, &ignored) == OK && hf_shards_find(h->shards, name, &view, NULL);
+    return hf_name(h, r, layer, expert, suffix, name, &ignored) == OK &&
+           hf_shards_find(h->shards, name, &view, NULL);
 }
 
 /* The view as stored; what gets "dir/file: tensor 'name'" for messages. */
@@ -52,15 +57,18 @@ static err_code hf_find(const hf_dir *h, const char *name, tensor *view, char wh
     return OK;
 }
 
-static err_code expect_float(const tensor *t, const char *what, int ndim, const int64_t *shape, err *e)
+static err_code expect_float(const tensor *t, const char *what, int ndim, const int64_t *shape,
+                             err *e)
 {
     char got[128];
-    if (t->dt == DT_F16 || t->dt == DT_BF16 || t->dt == DT_F32) return tensor_expect(t, what, t->dt, ndim, shape, e);
+    if (t->dt == DT_F16 || t->dt == DT_BF16 || t->dt == DT_F32)
+        return tensor_expect(t, what, t->dt, ndim, shape, e);
     tensor_describe(got, sizeof got, t);
     return err_set(e, E_SHAPE, "%s: expected F16, BF16 or F32, got %s", what, got);
 }
 
-static err_code get_float(const hf_dir *h, const char *name, int ndim, const int64_t *shape, tensor *view, err *e)
+static err_code get_float(const hf_dir *h, const char *name, int ndim, const int64_t *shape,
+                          tensor *view, err *e)
 {
     char what[HF_WHAT];
     TRY(hf_find(h, name, view, what, e));
@@ -88,7 +96,8 @@ static err_code own_room(hf_dir *h, err *e)
     return OK;
 }
 
-/* An aligned copy of *view as dt. Conversion reads the copy in place of the file's unaligned data. */
+/* An aligned copy of *view as dt. Conversion reads the copy in place of the file's unaligned data.
+ * */
 static err_code own_make(hf_dir *h, const char *name, tensor *view, dtype dt, err *e)
 {
     void *raw = NULL, *cast = NULL;
@@ -98,13 +107,14 @@ static err_code own_make(hf_dir *h, const char *name, tensor *view, dtype dt, er
     if (raw) memcpy(raw, view->data, tensor_bytes(view));
     tensor copy = tensor_of(raw, view->dt, view->ndim, view->shape);
     if (dt != view->dt) {
-        if ((rc = mem_alloc(&cast, (size_t)tensor_count(view), dtype_bytes(dt), name, e)) != OK) goto done;
+        if ((rc = mem_alloc(&cast, (size_t)tensor_count(view), dtype_bytes(dt), name, e)) != OK)
+            goto done;
         const tensor from = copy;
         copy = tensor_of(cast, dt, view->ndim, view->shape);
         const int64_t lost = tensor_convert(&copy, &from);
         if (lost) {
-            rc = err_set(e, E_INPUT, "'%s': tensor '%s': %lld values of %s do not fit %s", h->dir, name,
-                         (long long)lost, dtype_name(view->dt), dtype_name(dt));
+            rc = err_set(e, E_INPUT, "'%s': tensor '%s': %lld values of %s do not fit %s", h->dir,
+                         name, (long long)lost, dtype_name(view->dt), dtype_name(dt));
             goto done;
         }
         mem_free(raw);
@@ -133,9 +143,10 @@ static err_code own_take(hf_dir *h, const char *name, tensor *view, dtype dt, er
 }
 
 /* ---- tensors of a role, as stored and checked ---- */
-static err_code stored_tensor(const hf_dir *h, tensor_role r, int32_t layer, char name[HF_NAME], tensor *view, err *e)
+static err_code stored_tensor(const hf_dir *h, tensor_role r, int32_t layer, char name[HF_NAME],
+                              tensor *view, err *e)
 {
-    int64_t shape[2] = { h->m.hidden, h->m.hidden };
+    int64_t shape[2] = {h->m.hidden, h->m.hidden};
     if (r == ROLE_HEAD && h->m.tied_embed) r = ROLE_EMBED;
     if (r == ROLE_EMBED || r == ROLE_HEAD) shape[0] = h->m.vocab;
     if (r == ROLE_Q_NORM || r == ROLE_K_NORM) shape[0] = h->m.head_dim;
@@ -149,34 +160,38 @@ static bool wants_bias(const model_desc *m, tensor_role r)
     return m->qkv_bias && (r == ROLE_QKV || r == ROLE_Q || r == ROLE_K || r == ROLE_V);
 }
 
-static err_code stored_bias(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert, char name[HF_NAME],
-                            tensor *view, err *e)
+static err_code stored_bias(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert,
+                            char name[HF_NAME], tensor *view, err *e)
 {
     const int64_t n = model_linear_n(&h->m, r);
-    *view = (tensor){ 0 };
+    *view = (tensor){0};
     TRY(hf_name(h, r, layer, expert, ".bias", name, e));
     if (wants_bias(&h->m, r)) return get_float(h, name, 1, &n, view, e);
     if (hf_there(h, r, layer, expert, ".bias"))
-        return err_set(e, E_INPUT, "'%s': tensor '%s' is there, but config.json says there is no bias", h->dir, name);
+        return err_set(e, E_INPUT,
+                       "'%s': tensor '%s' is there, but config.json says there is no bias", h->dir,
+                       name);
     return OK;
 }
 
 typedef enum { PART_QWEIGHT, PART_QZEROS, PART_SCALES } w4_part;
-static const char *const part_suffix[] = { ".qweight", ".qzeros", ".scales" };
+static const char *const part_suffix[] = {".qweight", ".qzeros", ".scales"};
 
-static err_code stored_part(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert, w4_part p,
-                            char name[HF_NAME], tensor *view, err *e)
+static err_code stored_part(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert,
+                            w4_part p, char name[HF_NAME], tensor *view, err *e)
 {
     char what[HF_WHAT];
     const int64_t n = model_linear_n(&h->m, r), k = model_linear_k(&h->m, r), g = h->quant.group;
-    const int64_t shape[2] = { p == PART_QWEIGHT ? k : k / g, p == PART_SCALES ? n : n / 8 };
+    const int64_t shape[2] = {p == PART_QWEIGHT ? k : k / g, p == PART_SCALES ? n : n / 8};
     TRY(hf_name(h, r, layer, expert, part_suffix[p], name, e));
     TRY(hf_find(h, name, view, what, e));
-    return p == PART_SCALES ? expect_float(view, what, 2, shape, e) : tensor_expect(view, what, DT_I32, 2, shape, e);
+    return p == PART_SCALES ? expect_float(view, what, 2, shape, e)
+                            : tensor_expect(view, what, DT_I32, 2, shape, e);
 }
 
 /* Which of the two kinds a linear is; contradictions are errors. */
-static err_code linear_is_w4(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert, bool *w4, err *e)
+static err_code linear_is_w4(const hf_dir *h, tensor_role r, int32_t layer, int32_t expert,
+                             bool *w4, err *e)
 {
     char name[HF_NAME];
     const bool dense = hf_there(h, r, layer, expert, ".weight");
@@ -184,15 +199,23 @@ static err_code linear_is_w4(const hf_dir *h, tensor_role r, int32_t layer, int3
     *w4 = hf_there(h, r, layer, expert, ".qweight");
     TRY(hf_name(h, r, layer, expert, "", name, e));
     if (!*w4) return OK;
-    if (dense) return err_set(e, E_INPUT, "'%s': tensor '%s' is there as weight and as qweight", h->dir, name);
+    if (dense)
+        return err_set(e, E_INPUT, "'%s': tensor '%s' is there as weight and as qweight", h->dir,
+                       name);
     if (hf_there(h, r, layer, expert, ".g_idx"))
-        return err_set(e, E_UNSUPPORTED, "'%s': tensor '%s.g_idx' belongs to GPTQ, which is not supported", h->dir, name);
+        return err_set(e, E_UNSUPPORTED,
+                       "'%s': tensor '%s.g_idx' belongs to GPTQ, which is not supported", h->dir,
+                       name);
     if (!h->quant.awq)
-        return err_set(e, E_INPUT, "'%s': tensor '%s.qweight' is there, but config.json has no quantization_config",
-                       h->dir, name);
+        return err_set(
+            e, E_INPUT,
+            "'%s': tensor '%s.qweight' is there, but config.json has no quantization_config",
+            h->dir, name);
     if (k % h->quant.group || n % 8)
-        return err_set(e, E_SHAPE, "'%s': tensor '%s.qweight': %lld inputs and %lld outputs do not suit groups of %d",
-                       h->dir, name, (long long)k, (long long)n, h->quant.group);
+        return err_set(
+            e, E_SHAPE,
+            "'%s': tensor '%s.qweight': %lld inputs and %lld outputs do not suit groups of %d",
+            h->dir, name, (long long)k, (long long)n, h->quant.group);
     return OK;
 }
 
@@ -205,12 +228,15 @@ static err_code hf_tensor(void *self, tensor_role r, int32_t layer, tensor *view
     return own_take(h, name, view, DT_NONE, e);
 }
 
-static err_code linear_w4(hf_dir *h, tensor_role r, int32_t layer, int32_t expert, w4_weight *q, err *e)
+static err_code linear_w4(hf_dir *h, tensor_role r, int32_t layer, int32_t expert, w4_weight *q,
+                          err *e)
 {
     char name[HF_NAME];
-    tensor *const part[] = { &q->q, &q->zeros, &q->scales };
-    *q = (w4_weight){ .k = model_linear_k(&h->m, r), .n = model_linear_n(&h->m, r), .group = h->quant.group,
-                      .layout = W4_AWQ };
+    tensor *const part[] = {&q->q, &q->zeros, &q->scales};
+    *q = (w4_weight){.k = model_linear_k(&h->m, r),
+                     .n = model_linear_n(&h->m, r),
+                     .group = h->quant.group,
+                     .layout = W4_AWQ};
     for (w4_part p = PART_QWEIGHT; p <= PART_SCALES; p++) {
         TRY(stored_part(h, r, layer, expert, p, name, part[p], e));
         TRY(own_take(h, name, part[p], p == PART_SCALES ? DT_F16 : DT_NONE, e));
@@ -218,11 +244,12 @@ static err_code linear_w4(hf_dir *h, tensor_role r, int32_t layer, int32_t exper
     return OK;
 }
 
-static err_code hf_linear(void *self, tensor_role r, int32_t layer, int32_t expert, linear_view *v, err *e)
+static err_code hf_linear(void *self, tensor_role r, int32_t layer, int32_t expert, linear_view *v,
+                          err *e)
 {
     hf_dir *h = self;
     char name[HF_NAME];
-    *v = (linear_view){ 0 };
+    *v = (linear_view){0};
     TRY(linear_is_w4(h, r, layer, expert, &v->w4, e));
     TRY(stored_bias(h, r, layer, expert, name, &v->bias, e));
     if (v->bias.data) TRY(own_take(h, name, &v->bias, DT_NONE, e));
@@ -231,7 +258,7 @@ static err_code hf_linear(void *self, tensor_role r, int32_t layer, int32_t expe
         v->q.bias = v->bias;
         return OK;
     }
-    const int64_t shape[2] = { model_linear_n(&h->m, r), model_linear_k(&h->m, r) };
+    const int64_t shape[2] = {model_linear_n(&h->m, r), model_linear_k(&h->m, r)};
     TRY(hf_name(h, r, layer, expert, ".weight", name, e));
     TRY(get_float(h, name, 2, shape, &v->dense, e));
     return own_take(h, name, &v->dense, DT_NONE, e);
@@ -246,7 +273,7 @@ static bool hf_has(void *self, tensor_role r, int32_t layer, int32_t expert)
 
 static void hf_advise(void *self, int32_t layer, bool need)
 {
-    static const char *const suffixes[] = { ".weight", ".bias", ".qweight", ".qzeros", ".scales" };
+    static const char *const suffixes[] = {".weight", ".bias", ".qweight", ".qzeros", ".scales"};
     const hf_dir *h = self;
     char name[HF_NAME];
     err ignored;
@@ -271,15 +298,16 @@ static void hf_close(void *self)
 }
 
 /* ---- checks at open ---- */
-/* Writers of symmetric checkpoints either store all zeros as 8 or leave the words 0, which nobody can tell
- * from asymmetric ones: the second kind is refused. */
+/* Writers of symmetric checkpoints either store all zeros as 8 or leave the words 0, which nobody
+ * can tell from asymmetric ones: the second kind is refused. */
 static err_code check_zeros(const hf_dir *h, const tensor *zeros, const char *name, err *e)
 {
     const uint8_t *p = zeros->data;
     const size_t n = tensor_bytes(zeros);
     for (size_t i = 0; i < n; i++)
         if (p[i]) return OK;
-    return err_set(e, E_UNSUPPORTED, "'%s': zero_point is false and '%s' holds nothing", h->dir, name);
+    return err_set(e, E_UNSUPPORTED, "'%s': zero_point is false and '%s' holds nothing", h->dir,
+                   name);
 }
 
 static err_code check_linear(const hf_dir *h, tensor_role r, int32_t layer, int *n_w4, err *e)
@@ -290,13 +318,14 @@ static err_code check_linear(const hf_dir *h, tensor_role r, int32_t layer, int 
     TRY(linear_is_w4(h, r, layer, -1, &w4, e));
     TRY(stored_bias(h, r, layer, -1, name, &view, e));
     if (!w4) {
-        const int64_t shape[2] = { model_linear_n(&h->m, r), model_linear_k(&h->m, r) };
+        const int64_t shape[2] = {model_linear_n(&h->m, r), model_linear_k(&h->m, r)};
         TRY(hf_name(h, r, layer, -1, ".weight", name, e));
         return get_float(h, name, 2, shape, &view, e);
     }
     for (w4_part p = PART_QWEIGHT; p <= PART_SCALES; p++) {
         TRY(stored_part(h, r, layer, -1, p, name, &view, e));
-        if (p == PART_QZEROS && *n_w4 == 0 && !h->quant.zero_point) TRY(check_zeros(h, &view, name, e));
+        if (p == PART_QZEROS && *n_w4 == 0 && !h->quant.zero_point)
+            TRY(check_zeros(h, &view, name, e));
     }
     (*n_w4)++;
     return OK;
@@ -319,23 +348,26 @@ static err_code check_all(hf_dir *h, err *e)
         for (int i = 0; i < n; i++) TRY(check_linear(h, linears[i], layer, &n_w4, e));
     }
     if (h->quant.awq && n_w4 == 0)
-        return err_set(e, E_INPUT, "'%s': config.json says awq, but no linear has a qweight", h->dir);
+        return err_set(e, E_INPUT, "'%s': config.json says awq, but no linear has a qweight",
+                       h->dir);
     /* One layer more than config.json says: the config belongs to another model. */
     h->m.layers++;
     const bool more = hf_there(h, ROLE_ATTN_NORM, h->m.layers - 1, -1, ".weight");
     h->m.layers--;
     if (more)
-        return err_set(e, E_INPUT, "'%s': config.json says %d layers, the files have more", h->dir, h->m.layers);
+        return err_set(e, E_INPUT, "'%s': config.json says %d layers, the files have more", h->dir,
+                       h->m.layers);
     return OK;
 }
 
 /* An AWQ directory of ours names itself by its manifest, unless a file was changed since. */
 static bool manifest_digest(const char *dir, hash256 *out)
 {
-    manifest m = { 0 };
+    manifest m = {0};
     err ignored;
     const bool good = manifest_exists(dir) && manifest_read(&m, dir, &ignored) == OK &&
-                      strcmp(m.kind, MANIFEST_KIND_AWQ) == 0 && manifest_check_sizes(&m, dir, &ignored) == OK;
+                      strcmp(m.kind, MANIFEST_KIND_AWQ) == 0 &&
+                      manifest_check_sizes(&m, dir, &ignored) == OK;
     if (good) *out = m.digest;
     manifest_free(&m);
     return good;
@@ -355,7 +387,7 @@ static err_code hf_digest(const hf_dir *h, hash256 *out, err *e)
 
 err_code hf_open(weight_src **out, const char *path, err *e)
 {
-    static const weight_ops ops = { hf_close, hf_tensor, hf_linear, hf_has, hf_advise };
+    static const weight_ops ops = {hf_close, hf_tensor, hf_linear, hf_has, hf_advise};
     hf_dir *h;
     hash256 digest;
     err_code rc;
@@ -366,7 +398,8 @@ err_code hf_open(weight_src **out, const char *path, err *e)
     if ((rc = hf_shards_open(&h->shards, path, e)) != OK) goto done;
     if ((rc = check_all(h, e)) != OK) goto done;
     if ((rc = hf_digest(h, &digest, e)) != OK) goto done;
-    rc = weights_make(out, h->quant.awq ? SRC_AWQ : SRC_HF, &h->m, path, path, digest.hex, &ops, h, e);
+    rc = weights_make(out, h->quant.awq ? SRC_AWQ : SRC_HF, &h->m, path, path, digest.hex, &ops, h,
+                      e);
     if (rc == OK) h = NULL;
 done:
     hf_close(h);

@@ -9,12 +9,18 @@
 #include "base/mem.h"
 #include "formats/st_header.h"
 
-#define HF_INDEX "model.safetensors.index.json"
+#define HF_INDEX     "model.safetensors.index.json"
 #define HF_MAX_INDEX ((size_t)64 << 20)
 enum { HF_MAX_SHARDS = 4096 };
 
-typedef struct { char *name; st_file *st; } hf_shard;
-typedef struct { int32_t shard; int64_t item; } hf_slot; /* shard is 1 + index, 0 empty */
+typedef struct {
+    char *name;
+    st_file *st;
+} hf_shard;
+typedef struct {
+    int32_t shard;
+    int64_t item;
+} hf_slot; /* shard is 1 + index, 0 empty */
 
 struct hf_shards {
     char *dir;
@@ -35,7 +41,8 @@ static bool ends_with(const char *s, const char *end)
 static bool part_of(const char *name, int *part, int *parts)
 {
     int used = 0;
-    return sscanf(name, "model-%5d-of-%5d.safetensors%n", part, parts, &used) == 2 && used > 0 && !name[used];
+    return sscanf(name, "model-%5d-of-%5d.safetensors%n", part, parts, &used) == 2 && used > 0 &&
+           !name[used];
 }
 
 /* ---- the list of files ---- */
@@ -62,13 +69,16 @@ static err_code check_index_file(const hf_shards *s, const cJSON *entry, err *e)
         return err_set(e, E_INPUT, "'%s/" HF_INDEX "': tensor '%s': expected a file name", s->dir,
                        st_shown(shown, entry->string));
     if (!path_is_plain_name(file))
-        return err_set(e, E_INPUT, "'%s/" HF_INDEX "': file '%s' is not a plain name in this directory", s->dir,
+        return err_set(e, E_INPUT,
+                       "'%s/" HF_INDEX "': file '%s' is not a plain name in this directory", s->dir,
                        st_shown(shown, file));
     if (!ends_with(file, ".safetensors"))
-        return err_set(e, E_UNSUPPORTED, "'%s/" HF_INDEX "': file '%s' is not a safetensors file", s->dir, file);
+        return err_set(e, E_UNSUPPORTED, "'%s/" HF_INDEX "': file '%s' is not a safetensors file",
+                       s->dir, file);
     TRY(path_join(path, sizeof path, s->dir, file, e));
     if (!file_exists(path))
-        return err_set(e, E_INPUT, "'%s': shard '%s' is missing (" HF_INDEX " names it)", s->dir, file);
+        return err_set(e, E_INPUT, "'%s': shard '%s' is missing (" HF_INDEX " names it)", s->dir,
+                       file);
     return OK;
 }
 
@@ -76,9 +86,11 @@ static err_code list_from_index(hf_shards *s, const cJSON *map, const dir_list *
 {
     const char *last = NULL;
     if (!cJSON_IsObject(map) || !map->child)
-        return err_set(e, E_INPUT, "'%s/" HF_INDEX "': weight_map: expected an object with tensors", s->dir);
+        return err_set(e, E_INPUT, "'%s/" HF_INDEX "': weight_map: expected an object with tensors",
+                       s->dir);
     for (const cJSON *c = map->child; c; c = c->next) {
-        if (last && cJSON_IsString(c) && strcmp(c->valuestring, last) == 0) continue; /* neighbours share a file */
+        if (last && cJSON_IsString(c) && strcmp(c->valuestring, last) == 0)
+            continue; /* neighbours share a file */
         TRY(check_index_file(s, c, e));
         TRY(add_shard(s, c->valuestring, e));
         last = c->valuestring;
@@ -89,7 +101,9 @@ static err_code list_from_index(hf_shards *s, const cJSON *map, const dir_list *
         if (strcmp(name, "model.safetensors") != 0 && !part_of(name, &part, &parts)) continue;
         while (at < s->n && strcmp(s->shard[at].name, name) != 0) at++;
         if (at == s->n)
-            return err_set(e, E_INPUT, "'%s': '%s' is there but " HF_INDEX " does not name it: left from another save?",
+            return err_set(e, E_INPUT,
+                           "'%s': '%s' is there but " HF_INDEX
+                           " does not name it: left from another save?",
                            s->dir, name);
     }
     return OK;
@@ -102,8 +116,8 @@ static err_code check_parts(const hf_shards *s, err *e)
     for (int i = 0; i < s->n; i++) {
         if (!part_of(s->shard[i].name, &part, &parts)) continue;
         if (all && parts != all)
-            return err_set(e, E_INPUT, "'%s': shard '%s' is not one of %d parts as the others are", s->dir,
-                           s->shard[i].name, all);
+            return err_set(e, E_INPUT, "'%s': shard '%s' is not one of %d parts as the others are",
+                           s->dir, s->shard[i].name, all);
         all = parts;
     }
     for (int want = 1; want <= all; want++) {
@@ -118,21 +132,26 @@ static err_code check_parts(const hf_shards *s, err *e)
 
 static err_code list_from_names(hf_shards *s, const dir_list *files, err *e)
 {
-    static const char *const others[] = { ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5" };
+    static const char *const others[] = {".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5"};
     for (int pass = 0; pass < 2 && s->n == 0; pass++)
         for (size_t i = 0; i < files->n; i++)
-            if (ends_with(files->names[i], ".safetensors") && (pass || strncmp(files->names[i], "model", 5) == 0))
+            if (ends_with(files->names[i], ".safetensors") &&
+                (pass || strncmp(files->names[i], "model", 5) == 0))
                 TRY(add_shard(s, files->names[i], e));
     if (s->n) return check_parts(s, e);
     for (size_t k = 0; k < sizeof others / sizeof others[0]; k++)
         for (size_t i = 0; i < files->n; i++)
             if (ends_with(files->names[i], others[k]))
-                return err_set(e, E_UNSUPPORTED, "'%s/%s': weights in %s files are not read; convert them to safetensors",
-                               s->dir, files->names[i], others[k]);
+                return err_set(
+                    e, E_UNSUPPORTED,
+                    "'%s/%s': weights in %s files are not read; convert them to safetensors",
+                    s->dir, files->names[i], others[k]);
     for (size_t i = 0; i < files->n; i++)
         if (ends_with(files->names[i], ".bin.index.json"))
-            return err_set(e, E_UNSUPPORTED, "'%s': '%s' speaks of .bin shards, which are not read; convert them to safetensors",
-                           s->dir, files->names[i]);
+            return err_set(
+                e, E_UNSUPPORTED,
+                "'%s': '%s' speaks of .bin shards, which are not read; convert them to safetensors",
+                s->dir, files->names[i]);
     return err_set(e, E_INPUT, "'%s' has no safetensors file", s->dir);
 }
 
@@ -140,7 +159,8 @@ static err_code list_from_names(hf_shards *s, const dir_list *files, err *e)
 static uint64_t slot_of(const hf_shards *s, const char *name)
 {
     uint64_t i = XXH3_64bits(name, strlen(name)) & (s->table_size - 1);
-    while (s->table[i].shard && strcmp(st_at(s->shard[s->table[i].shard - 1].st, s->table[i].item).name, name) != 0)
+    while (s->table[i].shard &&
+           strcmp(st_at(s->shard[s->table[i].shard - 1].st, s->table[i].item).name, name) != 0)
         i = (i + 1) & (s->table_size - 1);
     return i;
 }
@@ -156,9 +176,10 @@ static err_code build_table(hf_shards *s, err *e)
             const char *name = st_at(s->shard[i].st, j).name;
             hf_slot *slot = &s->table[slot_of(s, name)];
             if (slot->shard)
-                return err_set(e, E_INPUT, "'%s': tensor '%s' is in '%s' and in '%s'", s->dir, st_shown(shown, name),
-                               s->shard[slot->shard - 1].name, s->shard[i].name);
-            *slot = (hf_slot){ i + 1, j };
+                return err_set(e, E_INPUT, "'%s': tensor '%s' is in '%s' and in '%s'", s->dir,
+                               st_shown(shown, name), s->shard[slot->shard - 1].name,
+                               s->shard[i].name);
+            *slot = (hf_slot){i + 1, j};
         }
     }
     return OK;
@@ -171,11 +192,13 @@ static err_code check_index(const hf_shards *s, const cJSON *map, err *e)
         const hf_slot *slot = &s->table[slot_of(s, c->string)];
         if (!cJSON_IsString(c)) return check_index_file(s, c, e);
         if (!slot->shard)
-            return err_set(e, E_INPUT, "'%s/%s': tensor '%s' is missing (" HF_INDEX " puts it there)", s->dir,
+            return err_set(e, E_INPUT,
+                           "'%s/%s': tensor '%s' is missing (" HF_INDEX " puts it there)", s->dir,
                            c->valuestring, st_shown(shown, c->string));
         if (strcmp(s->shard[slot->shard - 1].name, c->valuestring) != 0)
-            return err_set(e, E_INPUT, "'%s': tensor '%s' is in '%s', " HF_INDEX " says '%s'", s->dir,
-                           st_shown(shown, c->string), s->shard[slot->shard - 1].name, c->valuestring);
+            return err_set(e, E_INPUT, "'%s': tensor '%s' is in '%s', " HF_INDEX " says '%s'",
+                           s->dir, st_shown(shown, c->string), s->shard[slot->shard - 1].name,
+                           c->valuestring);
     }
     return OK;
 }
@@ -207,13 +230,14 @@ done:
 err_code hf_shards_open(hf_shards **out, const char *dir, err *e)
 {
     hf_shards *s;
-    dir_list files = { 0 };
+    dir_list files = {0};
     char index[4096];
     err_code rc;
     *out = NULL;
     TRY(mem_alloc((void **)&s, 1, sizeof *s, dir, e));
     if ((rc = mem_strdup(&s->dir, dir, e)) != OK) goto done;
-    if ((rc = mem_alloc((void **)&s->shard, HF_MAX_SHARDS, sizeof *s->shard, dir, e)) != OK) goto done;
+    if ((rc = mem_alloc((void **)&s->shard, HF_MAX_SHARDS, sizeof *s->shard, dir, e)) != OK)
+        goto done;
     if ((rc = dir_list_open(&files, dir, e)) != OK) goto done;
     if ((rc = path_join(index, sizeof index, dir, HF_INDEX, e)) != OK) goto done;
     if (file_exists(index))

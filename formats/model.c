@@ -1,5 +1,5 @@
-/* What a model is: role names, widths of the linears, and the check that every description passes before
- * anything is sized by it. */
+/* What a model is: role names, widths of the linears, and the check that every description passes
+ * before anything is sized by it. */
 #include "formats/model.h"
 
 #include <assert.h>
@@ -7,12 +7,14 @@
 #include <string.h>
 
 static const char *const role_names[ROLE_COUNT] = {
-    [ROLE_EMBED] = "embed",         [ROLE_FINAL_NORM] = "final_norm", [ROLE_HEAD] = "head",
-    [ROLE_ATTN_NORM] = "attn_norm", [ROLE_QKV] = "qkv",               [ROLE_Q] = "q",
-    [ROLE_K] = "k",                 [ROLE_V] = "v",                   [ROLE_O] = "o",
-    [ROLE_FFN_NORM] = "ffn_norm",   [ROLE_GATE] = "gate",             [ROLE_UP] = "up",
-    [ROLE_DOWN] = "down",           [ROLE_Q_NORM] = "q_norm",         [ROLE_K_NORM] = "k_norm",
-    [ROLE_ROUTER] = "router",
+    [ROLE_EMBED] = "embed",   [ROLE_FINAL_NORM] = "final_norm",
+    [ROLE_HEAD] = "head",     [ROLE_ATTN_NORM] = "attn_norm",
+    [ROLE_QKV] = "qkv",       [ROLE_Q] = "q",
+    [ROLE_K] = "k",           [ROLE_V] = "v",
+    [ROLE_O] = "o",           [ROLE_FFN_NORM] = "ffn_norm",
+    [ROLE_GATE] = "gate",     [ROLE_UP] = "up",
+    [ROLE_DOWN] = "down",     [ROLE_Q_NORM] = "q_norm",
+    [ROLE_K_NORM] = "k_norm", [ROLE_ROUTER] = "router",
 };
 
 const char *role_name(tensor_role r)
@@ -35,8 +37,8 @@ bool role_from_name(tensor_role *out, const char *name)
 static err_code check_range(const char *field, int64_t v, int64_t lo, int64_t hi, err *e)
 {
     if (v >= lo && v <= hi) return OK;
-    return err_set(e, E_INPUT, "%s is %lld, expected %lld..%lld", field, (long long)v, (long long)lo,
-                   (long long)hi);
+    return err_set(e, E_INPUT, "%s is %lld, expected %lld..%lld", field, (long long)v,
+                   (long long)lo, (long long)hi);
 }
 
 static err_code check_number(const char *field, double v, double lo, double hi, err *e)
@@ -51,8 +53,10 @@ static err_code check_heads(const model_desc *m, err *e)
     TRY(check_range("kv_heads", m->kv_heads, 1, m->heads, e));
     TRY(check_range("head_dim", m->head_dim, 2, MODEL_MAX_HEAD_DIM, e));
     if (m->heads % m->kv_heads)
-        return err_set(e, E_INPUT, "heads %d is not a multiple of kv_heads %d", m->heads, m->kv_heads);
-    if (m->head_dim % 2) return err_set(e, E_INPUT, "head_dim is %d, expected an even number", m->head_dim);
+        return err_set(e, E_INPUT, "heads %d is not a multiple of kv_heads %d", m->heads,
+                       m->kv_heads);
+    if (m->head_dim % 2)
+        return err_set(e, E_INPUT, "head_dim is %d, expected an even number", m->head_dim);
     return check_range("heads * head_dim", (int64_t)m->heads * m->head_dim, 2, MODEL_MAX_WIDTH, e);
 }
 
@@ -61,15 +65,18 @@ static err_code check_rope(const model_desc *m, err *e)
     const rope_scaling *s = &m->scaling;
     TRY(check_number("rope_theta", m->rope_theta, 1, 1e15, e));
     TRY(check_range("rope_dims", m->rope_dims, 2, m->head_dim, e));
-    if (m->rope_dims % 2) return err_set(e, E_INPUT, "rope_dims is %d, expected an even number", m->rope_dims);
+    if (m->rope_dims % 2)
+        return err_set(e, E_INPUT, "rope_dims is %d, expected an even number", m->rope_dims);
     if (s->kind == ROPE_NONE) return OK;
     TRY(check_number("rope scaling factor", s->factor, 1e-3, 1e6, e));
     if (s->kind == ROPE_DYNAMIC && m->rope_dims == 2)
         return err_set(e, E_INPUT, "rope_dims is 2, too few for dynamic rope scaling");
     if (s->kind == ROPE_DYNAMIC && s->factor < 1)
-        return err_set(e, E_INPUT, "rope scaling factor is %g, expected at least 1 for dynamic", s->factor);
+        return err_set(e, E_INPUT, "rope scaling factor is %g, expected at least 1 for dynamic",
+                       s->factor);
     if (s->kind == ROPE_LLAMA3 || s->kind == ROPE_YARN)
-        TRY(check_range("original_max_position_embeddings", s->original_max_positions, 1, MODEL_MAX_TOKENS, e));
+        TRY(check_range("original_max_position_embeddings", s->original_max_positions, 1,
+                        MODEL_MAX_TOKENS, e));
     if (s->kind == ROPE_LLAMA3) {
         TRY(check_number("low_freq_factor", s->low_freq_factor, 1e-6, 1e6, e));
         TRY(check_number("high_freq_factor", s->high_freq_factor, 1e-6, 1e6, e));
@@ -80,9 +87,12 @@ static err_code check_rope(const model_desc *m, err *e)
     if (s->kind == ROPE_YARN) {
         TRY(check_number("beta_fast", s->beta_fast, 1e-6, 1e6, e));
         TRY(check_number("beta_slow", s->beta_slow, 1e-6, 1e6, e));
-        if (m->rope_theta <= 1) return err_set(e, E_INPUT, "rope_theta is %g, expected above 1 for yarn", m->rope_theta);
+        if (m->rope_theta <= 1)
+            return err_set(e, E_INPUT, "rope_theta is %g, expected above 1 for yarn",
+                           m->rope_theta);
         if (!isfinite(s->attention_factor) || s->attention_factor > 1e3)
-            return err_set(e, E_INPUT, "attention_factor is %g, expected at most 1000", s->attention_factor);
+            return err_set(e, E_INPUT, "attention_factor is %g, expected at most 1000",
+                           s->attention_factor);
     }
     return OK;
 }
@@ -161,7 +171,8 @@ int64_t model_linear_k(const model_desc *m, tensor_role r)
 
 int model_block_linears(const model_desc *m, tensor_role out[7])
 {
-    static const tensor_role split[] = { ROLE_Q, ROLE_K, ROLE_V }, rest[] = { ROLE_O, ROLE_GATE, ROLE_UP, ROLE_DOWN };
+    static const tensor_role split[] = {ROLE_Q, ROLE_K, ROLE_V},
+                             rest[] = {ROLE_O, ROLE_GATE, ROLE_UP, ROLE_DOWN};
     int n = 0;
     if (m->qkv == QKV_SPLIT) {
         for (int i = 0; i < 3; i++) out[n++] = split[i];

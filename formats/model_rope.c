@@ -1,6 +1,6 @@
-/* Rotary frequencies with the four scalings in use. Every step is taken in f32 in the order in which the
- * transformers library takes it, so that angles at position 100,000 agree: there an error of one part in
- * 10^7 of a frequency is already a hundredth of a radian. */
+/* Rotary frequencies with the four scalings in use. Every step is taken in f32 in the order in
+ * which the transformers library takes it, so that angles at position 100,000 agree: there an error
+ * of one part in 10^7 of a frequency is already a hundredth of a radian. */
 #include "formats/model.h"
 
 #include <math.h>
@@ -29,7 +29,8 @@ static float rope_llama3(const rope_scaling *s, float f)
     const float wave = (float)(2.0 * M_PI) / f;
     if (wave < high_wave) return f;
     if (wave > low_wave) return f / s->factor;
-    const float smooth = (len / wave - s->low_freq_factor) / (s->high_freq_factor - s->low_freq_factor);
+    const float smooth = (len / wave - s->low_freq_factor) /
+                         (s->high_freq_factor - s->low_freq_factor);
     return (1.0f - smooth) * f / s->factor + smooth * f;
 }
 

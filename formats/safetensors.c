@@ -27,19 +27,23 @@ static uint64_t load_u64(const uint8_t *p)
 static err_code st_parse(st_file *f, err *e)
 {
     if (f->size < 8)
-        return err_set(e, E_INPUT, "a safetensors file has at least 8 bytes, this one has %zu", f->size);
+        return err_set(e, E_INPUT, "a safetensors file has at least 8 bytes, this one has %zu",
+                       f->size);
     const uint64_t n = load_u64(f->bytes);
     if (n > ST_MAX_HEADER)
-        return err_set(e, E_INPUT, "header of %llu bytes, expected at most %d", (unsigned long long)n, ST_MAX_HEADER);
+        return err_set(e, E_INPUT, "header of %llu bytes, expected at most %d",
+                       (unsigned long long)n, ST_MAX_HEADER);
     if (n > f->size - 8)
-        return err_set(e, E_INPUT, "header of %llu bytes reaches beyond the file's %zu (cut short?)",
+        return err_set(e, E_INPUT,
+                       "header of %llu bytes reaches beyond the file's %zu (cut short?)",
                        (unsigned long long)n, f->size);
     f->data = f->bytes + 8 + n;
     return st_header_parse(&f->h, (const char *)f->bytes + 8, (size_t)n, f->size - 8 - n, e);
 }
 
 /* map: the file at `path`, which may be empty; else the borrowed bytes. */
-static err_code st_start(st_file **out, const char *path, const void *data, size_t size, bool map, err *e)
+static err_code st_start(st_file **out, const char *path, const void *data, size_t size, bool map,
+                         err *e)
 {
     st_file *f;
     err_code rc;
@@ -60,7 +64,10 @@ done:
     return rc;
 }
 
-err_code st_open(st_file **out, const char *path, err *e) { return st_start(out, path, NULL, 0, true, e); }
+err_code st_open(st_file **out, const char *path, err *e)
+{
+    return st_start(out, path, NULL, 0, true, e);
+}
 
 err_code st_open_memory(st_file **out, const void *data, size_t size, const char *name, err *e)
 {
@@ -100,7 +107,7 @@ st_entry st_at(const st_file *f, int64_t i)
 {
     assert(i >= 0 && i < f->h.n);
     const st_item *t = &f->h.items[i];
-    st_entry r = { .name = t->name, .view = st_view(f, t), .full_ndim = t->ndim };
+    st_entry r = {.name = t->name, .view = st_view(f, t), .full_ndim = t->ndim};
     memcpy(r.full_shape, t->shape, sizeof r.full_shape);
     return r;
 }

@@ -1,5 +1,5 @@
-/* Writer: everything is declared first, so the header's size and every place are known before the first
- * byte of data. The header itself is written last, when values of the metadata are final. */
+/* Writer: everything is declared first, so the header's size and every place are known before the
+ * first byte of data. The header itself is written last, when values of the metadata are final. */
 #include "formats/safetensors.h"
 
 #include <assert.h>
@@ -10,7 +10,9 @@
 #include "base/mem.h"
 #include "formats/st_header.h"
 
-typedef struct { int64_t from, to; } st_range; /* elements */
+typedef struct {
+    int64_t from, to;
+} st_range; /* elements */
 
 typedef struct {
     char *name;
@@ -22,7 +24,9 @@ typedef struct {
     int n_done, cap_done;
 } st_out;
 
-typedef struct { char *key, *value; } st_own_pair;
+typedef struct {
+    char *key, *value;
+} st_own_pair;
 
 struct st_writer {
     file_writer *file;
@@ -37,7 +41,10 @@ struct st_writer {
 };
 
 /* ---- header text: measured with buf NULL, then written ---- */
-typedef struct { char *buf; size_t n; } text_out;
+typedef struct {
+    char *buf;
+    size_t n;
+} text_out;
 
 static void put_raw(text_out *o, const char *s, size_t n)
 {
@@ -57,7 +64,8 @@ static void put_quoted(text_out *o, const char *s)
             put_raw(o, s, 1);
             continue;
         }
-        const int n = c < 0x20 ? snprintf(esc, sizeof esc, "\\u%04x", c) : snprintf(esc, sizeof esc, "\\%c", c);
+        const int n = c < 0x20 ? snprintf(esc, sizeof esc, "\\u%04x", c)
+                               : snprintf(esc, sizeof esc, "\\%c", c);
         put_raw(o, esc, (size_t)n);
     }
     put_raw(o, "\"", 1);
@@ -128,11 +136,13 @@ static err_code take_meta(st_writer *w, const char *const *meta, err *e)
     if (n) qsort(w->meta, (size_t)n, sizeof *w->meta, by_key);
     for (int i = 1; i < n; i++)
         if (strcmp(w->meta[i].key, w->meta[i - 1].key) == 0)
-            return err_set(e, E_CHECK, "%s: metadata key '%s' given twice", w->path, w->meta[i].key);
+            return err_set(e, E_CHECK, "%s: metadata key '%s' given twice", w->path,
+                           w->meta[i].key);
     return OK;
 }
 
-err_code st_writer_open(st_writer **out, const char *path, const char *const *meta, bool force, err *e)
+err_code st_writer_open(st_writer **out, const char *path, const char *const *meta, bool force,
+                        err *e)
 {
     st_writer *w;
     err_code rc;
@@ -161,19 +171,22 @@ static err_code writer_grow(st_writer *w, err *e)
     return OK;
 }
 
-err_code st_writer_add(st_writer *w, const char *name, dtype dt, int ndim, const int64_t *shape, err *e)
+err_code st_writer_add(st_writer *w, const char *name, dtype dt, int ndim, const int64_t *shape,
+                       err *e)
 {
     char shown[ST_SHOWN];
     st_shown(shown, name);
-    if (w->sealed) return err_set(e, E_CHECK, "%s: tensor '%s' declared after the first data", w->path, shown);
+    if (w->sealed)
+        return err_set(e, E_CHECK, "%s: tensor '%s' declared after the first data", w->path, shown);
     if (ndim < 0 || ndim > ST_MAX_RANK || dtype_bytes(dt) == 0 || strcmp(name, "__metadata__") == 0)
         return err_set(e, E_CHECK, "%s: tensor '%s' cannot be stored", w->path, shown);
     if (!json_utf8_valid(name, strlen(name)))
         return err_set(e, E_INPUT, "%s: tensor '%s': the name is not UTF-8", w->path, shown);
     TRY(writer_grow(w, e));
     st_out *t = &w->t[w->n];
-    *t = (st_out){ .dt = dt, .ndim = ndim };
-    if (tensor_count_checked(&t->count, ndim, shape, shown, e) != OK) return err_wrap(e, "%s", w->path);
+    *t = (st_out){.dt = dt, .ndim = ndim};
+    if (tensor_count_checked(&t->count, ndim, shape, shown, e) != OK)
+        return err_wrap(e, "%s", w->path);
     for (int i = 0; i < ndim; i++) t->shape[i] = shape[i];
     t->bytes = (uint64_t)t->count * dtype_bytes(dt);
     TRY(mem_strdup(&t->name, name, e));
@@ -201,7 +214,8 @@ static err_code writer_order(st_writer *w, err *e)
     qsort(w->t, (size_t)w->n, sizeof *w->t, by_name);
     for (int64_t i = 1; i < w->n; i++)
         if (strcmp(w->t[i].name, w->t[i - 1].name) == 0)
-            return err_set(e, E_CHECK, "%s: tensor '%s' declared twice", w->path, st_shown(shown, w->t[i].name));
+            return err_set(e, E_CHECK, "%s: tensor '%s' declared twice", w->path,
+                           st_shown(shown, w->t[i].name));
     qsort(w->t, (size_t)w->n, sizeof *w->t, by_alignment);
     return OK;
 }
@@ -209,7 +223,7 @@ static err_code writer_order(st_writer *w, err *e)
 static err_code writer_seal(st_writer *w, err *e)
 {
     uint64_t at = 0;
-    text_out o = { 0 };
+    text_out o = {0};
     if (w->sealed) return OK;
     TRY(writer_order(w, e));
     for (int64_t i = 0; i < w->n; i++) {
@@ -219,7 +233,8 @@ static err_code writer_seal(st_writer *w, err *e)
     }
     put_header(&o, w);
     if (o.n > ST_MAX_HEADER - 64)
-        return err_set(e, E_LIMIT, "%s: header of %zu bytes, the format allows %d", w->path, o.n, ST_MAX_HEADER);
+        return err_set(e, E_LIMIT, "%s: header of %zu bytes, the format allows %d", w->path, o.n,
+                       ST_MAX_HEADER);
     w->head_bytes = (8 + o.n + 63) / 64 * 64;
     w->data_bytes = at;
     w->sealed = true;
@@ -229,8 +244,8 @@ static err_code writer_seal(st_writer *w, err *e)
 /* Sorted by alignment, then name: one search for each of the four alignments. */
 static st_out *writer_find(st_writer *w, const char *name)
 {
-    static const dtype of_bytes[] = { DT_F64, DT_F32, DT_F16, DT_U8 };
-    st_out key = { .name = (char *)(uintptr_t)name };
+    static const dtype of_bytes[] = {DT_F64, DT_F32, DT_F16, DT_U8};
+    st_out key = {.name = (char *)(uintptr_t)name};
     for (int i = 0; w->n && i < 4; i++) {
         key.dt = of_bytes[i];
         st_out *t = bsearch(&key, w->t, (size_t)w->n, sizeof *w->t, by_alignment);
@@ -244,7 +259,9 @@ static err_code writer_get(st_writer *w, const char *name, st_out **t, err *e)
     char shown[ST_SHOWN];
     TRY(writer_seal(w, e));
     *t = writer_find(w, name);
-    if (!*t) return err_set(e, E_CHECK, "%s: tensor '%s' was not declared", w->path, st_shown(shown, name));
+    if (!*t)
+        return err_set(e, E_CHECK, "%s: tensor '%s' was not declared", w->path,
+                       st_shown(shown, name));
     return OK;
 }
 
@@ -268,7 +285,8 @@ static err_code range_add(st_writer *w, st_out *t, int64_t from, int64_t to, err
     char shown[ST_SHOWN];
     int i = t->n_done;
     while (i > 0 && t->done[i - 1].from >= from) i--; /* parts mostly come in order */
-    const bool after = i > 0 && t->done[i - 1].to >= from, before = i < t->n_done && t->done[i].from <= to;
+    const bool after = i > 0 && t->done[i - 1].to >= from,
+               before = i < t->n_done && t->done[i].from <= to;
     if ((i > 0 && t->done[i - 1].to > from) || (i < t->n_done && t->done[i].from < to))
         return err_set(e, E_CHECK, "%s: tensor '%s': elements %lld..%lld written twice", w->path,
                        st_shown(shown, t->name), (long long)from, (long long)to - 1);
@@ -282,25 +300,29 @@ static err_code range_add(st_writer *w, st_out *t, int64_t from, int64_t to, err
     } else {
         TRY(range_room(w, t, e));
         memmove(t->done + i + 1, t->done + i, (size_t)(t->n_done++ - i) * sizeof *t->done);
-        t->done[i] = (st_range){ from, to };
+        t->done[i] = (st_range){from, to};
     }
     return OK;
 }
 
-static err_code write_part(st_writer *w, st_out *t, int64_t first, const void *data, int64_t count, err *e)
+static err_code write_part(st_writer *w, st_out *t, int64_t first, const void *data, int64_t count,
+                           err *e)
 {
     char shown[ST_SHOWN];
     const uint64_t size = dtype_bytes(t->dt);
     if (first < 0 || count < 0 || first > t->count - count)
-        return err_set(e, E_CHECK, "%s: tensor '%s': part [%lld,+%lld) lies outside its %lld elements", w->path,
-                       st_shown(shown, t->name), (long long)first, (long long)count, (long long)t->count);
+        return err_set(e, E_CHECK,
+                       "%s: tensor '%s': part [%lld,+%lld) lies outside its %lld elements", w->path,
+                       st_shown(shown, t->name), (long long)first, (long long)count,
+                       (long long)t->count);
     if (count == 0) return OK;
     TRY(range_add(w, t, first, first + count, e));
     return file_writer_pwrite(w->file, data, (size_t)((uint64_t)count * size),
                               w->head_bytes + t->at + (uint64_t)first * size, e);
 }
 
-err_code st_writer_part(st_writer *w, const char *name, int64_t first, const void *data, int64_t count, err *e)
+err_code st_writer_part(st_writer *w, const char *name, int64_t first, const void *data,
+                        int64_t count, err *e)
 {
     st_out *t;
     TRY(writer_get(w, name, &t, e));
@@ -312,7 +334,8 @@ err_code st_writer_data(st_writer *w, const char *name, const tensor *host, err 
     st_out *t;
     char shown[ST_SHOWN];
     TRY(writer_get(w, name, &t, e));
-    bool same = host->dt == t->dt && host->ndim == t->ndim && host->mem == MEM_HOST && tensor_contiguous(host);
+    bool same = host->dt == t->dt && host->ndim == t->ndim && host->mem == MEM_HOST &&
+                tensor_contiguous(host);
     for (int i = 0; same && i < t->ndim; i++) same = host->shape[i] == t->shape[i];
     if (!same)
         return err_set(e, E_CHECK, "%s: tensor '%s': the data is not as it was declared", w->path,
@@ -324,11 +347,13 @@ err_code st_writer_meta(st_writer *w, const char *key, const char *value, err *e
 {
     for (int i = 0; i < w->n_meta; i++) {
         if (strcmp(w->meta[i].key, key) != 0) continue;
-        text_out was = { 0 }, now = { 0 };
+        text_out was = {0}, now = {0};
         put_quoted(&was, w->meta[i].value);
         put_quoted(&now, value);
-        if (was.n != now.n || strlen(value) != strlen(w->meta[i].value) || !json_utf8_valid(value, strlen(value)))
-            return err_set(e, E_CHECK, "%s: metadata '%s': the new value has another length", w->path, key);
+        if (was.n != now.n || strlen(value) != strlen(w->meta[i].value) ||
+            !json_utf8_valid(value, strlen(value)))
+            return err_set(e, E_CHECK, "%s: metadata '%s': the new value has another length",
+                           w->path, key);
         memcpy(w->meta[i].value, value, strlen(value));
         return OK;
     }
@@ -340,7 +365,7 @@ uint64_t st_writer_bytes(st_writer *w) { return w->sealed ? w->head_bytes + w->d
 /* ---- the end ---- */
 static err_code write_head(st_writer *w, err *e)
 {
-    text_out o = { 0 };
+    text_out o = {0};
     TRY(mem_alloc((void **)&o.buf, w->head_bytes, 1, w->path, e));
     o.n = 8;
     put_header(&o, w);
@@ -358,7 +383,8 @@ static err_code check_complete(const st_writer *w, err *e)
         const st_out *t = &w->t[i];
         if (t->count == 0) continue;
         if (t->n_done != 1 || t->done[0].to - t->done[0].from != t->count)
-            return err_set(e, E_CHECK, "%s: tensor '%s' was not written whole", w->path, st_shown(shown, t->name));
+            return err_set(e, E_CHECK, "%s: tensor '%s' was not written whole", w->path,
+                           st_shown(shown, t->name));
     }
     return OK;
 }

@@ -1,6 +1,7 @@
-/* A strict scanner for {"name":{"dtype":..,"shape":[..],"data_offsets":[b,e]},..,"__metadata__":{..}}. It
- * takes what the published readers take and refuses what the format forbids although some of them let it
- * pass: a name twice, a gap, an overlap. Members of a tensor that it does not know are skipped. */
+/* A strict scanner for
+ * {"name":{"dtype":..,"shape":[..],"data_offsets":[b,e]},..,"__metadata__":{..}}. It takes what the
+ * published readers take and refuses what the format forbids although some of them let it pass: a
+ * name twice, a gap, an overlap. Members of a tensor that it does not know are skipped. */
 #include "formats/st_header.h"
 
 #include <stdlib.h>
@@ -43,7 +44,8 @@ static err_code scan_fail(const scan *s, const char *expected, err *e)
     const unsigned char c = (unsigned char)s->text[s->at];
     if (c > 0x20 && c < 0x7f)
         return err_set(e, E_INPUT, "header: expected %s at byte %zu, got '%c'", expected, s->at, c);
-    return err_set(e, E_INPUT, "header: expected %s at byte %zu, got byte 0x%02x", expected, s->at, c);
+    return err_set(e, E_INPUT, "header: expected %s at byte %zu, got byte 0x%02x", expected, s->at,
+                   c);
 }
 
 static void scan_space(scan *s)
@@ -106,8 +108,8 @@ static char *put_utf8(char *p, uint32_t c)
     return p;
 }
 
-/* Behind "\u": one code point, from two escapes when it is a surrogate pair. NUL is refused: names are C
- * strings from here on. */
+/* Behind "\u": one code point, from two escapes when it is a surrogate pair. NUL is refused: names
+ * are C strings from here on. */
 static bool scan_unicode(scan *s, char **p)
 {
     uint32_t c, low;
@@ -134,7 +136,8 @@ static bool scan_escape(scan *s, char **p)
     return true;
 }
 
-/* The pool has as many bytes as the header, and no string grows by unescaping: it cannot overflow. */
+/* The pool has as many bytes as the header, and no string grows by unescaping: it cannot overflow.
+ * */
 static err_code scan_string(scan *s, const char **out, const char *expected, err *e)
 {
     TRY(scan_need(s, '"', expected, e));
@@ -163,7 +166,8 @@ static err_code scan_count(scan *s, int64_t *out, err *e)
     const size_t from = s->at;
     int64_t v = 0;
     while (s->at < s->n && s->text[s->at] >= '0' && s->text[s->at] <= '9') {
-        if (__builtin_mul_overflow(v, 10, &v) || __builtin_add_overflow(v, s->text[s->at] - '0', &v))
+        if (__builtin_mul_overflow(v, 10, &v) ||
+            __builtin_add_overflow(v, s->text[s->at] - '0', &v))
             return err_set(e, E_INPUT, "header: the number at byte %zu is above 2^63", from);
         s->at++;
     }
@@ -219,7 +223,7 @@ static err_code skip_key(scan *s, err *e)
 
 static err_code skip_scalar(scan *s, err *e)
 {
-    static const char *const words[] = { "null", "true", "false" };
+    static const char *const words[] = {"null", "true", "false"};
     const char *ignored;
     scan_space(s);
     if (next_is(s, s->at, "\"")) {
@@ -245,7 +249,8 @@ static err_code skip_value(scan *s, err *e)
         const char c = scan_is(s, '{') ? '{' : scan_is(s, '[') ? '[' : 0;
         if (c) {
             if (depth == ST_MAX_SKIP_DEPTH)
-                return err_set(e, E_INPUT, "header: nested deeper than %d at byte %zu", ST_MAX_SKIP_DEPTH, s->at);
+                return err_set(e, E_INPUT, "header: nested deeper than %d at byte %zu",
+                               ST_MAX_SKIP_DEPTH, s->at);
             open[depth++] = c;
             if (!scan_is(s, c == '{' ? '}' : ']')) {
                 if (c == '{') TRY(skip_key(s, e));
@@ -278,8 +283,8 @@ static err_code grow(void **items, int64_t n, int64_t *cap, size_t size, err *e)
 
 static err_code scan_dtype(scan *s, st_item *t, err *e)
 {
-    static const char *const newer[] = { "F4",          "F6_E2M3",     "F6_E3M2", "F8_E8M0",
-                                         "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64",     NULL };
+    static const char *const newer[] = {"F4",          "F6_E2M3",     "F6_E3M2", "F8_E8M0",
+                                        "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64",     NULL};
     const size_t used = s->h->pool_used;
     const char *name;
     char shown[ST_SHOWN];
@@ -287,7 +292,8 @@ static err_code scan_dtype(scan *s, st_item *t, err *e)
     s->h->pool_used = used; /* no need to keep it */
     if (dtype_from_name(&t->dt, name)) return OK;
     for (int i = 0; newer[i]; i++)
-        if (strcmp(newer[i], name) == 0) return err_set(e, E_UNSUPPORTED, "dtype %s is not supported", name);
+        if (strcmp(newer[i], name) == 0)
+            return err_set(e, E_UNSUPPORTED, "dtype %s is not supported", name);
     return err_set(e, E_INPUT, "unknown dtype '%s'", st_shown(shown, name));
 }
 
@@ -323,21 +329,24 @@ static err_code check_item(const scan *s, const st_item *t, err *e)
     TRY(tensor_count_checked(&count, t->ndim, t->shape, "shape", e));
     const uint64_t want = (uint64_t)count * dtype_bytes(t->dt);
     if (t->begin > t->end)
-        return err_set(e, E_INPUT, "data_offsets [%llu,%llu] end before they begin", (unsigned long long)t->begin,
-                       (unsigned long long)t->end);
+        return err_set(e, E_INPUT, "data_offsets [%llu,%llu] end before they begin",
+                       (unsigned long long)t->begin, (unsigned long long)t->end);
     if (t->end > s->data_bytes)
-        return err_set(e, E_INPUT, "data_offsets [%llu,%llu] reach beyond the file's %llu bytes of data",
-                       (unsigned long long)t->begin, (unsigned long long)t->end, (unsigned long long)s->data_bytes);
+        return err_set(e, E_INPUT,
+                       "data_offsets [%llu,%llu] reach beyond the file's %llu bytes of data",
+                       (unsigned long long)t->begin, (unsigned long long)t->end,
+                       (unsigned long long)s->data_bytes);
     if (t->end - t->begin != want)
-        return err_set(e, E_INPUT, "shape and dtype make %llu bytes, data_offsets [%llu,%llu] hold %llu",
-                       (unsigned long long)want, (unsigned long long)t->begin, (unsigned long long)t->end,
-                       (unsigned long long)(t->end - t->begin));
+        return err_set(e, E_INPUT,
+                       "shape and dtype make %llu bytes, data_offsets [%llu,%llu] hold %llu",
+                       (unsigned long long)want, (unsigned long long)t->begin,
+                       (unsigned long long)t->end, (unsigned long long)(t->end - t->begin));
     return OK;
 }
 
 static err_code scan_members(scan *s, st_item *t, err *e)
 {
-    static const char *const names[] = { "dtype", "shape", "data_offsets" };
+    static const char *const names[] = {"dtype", "shape", "data_offsets"};
     unsigned seen = 0;
     TRY(scan_need(s, '{', "'{' of a tensor", e));
     if (!scan_is(s, '}')) {
@@ -349,7 +358,8 @@ static err_code scan_members(scan *s, st_item *t, err *e)
             while (which < 3 && strcmp(names[which], key) != 0) which++;
             s->h->pool_used = used;
             TRY(scan_need(s, ':', "':'", e));
-            if (which < 3 && seen & 1u << which) return err_set(e, E_INPUT, "%s stands there twice", names[which]);
+            if (which < 3 && seen & 1u << which)
+                return err_set(e, E_INPUT, "%s stands there twice", names[which]);
             seen |= 1u << which;
             TRY(which == 0   ? scan_dtype(s, t, e)
                 : which == 1 ? scan_shape(s, t, e)
@@ -418,9 +428,10 @@ static err_code check_cover(st_header *h, uint64_t data_bytes, err *e)
     for (int64_t i = 0; i < h->n; i++) {
         const st_item *t = &h->items[i];
         if (t->begin != at)
-            return err_set(e, E_INPUT, "tensor '%s': begins at byte %llu of the data, expected %llu (%s)",
-                           st_shown(shown, t->name), (unsigned long long)t->begin, (unsigned long long)at,
-                           t->begin < at ? "tensors overlap" : "a gap before it");
+            return err_set(
+                e, E_INPUT, "tensor '%s': begins at byte %llu of the data, expected %llu (%s)",
+                st_shown(shown, t->name), (unsigned long long)t->begin, (unsigned long long)at,
+                t->begin < at ? "tensors overlap" : "a gap before it");
         at = t->end;
     }
     if (at != data_bytes)
@@ -432,7 +443,8 @@ static err_code check_cover(st_header *h, uint64_t data_bytes, err *e)
 static uint64_t slot_of(const st_header *h, const char *name)
 {
     uint64_t i = XXH3_64bits(name, strlen(name)) & (h->table_size - 1);
-    while (h->table[i] && strcmp(h->items[h->table[i] - 1].name, name) != 0) i = (i + 1) & (h->table_size - 1);
+    while (h->table[i] && strcmp(h->items[h->table[i] - 1].name, name) != 0)
+        i = (i + 1) & (h->table_size - 1);
     return i;
 }
 
@@ -441,11 +453,13 @@ static err_code build_table(st_header *h, err *e)
     char shown[ST_SHOWN];
     if (h->n == 0) return OK;
     for (h->table_size = 16; h->table_size < (uint64_t)h->n * 2;) h->table_size *= 2;
-    TRY(mem_alloc((void **)&h->table, (size_t)h->table_size, sizeof *h->table, "safetensors names", e));
+    TRY(mem_alloc((void **)&h->table, (size_t)h->table_size, sizeof *h->table, "safetensors names",
+                  e));
     for (int64_t i = 0; i < h->n; i++) {
         const uint64_t at = slot_of(h, h->items[i].name);
         if (h->table[at])
-            return err_set(e, E_INPUT, "tensor '%s' stands there twice", st_shown(shown, h->items[i].name));
+            return err_set(e, E_INPUT, "tensor '%s' stands there twice",
+                           st_shown(shown, h->items[i].name));
         h->table[at] = (uint32_t)i + 1;
     }
     return OK;
@@ -462,13 +476,14 @@ static err_code check_meta(st_header *h, err *e)
     if (h->n_meta) qsort(h->meta, (size_t)h->n_meta, sizeof *h->meta, by_key);
     for (int64_t i = 1; i < h->n_meta; i++)
         if (strcmp(h->meta[i].key, h->meta[i - 1].key) == 0)
-            return err_set(e, E_INPUT, "__metadata__: key '%s' stands there twice", st_shown(shown, h->meta[i].key));
+            return err_set(e, E_INPUT, "__metadata__: key '%s' stands there twice",
+                           st_shown(shown, h->meta[i].key));
     return OK;
 }
 
 err_code st_header_parse(st_header *h, const char *text, size_t n, uint64_t data_bytes, err *e)
 {
-    scan s = { .text = text, .n = n, .h = h, .data_bytes = data_bytes };
+    scan s = {.text = text, .n = n, .h = h, .data_bytes = data_bytes};
     bool had_meta = false;
     memset(h, 0, sizeof *h);
     if (!json_utf8_valid(text, n)) return err_set(e, E_INPUT, "header: not valid UTF-8");

@@ -25,26 +25,31 @@ err_code weights_open(weight_src **out, const char *path, err *e)
     *out = NULL;
     if (!file_exists(path)) return err_sys(e, E_IO, errno, "cannot open '%s'", path);
     if (!file_is_dir(path))
-        return err_set(e, E_INPUT, "'%s' is a file, expected a model directory or a workspace", path);
+        return err_set(e, E_INPUT, "'%s' is a file, expected a model directory or a workspace",
+                       path);
     TRY(path_join(probe, sizeof probe, path, "triton_models", e));
     if (file_is_dir(probe)) return tm_store_weights(out, path, e);
     TRY(path_join(probe, sizeof probe, path, "config.json", e));
     if (file_exists(probe)) return hf_open(out, path, e);
-    return err_set(e, E_INPUT, "'%s' has neither config.json (a Hugging Face directory) nor triton_models (a workspace)",
-                   path);
+    return err_set(
+        e, E_INPUT,
+        "'%s' has neither config.json (a Hugging Face directory) nor triton_models (a workspace)",
+        path);
 }
 
 err_code weights_make(weight_src **out, src_kind kind, const model_desc *m, const char *path,
-                      const char *tokenizer_dir, const char *digest, const weight_ops *ops, void *self, err *e)
+                      const char *tokenizer_dir, const char *digest, const weight_ops *ops,
+                      void *self, err *e)
 {
     weight_src *s;
     err_code rc;
     *out = NULL;
     if (model_desc_check(m, e) != OK) return err_wrap(e, "%s", path);
     TRY(mem_alloc((void **)&s, 1, sizeof *s, path, e));
-    *s = (weight_src){ .kind = kind, .m = *m, .ops = ops };
+    *s = (weight_src){.kind = kind, .m = *m, .ops = ops};
     if ((rc = mem_strdup(&s->path, path, e)) != OK) goto fail;
-    if ((rc = mem_strdup(&s->tokenizer_dir, tokenizer_dir ? tokenizer_dir : "", e)) != OK) goto fail;
+    if ((rc = mem_strdup(&s->tokenizer_dir, tokenizer_dir ? tokenizer_dir : "", e)) != OK)
+        goto fail;
     if ((rc = mem_strdup(&s->digest, digest ? digest : "", e)) != OK) goto fail;
     s->self = self; /* from here its owner */
     *out = s;
@@ -78,7 +83,8 @@ err_code weights_tensor(weight_src *s, tensor_role r, int32_t layer, tensor *vie
     return s->ops->tensor(s->self, r, layer, view, e);
 }
 
-err_code weights_linear(weight_src *s, tensor_role r, int32_t layer, int32_t expert, linear_view *view, err *e)
+err_code weights_linear(weight_src *s, tensor_role r, int32_t layer, int32_t expert,
+                        linear_view *view, err *e)
 {
     assert(layer >= 0 && layer < s->m.layers);
     return s->ops->linear(s->self, r, layer, expert, view, e);

@@ -1,5 +1,5 @@
-/* Scans of weights for NaN, infinity and what f16 does not hold. Whole blocks are tested by adding a constant
- * that carries into the top bit; only a block that fails is looked at value by value. */
+/* Scans of weights for NaN, infinity and what f16 does not hold. Whole blocks are tested by adding
+ * a constant that carries into the top bit; only a block that fails is looked at value by value. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -24,8 +24,8 @@ static float load_one(const void *p, dtype dt, int64_t i)
     return dt == DT_F16 ? f16_to_f32(h) : bf16_to_f32(h);
 }
 
-/* f16: exponent all ones. bf16 and f32: at or above the first magnitude that f16 rounds to infinity, which
- * NaN and infinity are too. */
+/* f16: exponent all ones. bf16 and f32: at or above the first magnitude that f16 rounds to
+ * infinity, which NaN and infinity are too. */
 static bool block_odd16(const uint16_t *p, uint16_t mask, uint16_t add)
 {
     uint16_t acc = 0;
@@ -72,36 +72,42 @@ static void scan_run(const void *p, dtype dt, int64_t n, scan_result *r)
 }
 
 /* A 1- or 2-d tensor as `lines` runs of `run` values, in whatever order they lie in memory. */
-typedef struct { int64_t lines, run, step; bool columns; } scan_order;
+typedef struct {
+    int64_t lines, run, step;
+    bool columns;
+} scan_order;
 
 static scan_order order_of(const tensor *t)
 {
-    if (tensor_contiguous(t)) return (scan_order){ 1, tensor_count(t), 0, false };
-    if (t->stride[1] == 1) return (scan_order){ t->shape[0], t->shape[1], t->stride[0], false };
-    if (t->stride[0] == 1) return (scan_order){ t->shape[1], t->shape[0], t->stride[1], true };
-    return (scan_order){ 0, 0, 0, false };
+    if (tensor_contiguous(t)) return (scan_order){1, tensor_count(t), 0, false};
+    if (t->stride[1] == 1) return (scan_order){t->shape[0], t->shape[1], t->stride[0], false};
+    if (t->stride[0] == 1) return (scan_order){t->shape[1], t->shape[0], t->stride[1], true};
+    return (scan_order){0, 0, 0, false};
 }
 
-static err_code bad_value(const tensor *t, const char *name, const scan_order *o, int64_t line, int64_t at,
-                          float value, err *e)
+static err_code bad_value(const tensor *t, const char *name, const scan_order *o, int64_t line,
+                          int64_t at, float value, err *e)
 {
     const char *what = isnan(value) ? "nan" : value > 0 ? "infinity" : "-infinity";
     const int64_t cols = t->shape[t->ndim - 1];
     if (t->ndim == 1)
-        return err_set(e, E_INPUT, "%s: element [%lld]: expected a finite number, got %s", name, (long long)at, what);
+        return err_set(e, E_INPUT, "%s: element [%lld]: expected a finite number, got %s", name,
+                       (long long)at, what);
     const int64_t row = o->lines == 1 ? at / cols : o->columns ? at : line;
     const int64_t col = o->lines == 1 ? at % cols : o->columns ? line : at;
-    return err_set(e, E_INPUT, "%s: element [%lld,%lld]: expected a finite number, got %s", name, (long long)row,
-                   (long long)col, what);
+    return err_set(e, E_INPUT, "%s: element [%lld,%lld]: expected a finite number, got %s", name,
+                   (long long)row, (long long)col, what);
 }
 
-err_code weights_check_tensor(const tensor *t, const char *name, int64_t *overflows, float *largest, err *e)
+err_code weights_check_tensor(const tensor *t, const char *name, int64_t *overflows, float *largest,
+                              err *e)
 {
-    scan_result r = { .bad = -1 };
+    scan_result r = {.bad = -1};
     const scan_order o = order_of(t);
     if ((t->dt != DT_F16 && t->dt != DT_BF16 && t->dt != DT_F32) || t->ndim < 1 || t->ndim > 2)
         return err_set(e, E_SHAPE, "%s: expected a vector or matrix of F16, BF16 or F32", name);
-    if (o.lines == 0 && tensor_count(t)) return err_set(e, E_SHAPE, "%s: expected values side by side", name);
+    if (o.lines == 0 && tensor_count(t))
+        return err_set(e, E_SHAPE, "%s: expected values side by side", name);
     for (int64_t line = 0; line < o.lines && r.bad < 0; line++) {
         const uint8_t *p = (const uint8_t *)t->data + (size_t)(line * o.step) * dtype_bytes(t->dt);
         scan_run(p, t->dt, o.run, &r);
@@ -120,7 +126,8 @@ typedef struct {
     void *ud;
 } layer_check;
 
-static err_code check_one(const layer_check *c, tensor_role r, const char *suffix, const tensor *t, err *e)
+static err_code check_one(const layer_check *c, tensor_role r, const char *suffix, const tensor *t,
+                          err *e)
 {
     char name[192], full[256];
     int64_t over = 0;
@@ -128,7 +135,8 @@ static err_code check_one(const layer_check *c, tensor_role r, const char *suffi
     if (!t->data) return OK;
     TRY(family_tensor_name(weights_desc(c->s), r, c->layer, -1, name, sizeof name, e));
     (void)snprintf(full, sizeof full, "%s%s", name, suffix);
-    if (weights_check_tensor(t, full, &over, &largest, e) != OK) return err_wrap(e, "%s", weights_path(c->s));
+    if (weights_check_tensor(t, full, &over, &largest, e) != OK)
+        return err_wrap(e, "%s", weights_path(c->s));
     if (over && c->each) c->each(c->ud, full, over, largest);
     return OK;
 }
@@ -146,13 +154,15 @@ static err_code check_linear(const layer_check *c, tensor_role r, err *e)
     linear_view v;
     TRY(weights_linear(c->s, r, c->layer, -1, &v, e));
     TRY(check_one(c, r, ".bias", &v.bias, e));
-    return v.w4 ? check_one(c, r, ".scales", &v.q.scales, e) : check_one(c, r, ".weight", &v.dense, e);
+    return v.w4 ? check_one(c, r, ".scales", &v.q.scales, e)
+                : check_one(c, r, ".weight", &v.dense, e);
 }
 
-err_code weights_check_layer(weight_src *s, int32_t layer, weights_overflow_fn each, void *ud, err *e)
+err_code weights_check_layer(weight_src *s, int32_t layer, weights_overflow_fn each, void *ud,
+                             err *e)
 {
     const model_desc *m = weights_desc(s);
-    const layer_check c = { s, layer, each, ud };
+    const layer_check c = {s, layer, each, ud};
     tensor_role linears[7];
     if (layer < 0) {
         TRY(check_role(&c, ROLE_EMBED, e));
@@ -166,7 +176,8 @@ err_code weights_check_layer(weight_src *s, int32_t layer, weights_overflow_fn e
     return OK;
 }
 
-static err_code check_layers(weight_src *s, weights_overflow_fn each, void *ud, const job *j, err *e)
+static err_code check_layers(weight_src *s, weights_overflow_fn each, void *ud, const job *j,
+                             err *e)
 {
     const int32_t layers = weights_desc(s)->layers;
     for (int32_t layer = -1; layer < layers; layer++) {
@@ -179,7 +190,10 @@ static err_code check_layers(weight_src *s, weights_overflow_fn each, void *ud, 
     return OK;
 }
 
-err_code weights_check_finite(weight_src *s, const job *j, err *e) { return check_layers(s, NULL, NULL, j, e); }
+err_code weights_check_finite(weight_src *s, const job *j, err *e)
+{
+    return check_layers(s, NULL, NULL, j, e);
+}
 
 err_code weights_check_f16(weight_src *s, weights_overflow_fn each, void *ud, err *e)
 {

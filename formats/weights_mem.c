@@ -28,9 +28,9 @@ static bool is_matrix(tensor_role r) { return r == ROLE_EMBED || r == ROLE_HEAD;
 
 static void slot_free(mem_slot *s)
 {
-    tensor *const parts[] = { &s->v.dense, &s->v.bias, &s->v.q.q, &s->v.q.scales, &s->v.q.zeros };
+    tensor *const parts[] = {&s->v.dense, &s->v.bias, &s->v.q.q, &s->v.q.scales, &s->v.q.zeros};
     for (int i = 0; i < 5; i++) mem_free(parts[i]->data);
-    *s = (mem_slot){ 0 };
+    *s = (mem_slot){0};
 }
 
 err_code weights_mem_open(weights_mem **out, const model_desc *m, err *e)
@@ -38,11 +38,12 @@ err_code weights_mem_open(weights_mem **out, const model_desc *m, err *e)
     weights_mem *w;
     *out = NULL;
     TRY(model_desc_check(m, e));
-    if (!family_by_name(m->family)) return err_set(e, E_UNSUPPORTED, "family '%.32s' is not known", m->family);
+    if (!family_by_name(m->family))
+        return err_set(e, E_UNSUPPORTED, "family '%.32s' is not known", m->family);
     TRY(mem_alloc((void **)&w, 1, sizeof *w, "weights in memory", e));
     w->m = *m;
-    const err_code rc = mem_alloc((void **)&w->slot, (size_t)(m->layers + 1) * ROLE_COUNT, sizeof *w->slot,
-                                  "weights in memory", e);
+    const err_code rc = mem_alloc((void **)&w->slot, (size_t)(m->layers + 1) * ROLE_COUNT,
+                                  sizeof *w->slot, "weights in memory", e);
     if (rc != OK) weights_mem_close(&w);
     *out = w;
     return rc;
@@ -51,7 +52,8 @@ err_code weights_mem_open(weights_mem **out, const model_desc *m, err *e)
 void weights_mem_close(weights_mem **w)
 {
     if (!*w) return;
-    for (int64_t i = 0; (*w)->slot && i < (int64_t)((*w)->m.layers + 1) * ROLE_COUNT; i++) slot_free(&(*w)->slot[i]);
+    for (int64_t i = 0; (*w)->slot && i < (int64_t)((*w)->m.layers + 1) * ROLE_COUNT; i++)
+        slot_free(&(*w)->slot[i]);
     mem_free((*w)->slot);
     mem_free(*w);
     *w = NULL;
@@ -61,7 +63,7 @@ void weights_mem_close(weights_mem **w)
 static err_code copy_tensor(tensor *dst, const tensor *src, err *e)
 {
     void *p;
-    *dst = (tensor){ 0 };
+    *dst = (tensor){0};
     if (!src->data) return OK;
     TRY(mem_alloc(&p, (size_t)tensor_count(src), dtype_bytes(src->dt), "weights in memory", e));
     *dst = tensor_of(p, src->dt, src->ndim, src->shape);
@@ -78,20 +80,23 @@ static err_code expect(const tensor *t, tensor_role r, int32_t layer, int ndim,
     char what[64];
     (void)snprintf(what, sizeof what, "layer %d: %s", layer, role_name(r));
     if (t->dt != DT_F16 && t->dt != DT_BF16 && t->dt != DT_F32)
-        return err_set(e, E_SHAPE, "%s: expected F16, BF16 or F32, got %s", what, dtype_name(t->dt));
+        return err_set(e, E_SHAPE, "%s: expected F16, BF16 or F32, got %s", what,
+                       dtype_name(t->dt));
     return tensor_expect(t, what, t->dt, ndim, shape, e);
 }
 
 static void tensor_shape(const model_desc *m, tensor_role r, int64_t shape[2])
 {
-    shape[0] = is_matrix(r) ? m->vocab : r == ROLE_Q_NORM || r == ROLE_K_NORM ? m->head_dim : m->hidden;
+    shape[0] = is_matrix(r)                           ? m->vocab
+               : r == ROLE_Q_NORM || r == ROLE_K_NORM ? m->head_dim
+                                                      : m->hidden;
     shape[1] = m->hidden;
 }
 
 err_code weights_mem_tensor(weights_mem *w, tensor_role r, int32_t layer, const tensor *t, err *e)
 {
     int64_t shape[2];
-    mem_slot made = { .there = true };
+    mem_slot made = {.there = true};
     tensor_shape(&w->m, r, shape);
     TRY(expect(t, r, layer, is_matrix(r) ? 2 : 1, shape, e));
     TRY(copy_tensor(&made.v.dense, t, e));
@@ -106,22 +111,24 @@ static err_code copy_linear(mem_slot *made, const linear_view *v, err *e)
     made->v.w4 = v->w4;
     TRY(copy_tensor(&made->v.bias, &v->bias, e));
     if (!v->w4) return copy_tensor(&made->v.dense, &v->dense, e);
-    made->v.q = (w4_weight){ .k = v->q.k, .n = v->q.n, .group = v->q.group, .layout = v->q.layout };
+    made->v.q = (w4_weight){.k = v->q.k, .n = v->q.n, .group = v->q.group, .layout = v->q.layout};
     TRY(copy_tensor(&made->v.q.q, &v->q.q, e));
     TRY(copy_tensor(&made->v.q.scales, &v->q.scales, e));
     TRY(copy_tensor(&made->v.q.zeros, &v->q.zeros, e));
     return OK;
 }
 
-err_code weights_mem_linear(weights_mem *w, tensor_role r, int32_t layer, const linear_view *v, err *e)
+err_code weights_mem_linear(weights_mem *w, tensor_role r, int32_t layer, const linear_view *v,
+                            err *e)
 {
-    const int64_t shape[2] = { model_linear_n(&w->m, r), model_linear_k(&w->m, r) };
-    mem_slot made = { 0 };
+    const int64_t shape[2] = {model_linear_n(&w->m, r), model_linear_k(&w->m, r)};
+    mem_slot made = {0};
     if (v->w4) {
         TRY(w4_check(&v->q, role_name(r), e));
         if (v->q.n != shape[0] || v->q.k != shape[1])
-            return err_set(e, E_SHAPE, "layer %d: %s: expected [%lld,%lld], got [%lld,%lld]", layer, role_name(r),
-                           (long long)shape[0], (long long)shape[1], (long long)v->q.n, (long long)v->q.k);
+            return err_set(e, E_SHAPE, "layer %d: %s: expected [%lld,%lld], got [%lld,%lld]", layer,
+                           role_name(r), (long long)shape[0], (long long)shape[1],
+                           (long long)v->q.n, (long long)v->q.k);
     } else {
         TRY(expect(&v->dense, r, layer, 2, shape, e));
     }
@@ -154,8 +161,8 @@ static float next_normal(uint64_t *s)
     return ((float)sum - 131070.0f) * (1.0f / 37837.2f); /* 65536 / sqrt(3) */
 }
 
-static err_code random_tensor(tensor *out, dtype dt, int ndim, const int64_t *shape, float mean, float deviation,
-                              uint64_t stream, err *e)
+static err_code random_tensor(tensor *out, dtype dt, int ndim, const int64_t *shape, float mean,
+                              float deviation, uint64_t stream, err *e)
 {
     void *p;
     int64_t n = 1;
@@ -164,15 +171,18 @@ static err_code random_tensor(tensor *out, dtype dt, int ndim, const int64_t *sh
     *out = tensor_of(p, dt, ndim, shape);
     for (int64_t i = 0; i < n; i++) {
         const float v = mean + deviation * next_normal(&stream);
-        if (dt == DT_F32) ((float *)p)[i] = v;
-        else ((uint16_t *)p)[i] = dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
+        if (dt == DT_F32)
+            ((float *)p)[i] = v;
+        else
+            ((uint16_t *)p)[i] = dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
     }
     return OK;
 }
 
 static uint64_t stream_of(uint64_t seed, tensor_role r, int32_t layer, int part)
 {
-    uint64_t s = seed * 0x2545f4914f6cdd1du + (uint64_t)(layer + 1) * 64 + (uint64_t)r * 2 + (uint64_t)part;
+    uint64_t s = seed * 0x2545f4914f6cdd1du + (uint64_t)(layer + 1) * 64 + (uint64_t)r * 2 +
+                 (uint64_t)part;
     return next_u64(&s);
 }
 
@@ -182,27 +192,31 @@ static bool has_bias(const model_desc *m, tensor_role r)
     return m->qkv_bias && (r == ROLE_QKV || r == ROLE_Q || r == ROLE_K || r == ROLE_V);
 }
 
-static err_code random_tensor_role(weights_mem *w, tensor_role r, int32_t layer, uint64_t seed, float deviation, err *e)
+static err_code random_tensor_role(weights_mem *w, tensor_role r, int32_t layer, uint64_t seed,
+                                   float deviation, err *e)
 {
     mem_slot *s = slot_of(w, r, layer);
     int64_t shape[2];
     if (s->there) return OK;
     tensor_shape(&w->m, r, shape);
-    TRY(random_tensor(&s->v.dense, w->m.dt, is_matrix(r) ? 2 : 1, shape, is_matrix(r) ? 0.0f : 1.0f, deviation,
-                      stream_of(seed, r, layer, 0), e));
+    TRY(random_tensor(&s->v.dense, w->m.dt, is_matrix(r) ? 2 : 1, shape, is_matrix(r) ? 0.0f : 1.0f,
+                      deviation, stream_of(seed, r, layer, 0), e));
     s->there = true;
     return OK;
 }
 
-static err_code random_linear(weights_mem *w, tensor_role r, int32_t layer, uint64_t seed, float deviation, err *e)
+static err_code random_linear(weights_mem *w, tensor_role r, int32_t layer, uint64_t seed,
+                              float deviation, err *e)
 {
     mem_slot *s = slot_of(w, r, layer);
-    const int64_t shape[2] = { model_linear_n(&w->m, r), model_linear_k(&w->m, r) };
+    const int64_t shape[2] = {model_linear_n(&w->m, r), model_linear_k(&w->m, r)};
     if (s->there) return OK;
-    TRY(random_tensor(&s->v.dense, w->m.dt, 2, shape, 0, deviation, stream_of(seed, r, layer, 0), e));
+    TRY(random_tensor(&s->v.dense, w->m.dt, 2, shape, 0, deviation, stream_of(seed, r, layer, 0),
+                      e));
     s->there = true; /* frees what follows a failure too */
     if (has_bias(&w->m, r))
-        TRY(random_tensor(&s->v.bias, w->m.dt, 1, shape, 0, deviation, stream_of(seed, r, layer, 1), e));
+        TRY(random_tensor(&s->v.bias, w->m.dt, 1, shape, 0, deviation, stream_of(seed, r, layer, 1),
+                          e));
     return OK;
 }
 
@@ -237,7 +251,8 @@ static void quantize_group(const float *x, int32_t group, uint8_t *q, f16 *scale
     *scale = f32_to_f16(fmaxf(hi - lo, 1e-5f) / 15.0f);
     const float step = f16_to_f32(*scale), z = fminf(fmaxf(-rintf(lo / step), 0.0f), 15.0f);
     *zero = (uint8_t)z;
-    for (int32_t i = 0; i < group; i++) q[i] = (uint8_t)fminf(fmaxf(rintf(x[i] / step) + z, 0.0f), 15.0f);
+    for (int32_t i = 0; i < group; i++)
+        q[i] = (uint8_t)fminf(fmaxf(rintf(x[i] / step) + z, 0.0f), 15.0f);
 }
 
 static err_code quantize_slot(mem_slot *s, int32_t group, err *e)
@@ -259,11 +274,12 @@ static err_code quantize_slot(mem_slot *s, int32_t group, err *e)
         (void)tensor_convert(&to, &from);
         for (int64_t g = 0; g < k / group; g++)
             quantize_group(row + g * group, group, (uint8_t *)q->q.data + i * k + g * group,
-                           (f16 *)q->scales.data + i * (k / group) + g, (uint8_t *)q->zeros.data + i * (k / group) + g);
+                           (f16 *)q->scales.data + i * (k / group) + g,
+                           (uint8_t *)q->zeros.data + i * (k / group) + g);
     }
     mem_free(row);
     mem_free(s->v.dense.data);
-    s->v.dense = (tensor){ 0 };
+    s->v.dense = (tensor){0};
     s->v.w4 = true;
     q->bias = s->v.bias;
     return OK;
@@ -300,7 +316,8 @@ static err_code mem_tensor(void *self, tensor_role r, int32_t layer, tensor *vie
     return OK;
 }
 
-static err_code mem_linear(void *self, tensor_role r, int32_t layer, int32_t expert, linear_view *view, err *e)
+static err_code mem_linear(void *self, tensor_role r, int32_t layer, int32_t expert,
+                           linear_view *view, err *e)
 {
     const mem_slot *s = slot_of(self, r, layer);
     (void)expert;
@@ -325,7 +342,7 @@ static void mem_close(void *self)
 
 static err_code check_complete(const weights_mem *w, err *e)
 {
-    static const tensor_role model[] = { ROLE_EMBED, ROLE_FINAL_NORM, ROLE_HEAD };
+    static const tensor_role model[] = {ROLE_EMBED, ROLE_FINAL_NORM, ROLE_HEAD};
     tensor_role linears[9];
     int n = model_block_linears(&w->m, linears);
     linears[n++] = ROLE_ATTN_NORM;
@@ -340,7 +357,7 @@ static err_code check_complete(const weights_mem *w, err *e)
 
 err_code weights_mem_source(weight_src **out, weights_mem **w, err *e)
 {
-    static const weight_ops ops = { mem_close, mem_tensor, mem_linear, mem_has, NULL };
+    static const weight_ops ops = {mem_close, mem_tensor, mem_linear, mem_has, NULL};
     *out = NULL;
     TRY(check_complete(*w, e));
     TRY(weights_make(out, SRC_MEM, &(*w)->m, "memory", "", "", &ops, *w, e));

@@ -1,5 +1,5 @@
-/* make_model: its directories open in every shape, with the tokenizer's vocabulary that of the weights, and
- * its bytes follow from the seed. */
+/* make_model: its directories open in every shape, with the tokenizer's vocabulary that of the
+ * weights, and its bytes follow from the seed. */
 #include <check.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +18,8 @@ static void teardown(void) { tempdir_drop(dir); }
 static int run(const char *args, const char *name)
 {
     char command[1024];
-    (void)snprintf(command, sizeof command, "'%s' %s '%s/%s' 2>/dev/null", TMF_MAKE_MODEL, args, dir, name);
+    (void)snprintf(command, sizeof command, "'%s' %s '%s/%s' 2>/dev/null", TMF_MAKE_MODEL, args,
+                   dir, name);
     return system(command);
 }
 
@@ -33,17 +34,25 @@ static weight_src *open_one(const char *name)
 
 START_TEST(make_shapes)
 {
-    static const struct { const char *shape, *family; int32_t head_dim, window_layer_0, window_last; } cases[] = {
-        { "tiny", "llama", 64, 0, 0 },           { "tiny-llama3", "llama", 64, 0, 0 },
-        { "tiny-internlm2", "internlm2", 64, 0, 0 }, { "tiny-mistral", "mistral", 64, 64, 64 },
-        { "tiny-qwen2", "qwen2", 64, 0, 0 },     { "tiny-qwen2-window", "qwen2", 64, 0, 64 },
-        { "tiny-yi", "yi", 64, 0, 0 },           { "tiny-hd80", "llama", 80, 0, 0 },
-        { "tiny-hd96", "llama", 96, 0, 0 },      { "tiny-hd256", "llama", 256, 0, 0 },
+    static const struct {
+        const char *shape, *family;
+        int32_t head_dim, window_layer_0, window_last;
+    } cases[] = {
+        {"tiny", "llama", 64, 0, 0},
+        {"tiny-llama3", "llama", 64, 0, 0},
+        {"tiny-internlm2", "internlm2", 64, 0, 0},
+        {"tiny-mistral", "mistral", 64, 64, 64},
+        {"tiny-qwen2", "qwen2", 64, 0, 0},
+        {"tiny-qwen2-window", "qwen2", 64, 0, 64},
+        {"tiny-yi", "yi", 64, 0, 0},
+        {"tiny-hd80", "llama", 80, 0, 0},
+        {"tiny-hd96", "llama", 96, 0, 0},
+        {"tiny-hd256", "llama", 256, 0, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char args[128];
         tokenizer *t;
-        token_list ids = { 0 };
+        token_list ids = {0};
         static const char text[] = "A line, <|im_end|> and \xe4\xb8\xad.";
         (void)snprintf(args, sizeof args, "--shape %s --seed %d", cases[i].shape, (int)i);
         ck_assert_int_eq(run(args, cases[i].shape), 0);
@@ -78,7 +87,8 @@ START_TEST(make_same_bytes)
     ck_assert_str_eq(weights_digest(a), weights_digest(b));
     ck_assert_str_ne(weights_digest(a), weights_digest(c));
     ck_assert_int_eq(weights_desc(d)->layers, 3);
-    ck_assert(weights_linear(a, ROLE_DOWN, 1, -1, &x, &e) == OK && weights_linear(d, ROLE_DOWN, 1, -1, &y, &e) == OK);
+    ck_assert(weights_linear(a, ROLE_DOWN, 1, -1, &x, &e) == OK &&
+              weights_linear(d, ROLE_DOWN, 1, -1, &y, &e) == OK);
     ck_assert_int_eq((int)x.dense.dt, DT_F16);
     ck_assert_mem_eq(x.dense.data, y.dense.data, tensor_bytes(&x.dense));
     weights_close(&a);
@@ -99,7 +109,8 @@ END_TEST
 
 int main(void)
 {
-    if (access("/dev/shm", W_OK) == 0) (void)setenv("TMPDIR", "/dev/shm", 0); /* syncs cost nothing there */
+    if (access("/dev/shm", W_OK) == 0)
+        (void)setenv("TMPDIR", "/dev/shm", 0); /* syncs cost nothing there */
     Suite *s = suite_create("make_model");
     TCase *t = tcase_create("all");
     tcase_add_checked_fixture(t, setup, teardown);

@@ -1,4 +1,5 @@
-/* formats/model, family, hf_config: what config files say, what we make of it, and what we refuse. */
+/* formats/model, family, hf_config: what config files say, what we make of it, and what we refuse.
+ * */
 #include "formats/model.h"
 
 #include <check.h>
@@ -10,7 +11,7 @@
 #include "base/mem.h"
 #include "formats/hf_config.h"
 
-#define GOLDEN TMF_SOURCE_DIR "/tests/golden"
+#define GOLDEN  TMF_SOURCE_DIR "/tests/golden"
 #define CONFIGS TMF_SHARED_DIR "/data/hf-configs"
 
 static model_desc m;
@@ -20,14 +21,18 @@ static err e;
 
 static err_code parse(const char *config, const char *generation, const char *side)
 {
-    const hf_text c = { config, strlen(config) };
-    const hf_text g = { generation, generation ? strlen(generation) : 0 }, s = { side, side ? strlen(side) : 0 };
-    return hf_config_parse(&m, &q, &f, c, generation ? &g : NULL, side ? &s : NULL, "config.json", &e);
+    const hf_text c = {config, strlen(config)};
+    const hf_text g = {generation, generation ? strlen(generation) : 0},
+                  s = {side, side ? strlen(side) : 0};
+    return hf_config_parse(&m, &q, &f, c, generation ? &g : NULL, side ? &s : NULL, "config.json",
+                           &e);
 }
 
-/* A small Llama config with `more` put in front of its keys, so that it may not repeat one of them. */
-#define SMALL \
-    "\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96," \
+/* A small Llama config with `more` put in front of its keys, so that it may not repeat one of them.
+ * */
+#define SMALL                                                                         \
+    "\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64," \
+    "\"intermediate_size\":96,"                                                       \
     "\"num_hidden_layers\":3,\"num_attention_heads\":4"
 
 static err_code parse_more(const char *more)
@@ -73,14 +78,16 @@ END_TEST
 /* Each field out of its bounds is named. */
 START_TEST(model_check_names_the_field)
 {
-#define WRONG(assignment, name)                                                                    \
-    do {                                                                                           \
-        ck_assert(parse_more("\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1," \
-                             "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}") == OK); \
-        ck_assert(model_desc_check(&m, &e) == OK);                                                 \
-        assignment;                                                                                \
-        ck_assert_int_eq(model_desc_check(&m, &e), E_INPUT);                                       \
-        ck_assert_msg(strstr(e.msg, name), "%s", e.msg);                                           \
+#define WRONG(assignment, name)                                                                  \
+    do {                                                                                         \
+        ck_assert(                                                                               \
+            parse_more(                                                                          \
+                "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1," \
+                "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}") == OK);       \
+        ck_assert(model_desc_check(&m, &e) == OK);                                               \
+        assignment;                                                                              \
+        ck_assert_int_eq(model_desc_check(&m, &e), E_INPUT);                                     \
+        ck_assert_msg(strstr(e.msg, name), "%s", e.msg);                                         \
     } while (0)
     WRONG(m.layers = 0, "layers is 0");
     WRONG(m.layers = MODEL_MAX_LAYERS + 1, "layers is 1025");
@@ -103,7 +110,8 @@ START_TEST(model_check_names_the_field)
     WRONG(m.scaling.high_freq_factor = 1, "not above low_freq_factor");
     WRONG(m.scaling.original_max_positions = 0, "original_max_position_embeddings is 0");
     WRONG((m.scaling.kind = ROPE_YARN, m.scaling.beta_fast = 0), "beta_fast is 0");
-    WRONG((m.scaling.kind = ROPE_YARN, m.scaling.beta_fast = 32, m.scaling.beta_slow = NAN), "beta_slow is nan");
+    WRONG((m.scaling.kind = ROPE_YARN, m.scaling.beta_fast = 32, m.scaling.beta_slow = NAN),
+          "beta_slow is nan");
     WRONG((m.scaling.kind = ROPE_DYNAMIC, m.scaling.factor = 0.5f), "factor is 0.5");
     WRONG(m.sliding_window = -1, "sliding_window is -1");
     WRONG(m.sliding_from = 4, "sliding_from is 4");
@@ -141,13 +149,15 @@ START_TEST(model_rope_vectors)
         int i = 0;
         ck_assert(json_print(&config, cJSON_GetObjectItem(c, "config"), false, &e) == OK);
         ck_assert_msg(parse(config, NULL, NULL) == OK, "%s: %s", name, e.msg);
-        ck_assert_msg(m.rope_dims / 2 == cJSON_GetArraySize(want), "%s: rope_dims %d", name, m.rope_dims);
+        ck_assert_msg(m.rope_dims / 2 == cJSON_GetArraySize(want), "%s: rope_dims %d", name,
+                      m.rope_dims);
         model_inv_freq(&m, cJSON_GetObjectItem(c, "tokens")->valueint, got, &mscale);
         for (const cJSON *v = want->child; v; v = v->next, i++)
-            ck_assert_msg(ulps(got[i], (float)v->valuedouble) <= 3, "%s: inv_freq[%d]: expected %.9g, got %.9g", name, i,
-                          v->valuedouble, (double)got[i]);
-        ck_assert_msg(ulps(mscale, (float)cJSON_GetObjectItem(c, "mscale")->valuedouble) <= 1, "%s: mscale %.9g", name,
-                      (double)mscale);
+            ck_assert_msg(ulps(got[i], (float)v->valuedouble) <= 3,
+                          "%s: inv_freq[%d]: expected %.9g, got %.9g", name, i, v->valuedouble,
+                          (double)got[i]);
+        ck_assert_msg(ulps(mscale, (float)cJSON_GetObjectItem(c, "mscale")->valuedouble) <= 1,
+                      "%s: mscale %.9g", name, (double)mscale);
         mem_free(config);
     }
     ck_assert_int_eq(n, 18);
@@ -157,35 +167,46 @@ END_TEST
 
 START_TEST(model_rope_config)
 {
-    static const struct { const char *more; err_code code; const char *fragment; } cases[] = {
-        { "\"rope_scaling\":null", OK, "" },
-        { "\"rope_scaling\":{\"rope_type\":\"default\"}", OK, "" },
-        { "\"rope_scaling\":{\"type\":\"linear\",\"rope_type\":\"linear\",\"factor\":2}", OK, "" },
-        { "\"rope_scaling\":[]", E_INPUT, "'rope_scaling'" },
-        { "\"rope_scaling\":{\"type\":\"linear\"}", E_INPUT, "factor" },
-        { "\"rope_scaling\":{\"type\":\"linear\",\"factor\":\"2\"}", E_INPUT, "factor" },
-        { "\"rope_scaling\":{\"type\":\"linear\",\"factor\":0}", E_INPUT, "factor is 0" },
-        { "\"rope_scaling\":{\"type\":\"linear\",\"factor\":-1}", E_INPUT, "factor is -1" },
-        { "\"rope_scaling\":{\"type\":\"dynamic\",\"factor\":0.5}", E_INPUT, "factor is 0.5" },
-        { "\"rope_scaling\":{\"type\":\"linear\",\"rope_type\":\"dynamic\",\"factor\":2}", E_INPUT, "rope_type is 'dynamic'" },
-        { "\"rope_scaling\":{\"type\":\"longrope\",\"factor\":2}", E_UNSUPPORTED, "'longrope'" },
-        { "\"rope_scaling\":{\"type\":\"su\"}", E_UNSUPPORTED, "'su'" },
-        { "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8}", E_INPUT, "low_freq_factor" },
-        { "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_freq_factor\":4,"
-          "\"original_max_position_embeddings\":64}", E_INPUT, "high_freq_factor" },
-        { "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4}", E_INPUT,
-          "original_max_position_embeddings" },
-        { "\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4,\"truncate\":false}", E_UNSUPPORTED, "truncate" },
-        { "\"rope_parameters\":{\"full_attention\":{\"rope_type\":\"default\"}}", E_UNSUPPORTED, "full_attention" },
-        { "\"rope_theta\":0", E_INPUT, "rope_theta is 0" },
-        { "\"rope_theta\":-1e4", E_INPUT, "rope_theta is -10000" },
-        { "\"partial_rotary_factor\":0", E_INPUT, "partial_rotary_factor" },
-        { "\"partial_rotary_factor\":1.5", E_INPUT, "partial_rotary_factor" },
-        { "\"partial_rotary_factor\":0.05", E_INPUT, "rope_dims is 0" },
+    static const struct {
+        const char *more;
+        err_code code;
+        const char *fragment;
+    } cases[] = {
+        {"\"rope_scaling\":null", OK, ""},
+        {"\"rope_scaling\":{\"rope_type\":\"default\"}", OK, ""},
+        {"\"rope_scaling\":{\"type\":\"linear\",\"rope_type\":\"linear\",\"factor\":2}", OK, ""},
+        {"\"rope_scaling\":[]", E_INPUT, "'rope_scaling'"},
+        {"\"rope_scaling\":{\"type\":\"linear\"}", E_INPUT, "factor"},
+        {"\"rope_scaling\":{\"type\":\"linear\",\"factor\":\"2\"}", E_INPUT, "factor"},
+        {"\"rope_scaling\":{\"type\":\"linear\",\"factor\":0}", E_INPUT, "factor is 0"},
+        {"\"rope_scaling\":{\"type\":\"linear\",\"factor\":-1}", E_INPUT, "factor is -1"},
+        {"\"rope_scaling\":{\"type\":\"dynamic\",\"factor\":0.5}", E_INPUT, "factor is 0.5"},
+        {"\"rope_scaling\":{\"type\":\"linear\",\"rope_type\":\"dynamic\",\"factor\":2}", E_INPUT,
+         "rope_type is 'dynamic'"},
+        {"\"rope_scaling\":{\"type\":\"longrope\",\"factor\":2}", E_UNSUPPORTED, "'longrope'"},
+        {"\"rope_scaling\":{\"type\":\"su\"}", E_UNSUPPORTED, "'su'"},
+        {"\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8}", E_INPUT, "low_freq_factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,\"high_"
+         "freq_factor\":4,"
+         "\"original_max_position_embeddings\":64}",
+         E_INPUT, "high_freq_factor"},
+        {"\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_"
+         "freq_factor\":4}",
+         E_INPUT, "original_max_position_embeddings"},
+        {"\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4,\"truncate\":false}", E_UNSUPPORTED,
+         "truncate"},
+        {"\"rope_parameters\":{\"full_attention\":{\"rope_type\":\"default\"}}", E_UNSUPPORTED,
+         "full_attention"},
+        {"\"rope_theta\":0", E_INPUT, "rope_theta is 0"},
+        {"\"rope_theta\":-1e4", E_INPUT, "rope_theta is -10000"},
+        {"\"partial_rotary_factor\":0", E_INPUT, "partial_rotary_factor"},
+        {"\"partial_rotary_factor\":1.5", E_INPUT, "partial_rotary_factor"},
+        {"\"partial_rotary_factor\":0.05", E_INPUT, "rope_dims is 0"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const err_code rc = parse_more(cases[i].more);
-        ck_assert_msg(rc == cases[i].code, "%s: %s %s", cases[i].more, err_name(rc), rc ? e.msg : "");
+        ck_assert_msg(rc == cases[i].code, "%s: %s %s", cases[i].more, err_name(rc),
+                      rc ? e.msg : "");
         if (rc) ck_assert_msg(strstr(e.msg, cases[i].fragment), "%s: %s", cases[i].more, e.msg);
         if (rc) ck_assert_msg(strncmp(e.msg, "config.json: ", 13) == 0, "%s", e.msg);
     }
@@ -213,7 +234,8 @@ static void check_smooth(const char *want)
 {
     char got[128] = "";
     for (int i = 0; i < f->n_smooth; i++) {
-        (void)snprintf(got + strlen(got), sizeof got - strlen(got), "%s>", role_name(f->smooth[i].source));
+        (void)snprintf(got + strlen(got), sizeof got - strlen(got), "%s>",
+                       role_name(f->smooth[i].source));
         for (int k = 0; k < f->smooth[i].n_targets; k++)
             (void)snprintf(got + strlen(got), sizeof got - strlen(got), "%s%s", k ? "," : "",
                            role_name(f->smooth[i].targets[k]));
@@ -231,7 +253,8 @@ START_TEST(family_llama)
     ck_assert_int_eq(m.rope_dims, 128);
     ck_assert_float_eq(m.rope_theta, 10000);
     ck_assert_int_eq((int)m.dt, DT_F16);
-    ck_assert(m.qkv == QKV_SPLIT && !m.qkv_bias && !m.o_bias && !m.tied_embed && !m.rope_interleaved);
+    ck_assert(m.qkv == QKV_SPLIT && !m.qkv_bias && !m.o_bias && !m.tied_embed &&
+              !m.rope_interleaved);
     ck_assert_int_eq(m.n_stop, 1);
     check_name(ROLE_EMBED, -1, "model.embed_tokens");
     check_name(ROLE_FINAL_NORM, -1, "model.norm");
@@ -293,50 +316,79 @@ END_TEST
 
 START_TEST(family_windows)
 {
-    static const char layers[] = "\"num_hidden_layers\":4,\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96,"
-                                 "\"num_attention_heads\":4";
-    static const struct { const char *arch, *more; int32_t window, from; } cases[] = {
-        { "Mistral", "", 4096, 0 },
-        { "Mistral", "\"sliding_window\":null,", 0, 0 },
-        { "Mistral", "\"sliding_window\":16,", 16, 0 },
-        { "Qwen2", "", 0, 0 },
-        { "Qwen2", "\"sliding_window\":16,\"max_window_layers\":1,", 0, 0 },
-        { "Qwen2", "\"use_sliding_window\":false,\"sliding_window\":16,\"max_window_layers\":1,", 0, 0 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":1,", 16, 1 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":0,", 16, 0 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":4,", 0, 0 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,", 0, 0 }, /* 28 full layers by default */
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":null,\"max_window_layers\":1,", 0, 0 },
-        { "Qwen2", "\"use_sliding_window\":true,\"max_window_layers\":3,", 4096, 3 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"layer_types\":[\"full_attention\",\"full_attention\","
-                   "\"sliding_attention\",\"sliding_attention\"],", 16, 2 },
-        { "Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":1,\"layer_types\":[\"full_attention\","
-                   "\"full_attention\",\"full_attention\",\"full_attention\"],", 0, 0 },
-        { "Llama", "", 0, 0 },
+    static const char layers[] =
+        "\"num_hidden_layers\":4,\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96,"
+        "\"num_attention_heads\":4";
+    static const struct {
+        const char *arch, *more;
+        int32_t window, from;
+    } cases[] = {
+        {"Mistral", "", 4096, 0},
+        {"Mistral", "\"sliding_window\":null,", 0, 0},
+        {"Mistral", "\"sliding_window\":16,", 16, 0},
+        {"Qwen2", "", 0, 0},
+        {"Qwen2", "\"sliding_window\":16,\"max_window_layers\":1,", 0, 0},
+        {"Qwen2", "\"use_sliding_window\":false,\"sliding_window\":16,\"max_window_layers\":1,", 0,
+         0},
+        {"Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":1,", 16,
+         1},
+        {"Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":0,", 16,
+         0},
+        {"Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":4,", 0,
+         0},
+        {"Qwen2", "\"use_sliding_window\":true,\"sliding_window\":16,", 0,
+         0}, /* 28 full layers by default */
+        {"Qwen2", "\"use_sliding_window\":true,\"sliding_window\":null,\"max_window_layers\":1,", 0,
+         0},
+        {"Qwen2", "\"use_sliding_window\":true,\"max_window_layers\":3,", 4096, 3},
+        {"Qwen2",
+         "\"use_sliding_window\":true,\"sliding_window\":16,\"layer_types\":[\"full_attention\","
+         "\"full_attention\","
+         "\"sliding_attention\",\"sliding_attention\"],",
+         16, 2},
+        {"Qwen2",
+         "\"use_sliding_window\":true,\"sliding_window\":16,\"max_window_layers\":1,\"layer_"
+         "types\":[\"full_attention\","
+         "\"full_attention\",\"full_attention\",\"full_attention\"],",
+         0, 0},
+        {"Llama", "", 0, 0},
     };
     char text[1024];
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}", cases[i].arch, cases[i].more, layers);
+        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}",
+                       cases[i].arch, cases[i].more, layers);
         ck_assert_msg(parse(text, NULL, NULL) == OK, "%s: %s", text, e.msg);
-        ck_assert_msg(m.sliding_window == cases[i].window && m.sliding_from == cases[i].from, "%s: %d from %d", text,
-                      m.sliding_window, m.sliding_from);
+        ck_assert_msg(m.sliding_window == cases[i].window && m.sliding_from == cases[i].from,
+                      "%s: %d from %d", text, m.sliding_window, m.sliding_from);
         for (int32_t l = 0; l < 4; l++)
             ck_assert_int_eq(model_window(&m, l), l >= cases[i].from ? cases[i].window : 0);
     }
-    static const struct { const char *arch, *more; err_code code; } bad[] = {
-        { "Mistral", "\"sliding_window\":0,", E_INPUT },
-        { "Mistral", "\"sliding_window\":-5,", E_INPUT },
-        { "Mistral", "\"sliding_window\":\"4096\",", E_INPUT },
-        { "Qwen2", "\"use_sliding_window\":1,", E_INPUT },
-        { "Qwen2", "\"max_window_layers\":-1,", E_INPUT },
-        { "Qwen2", "\"layer_types\":[\"full_attention\"],", E_INPUT },
-        { "Qwen2", "\"layer_types\":[\"full_attention\",\"full_attention\",\"full_attention\",\"sliding_attention\"],", E_INPUT },
-        { "Mistral", "\"layer_types\":[\"sliding_attention\",\"full_attention\",\"sliding_attention\",\"full_attention\"],",
-          E_UNSUPPORTED },
-        { "Llama", "\"layer_types\":[\"full_attention\",\"full_attention\",\"chunked_attention\",\"full_attention\"],", E_UNSUPPORTED },
+    static const struct {
+        const char *arch, *more;
+        err_code code;
+    } bad[] = {
+        {"Mistral", "\"sliding_window\":0,", E_INPUT},
+        {"Mistral", "\"sliding_window\":-5,", E_INPUT},
+        {"Mistral", "\"sliding_window\":\"4096\",", E_INPUT},
+        {"Qwen2", "\"use_sliding_window\":1,", E_INPUT},
+        {"Qwen2", "\"max_window_layers\":-1,", E_INPUT},
+        {"Qwen2", "\"layer_types\":[\"full_attention\"],", E_INPUT},
+        {"Qwen2",
+         "\"layer_types\":[\"full_attention\",\"full_attention\",\"full_attention\",\"sliding_"
+         "attention\"],",
+         E_INPUT},
+        {"Mistral",
+         "\"layer_types\":[\"sliding_attention\",\"full_attention\",\"sliding_attention\",\"full_"
+         "attention\"],",
+         E_UNSUPPORTED},
+        {"Llama",
+         "\"layer_types\":[\"full_attention\",\"full_attention\",\"chunked_attention\",\"full_"
+         "attention\"],",
+         E_UNSUPPORTED},
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}", bad[i].arch, bad[i].more, layers);
+        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}",
+                       bad[i].arch, bad[i].more, layers);
         ck_assert_msg(parse(text, NULL, NULL) == bad[i].code, "%s", text);
     }
 }
@@ -359,66 +411,85 @@ END_TEST
 START_TEST(family_unknown)
 {
     ck_assert_int_eq(parse("{\"architectures\":[\"GPT2LMHeadModel\"]}", NULL, NULL), E_UNSUPPORTED);
-    ck_assert_msg(strstr(e.msg, "'GPT2LMHeadModel' is not known; known are InternLM2ForCausalLM, LlamaForCausalLM, "
-                                "MistralForCausalLM, Qwen2ForCausalLM"), "%s", e.msg);
-    ck_assert_int_eq(parse("{\"architectures\":[\"MixtralForCausalLM\"]}", NULL, NULL), E_UNSUPPORTED);
-    ck_assert_int_eq(parse("{\"architectures\":[\"InternLMForCausalLM\"]}", NULL, NULL), E_UNSUPPORTED);
+    ck_assert_msg(
+        strstr(e.msg,
+               "'GPT2LMHeadModel' is not known; known are InternLM2ForCausalLM, LlamaForCausalLM, "
+               "MistralForCausalLM, Qwen2ForCausalLM"),
+        "%s", e.msg);
+    ck_assert_int_eq(parse("{\"architectures\":[\"MixtralForCausalLM\"]}", NULL, NULL),
+                     E_UNSUPPORTED);
+    ck_assert_int_eq(parse("{\"architectures\":[\"InternLMForCausalLM\"]}", NULL, NULL),
+                     E_UNSUPPORTED);
     ck_assert_int_eq(parse("{\"architectures\":[]}", NULL, NULL), E_INPUT);
     ck_assert_int_eq(parse("{\"architectures\":\"LlamaForCausalLM\"}", NULL, NULL), E_INPUT);
     ck_assert_int_eq(parse("{\"model_type\":\"llama\"}", NULL, NULL), E_INPUT);
     ck_assert_ptr_null(family_by_name("gpt2"));
-    ck_assert_ptr_null(family_chat_template(&(model_desc){ .family = "gpt2" }));
+    ck_assert_ptr_null(family_chat_template(&(model_desc){.family = "gpt2"}));
 }
 END_TEST
 
 /* ---- configs that lie ---- */
 START_TEST(config_lies)
 {
-    static const struct { const char *text, *fragment; } cases[] = {
-        { "", "config.json" },
-        { "{", "config.json" },
-        { "[]", "expected an object" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"]}", "vocab_size" },
-        { "{" SMALL ",\"vocab_size\":5}", "vocab_size" }, /* twice */
-        { "{" SMALL ",\"num_key_value_heads\":8}", "kv_heads is 8" },
-        { "{" SMALL ",\"num_key_value_heads\":3}", "kv_heads 3" },
-        { "{" SMALL ",\"num_key_value_heads\":0}", "num_key_value_heads" },
-        { "{" SMALL ",\"head_dim\":0}", "head_dim" },
-        { "{" SMALL ",\"head_dim\":17}", "head_dim is 17" },
-        { "{" SMALL ",\"head_dim\":1e9}", "head_dim" },
-        { "{" SMALL ",\"rms_norm_eps\":0}", "norm_eps is 0" },
-        { "{" SMALL ",\"rms_norm_eps\":\"1e-5\"}", "rms_norm_eps" },
-        { "{" SMALL ",\"max_position_embeddings\":0}", "max_position_embeddings" },
-        { "{" SMALL ",\"max_position_embeddings\":1e18}", "max_position_embeddings" },
-        { "{" SMALL ",\"eos_token_id\":100}", "100" },
-        { "{" SMALL ",\"eos_token_id\":[1,\"2\"]}", "eos_token_id" },
-        { "{" SMALL ",\"eos_token_id\":1.5}", "eos_token_id" },
-        { "{" SMALL ",\"eos_token_id\":[0,1,2,3,4,5,6,7,8]}", "more than 8 stop ids" },
-        { "{" SMALL ",\"bos_token_id\":100}", "bos is 100" },
-        { "{" SMALL ",\"bos_token_id\":-7}", "bos_token_id" },
-        { "{" SMALL ",\"tie_word_embeddings\":\"yes\"}", "tie_word_embeddings" },
-        { "{" SMALL ",\"torch_dtype\":\"int8\"}", "'int8'" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":65,\"intermediate_size\":96,"
-          "\"num_hidden_layers\":3,\"num_attention_heads\":4}", "multiple of num_attention_heads 4" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":-100,\"hidden_size\":64,\"intermediate_size\":96,"
-          "\"num_hidden_layers\":3,\"num_attention_heads\":4}", "vocab_size" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96.5,"
-          "\"num_hidden_layers\":3,\"num_attention_heads\":4}", "intermediate_size" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96,"
-          "\"num_hidden_layers\":1000000,\"num_attention_heads\":4}", "num_hidden_layers" },
-        { "{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":99999999999,\"intermediate_size\":96,"
-          "\"num_hidden_layers\":3,\"num_attention_heads\":4}", "hidden_size" },
+    static const struct {
+        const char *text, *fragment;
+    } cases[] = {
+        {"", "config.json"},
+        {"{", "config.json"},
+        {"[]", "expected an object"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"]}", "vocab_size"},
+        {"{" SMALL ",\"vocab_size\":5}", "vocab_size"}, /* twice */
+        {"{" SMALL ",\"num_key_value_heads\":8}", "kv_heads is 8"},
+        {"{" SMALL ",\"num_key_value_heads\":3}", "kv_heads 3"},
+        {"{" SMALL ",\"num_key_value_heads\":0}", "num_key_value_heads"},
+        {"{" SMALL ",\"head_dim\":0}", "head_dim"},
+        {"{" SMALL ",\"head_dim\":17}", "head_dim is 17"},
+        {"{" SMALL ",\"head_dim\":1e9}", "head_dim"},
+        {"{" SMALL ",\"rms_norm_eps\":0}", "norm_eps is 0"},
+        {"{" SMALL ",\"rms_norm_eps\":\"1e-5\"}", "rms_norm_eps"},
+        {"{" SMALL ",\"max_position_embeddings\":0}", "max_position_embeddings"},
+        {"{" SMALL ",\"max_position_embeddings\":1e18}", "max_position_embeddings"},
+        {"{" SMALL ",\"eos_token_id\":100}", "100"},
+        {"{" SMALL ",\"eos_token_id\":[1,\"2\"]}", "eos_token_id"},
+        {"{" SMALL ",\"eos_token_id\":1.5}", "eos_token_id"},
+        {"{" SMALL ",\"eos_token_id\":[0,1,2,3,4,5,6,7,8]}", "more than 8 stop ids"},
+        {"{" SMALL ",\"bos_token_id\":100}", "bos is 100"},
+        {"{" SMALL ",\"bos_token_id\":-7}", "bos_token_id"},
+        {"{" SMALL ",\"tie_word_embeddings\":\"yes\"}", "tie_word_embeddings"},
+        {"{" SMALL ",\"torch_dtype\":\"int8\"}", "'int8'"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":65,"
+         "\"intermediate_size\":96,"
+         "\"num_hidden_layers\":3,\"num_attention_heads\":4}",
+         "multiple of num_attention_heads 4"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":-100,\"hidden_size\":64,"
+         "\"intermediate_size\":96,"
+         "\"num_hidden_layers\":3,\"num_attention_heads\":4}",
+         "vocab_size"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64,"
+         "\"intermediate_size\":96.5,"
+         "\"num_hidden_layers\":3,\"num_attention_heads\":4}",
+         "intermediate_size"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":64,"
+         "\"intermediate_size\":96,"
+         "\"num_hidden_layers\":1000000,\"num_attention_heads\":4}",
+         "num_hidden_layers"},
+        {"{\"architectures\":[\"LlamaForCausalLM\"],\"vocab_size\":100,\"hidden_size\":99999999999,"
+         "\"intermediate_size\":96,"
+         "\"num_hidden_layers\":3,\"num_attention_heads\":4}",
+         "hidden_size"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const err_code rc = parse(cases[i].text, NULL, NULL);
         ck_assert_msg(rc == E_INPUT || rc == E_UNSUPPORTED, "%s: %s", cases[i].text, err_name(rc));
-        ck_assert_msg(strstr(e.msg, cases[i].fragment), "%s: '%s' lacks '%s'", cases[i].text, e.msg, cases[i].fragment);
+        ck_assert_msg(strstr(e.msg, cases[i].fragment), "%s: '%s' lacks '%s'", cases[i].text, e.msg,
+                      cases[i].fragment);
     }
     ck_assert_msg(parse_more("") == OK, "%s", e.msg);
     ck_assert_int_eq(m.max_tokens, 2048);
     ck_assert_int_eq(m.bos, -1);
     ck_assert_int_eq(m.n_stop, 0);
-    ck_assert(parse_more("\"max_sequence_length\":77,\"n_positions\":5,\"eos_token_id\":-1,\"torch_dtype\":\"torch.bfloat16\"") == OK);
+    ck_assert(parse_more("\"max_sequence_length\":77,\"n_positions\":5,\"eos_token_id\":-1,\"torch_"
+                         "dtype\":\"torch.bfloat16\"") == OK);
     ck_assert_int_eq(m.max_tokens, 77);
     ck_assert_int_eq(m.eos, -1);
     ck_assert_int_eq((int)m.dt, DT_BF16);
@@ -446,43 +517,56 @@ END_TEST
 
 START_TEST(config_quantization)
 {
-    static const struct { const char *quant; err_code code; const char *fragment; int32_t group; } cases[] = {
-        { "null", OK, "", 0 },
-        { "{\"quant_method\":\"awq\"}", OK, "", 128 },
-        { "{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":128,\"version\":\"gemm\",\"zero_point\":true}", OK, "", 128 },
-        { "{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":64,\"version\":\"GEMM\"}", OK, "", 64 },
-        { "{\"quant_method\":\"awq\",\"w_bit\":4,\"q_group_size\":32}", OK, "", 32 },
-        { "{\"quant_method\":\"awq\",\"version\":\"gemv\"}", E_UNSUPPORTED, "version 'gemv'", 0 },
-        { "{\"quant_method\":\"awq\",\"version\":\"marlin\"}", E_UNSUPPORTED, "version 'marlin'", 0 },
-        { "{\"quant_method\":\"awq\",\"version\":\"gemv_fast\"}", E_UNSUPPORTED, "'gemv_fast'", 0 },
-        { "{\"quant_method\":\"awq\",\"bits\":8}", E_UNSUPPORTED, "8 bits", 0 },
-        { "{\"quant_method\":\"awq\",\"bits\":3}", E_UNSUPPORTED, "3 bits", 0 },
-        { "{\"quant_method\":\"awq\",\"group_size\":-1}", E_UNSUPPORTED, "group size -1", 0 },
-        { "{\"quant_method\":\"awq\",\"group_size\":16}", E_UNSUPPORTED, "group size 16", 0 },
-        { "{\"quant_method\":\"awq\",\"group_size\":0}", E_UNSUPPORTED, "group size 0", 0 },
-        { "{\"quant_method\":\"awq\",\"group_size\":\"128\"}", E_INPUT, "group_size", 0 },
-        { "{\"quant_method\":\"gptq\",\"bits\":4}", E_UNSUPPORTED, "'gptq'", 0 },
-        { "{\"quant_method\":\"bitsandbytes\"}", E_UNSUPPORTED, "'bitsandbytes'", 0 },
-        { "{\"quant_method\":\"compressed-tensors\"}", E_UNSUPPORTED, "'compressed-tensors'", 0 },
-        { "{\"quant_method\":\"fp8\"}", E_UNSUPPORTED, "'fp8'", 0 },
-        { "{\"bits\":4}", E_INPUT, "quant_method", 0 },
-        { "{}", E_INPUT, "quant_method", 0 },
-        { "4", E_INPUT, "expected an object", 0 },
+    static const struct {
+        const char *quant;
+        err_code code;
+        const char *fragment;
+        int32_t group;
+    } cases[] = {
+        {"null", OK, "", 0},
+        {"{\"quant_method\":\"awq\"}", OK, "", 128},
+        {"{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":128,\"version\":\"gemm\",\"zero_"
+         "point\":true}",
+         OK, "", 128},
+        {"{\"quant_method\":\"awq\",\"bits\":4,\"group_size\":64,\"version\":\"GEMM\"}", OK, "",
+         64},
+        {"{\"quant_method\":\"awq\",\"w_bit\":4,\"q_group_size\":32}", OK, "", 32},
+        {"{\"quant_method\":\"awq\",\"version\":\"gemv\"}", E_UNSUPPORTED, "version 'gemv'", 0},
+        {"{\"quant_method\":\"awq\",\"version\":\"marlin\"}", E_UNSUPPORTED, "version 'marlin'", 0},
+        {"{\"quant_method\":\"awq\",\"version\":\"gemv_fast\"}", E_UNSUPPORTED, "'gemv_fast'", 0},
+        {"{\"quant_method\":\"awq\",\"bits\":8}", E_UNSUPPORTED, "8 bits", 0},
+        {"{\"quant_method\":\"awq\",\"bits\":3}", E_UNSUPPORTED, "3 bits", 0},
+        {"{\"quant_method\":\"awq\",\"group_size\":-1}", E_UNSUPPORTED, "group size -1", 0},
+        {"{\"quant_method\":\"awq\",\"group_size\":16}", E_UNSUPPORTED, "group size 16", 0},
+        {"{\"quant_method\":\"awq\",\"group_size\":0}", E_UNSUPPORTED, "group size 0", 0},
+        {"{\"quant_method\":\"awq\",\"group_size\":\"128\"}", E_INPUT, "group_size", 0},
+        {"{\"quant_method\":\"gptq\",\"bits\":4}", E_UNSUPPORTED, "'gptq'", 0},
+        {"{\"quant_method\":\"bitsandbytes\"}", E_UNSUPPORTED, "'bitsandbytes'", 0},
+        {"{\"quant_method\":\"compressed-tensors\"}", E_UNSUPPORTED, "'compressed-tensors'", 0},
+        {"{\"quant_method\":\"fp8\"}", E_UNSUPPORTED, "'fp8'", 0},
+        {"{\"bits\":4}", E_INPUT, "quant_method", 0},
+        {"{}", E_INPUT, "quant_method", 0},
+        {"4", E_INPUT, "expected an object", 0},
     };
     char text[512];
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         (void)snprintf(text, sizeof text, "\"quantization_config\":%s", cases[i].quant);
         const err_code rc = parse_more(text);
         ck_assert_msg(rc == cases[i].code, "%s: %s %s", text, err_name(rc), rc ? e.msg : "");
-        if (rc) ck_assert_msg(strstr(e.msg, cases[i].fragment), "%s: %s", text, e.msg);
-        else ck_assert_int_eq(m.w4_group, cases[i].group);
+        if (rc)
+            ck_assert_msg(strstr(e.msg, cases[i].fragment), "%s: %s", text, e.msg);
+        else
+            ck_assert_int_eq(m.w4_group, cases[i].group);
     }
     ck_assert_int_eq(parse_more("\"compression_config\":{}"), E_UNSUPPORTED);
     /* the file that old writers left beside a silent config.json */
-    ck_assert(parse("{" SMALL "}", NULL, "{\"w_bit\":4,\"q_group_size\":64,\"zero_point\":true,\"version\":\"GEMM\"}") == OK);
+    ck_assert(parse("{" SMALL "}", NULL,
+                    "{\"w_bit\":4,\"q_group_size\":64,\"zero_point\":true,\"version\":\"GEMM\"}") ==
+              OK);
     ck_assert(q.awq && q.zero_point);
     ck_assert_int_eq(m.w4_group, 64);
-    ck_assert_int_eq(parse("{" SMALL "}", NULL, "{\"w_bit\":4,\"version\":\"GEMV\"}"), E_UNSUPPORTED);
+    ck_assert_int_eq(parse("{" SMALL "}", NULL, "{\"w_bit\":4,\"version\":\"GEMV\"}"),
+                     E_UNSUPPORTED);
     ck_assert_msg(strncmp(e.msg, "quant_config.json: ", 19) == 0, "%s", e.msg);
 }
 END_TEST
@@ -490,17 +574,21 @@ END_TEST
 /* Configs of real models: read, or refused for the reason that holds. */
 START_TEST(config_collection)
 {
-    static const struct { const char *name; err_code code; const char *what; } cases[] = {
-        { "internlm-20b", E_UNSUPPORTED, "'InternLMForCausalLM'" },
-        { "internlm2-chat-1.8b", OK, "internlm2" },
-        { "llama-2-7b-chat", OK, "llama" },
-        { "llama-3.1-8b-instruct-bnb8", E_UNSUPPORTED, "'bitsandbytes'" },
-        { "llama-fake", OK, "llama" },
-        { "llama3-ollama-test", OK, "llama" },
-        { "mixtral-8x7b", E_UNSUPPORTED, "'MixtralForCausalLM'" },
-        { "qwen-7b", E_UNSUPPORTED, "'QWenLMHeadModel'" },
-        { "qwen2.5-3b", OK, "qwen2" },
-        { "yi-1.5-6b", OK, "yi" },
+    static const struct {
+        const char *name;
+        err_code code;
+        const char *what;
+    } cases[] = {
+        {"internlm-20b", E_UNSUPPORTED, "'InternLMForCausalLM'"},
+        {"internlm2-chat-1.8b", OK, "internlm2"},
+        {"llama-2-7b-chat", OK, "llama"},
+        {"llama-3.1-8b-instruct-bnb8", E_UNSUPPORTED, "'bitsandbytes'"},
+        {"llama-fake", OK, "llama"},
+        {"llama3-ollama-test", OK, "llama"},
+        {"mixtral-8x7b", E_UNSUPPORTED, "'MixtralForCausalLM'"},
+        {"qwen-7b", E_UNSUPPORTED, "'QWenLMHeadModel'"},
+        {"qwen2.5-3b", OK, "qwen2"},
+        {"yi-1.5-6b", OK, "yi"},
     };
     if (!file_is_dir(CONFIGS)) {
         printf("SKIP config_collection: " CONFIGS " is not there\n");
@@ -510,9 +598,13 @@ START_TEST(config_collection)
         char dir[4096];
         (void)snprintf(dir, sizeof dir, CONFIGS "/%s", cases[i].name);
         const err_code rc = hf_config_load(&m, &q, &f, dir, &e);
-        ck_assert_msg(rc == cases[i].code, "%s: %s %s", cases[i].name, err_name(rc), rc ? e.msg : "");
-        if (rc == OK) ck_assert_str_eq(m.family, cases[i].what);
-        else ck_assert_msg(strstr(e.msg, cases[i].what) && strncmp(e.msg, dir, strlen(dir)) == 0, "%s", e.msg);
+        ck_assert_msg(rc == cases[i].code, "%s: %s %s", cases[i].name, err_name(rc),
+                      rc ? e.msg : "");
+        if (rc == OK)
+            ck_assert_str_eq(m.family, cases[i].what);
+        else
+            ck_assert_msg(strstr(e.msg, cases[i].what) && strncmp(e.msg, dir, strlen(dir)) == 0,
+                          "%s", e.msg);
     }
     ck_assert(hf_config_load(&m, &q, &f, CONFIGS "/qwen2.5-3b", &e) == OK);
     ck_assert(m.tied_embed && m.sliding_window == 0);

@@ -1,5 +1,5 @@
-/* formats/safetensors: the collection of damaged files, every truncation, the rules one by one, round trips,
- * and the writer's promises. */
+/* formats/safetensors: the collection of damaged files, every truncation, the rules one by one,
+ * round trips, and the writer's promises. */
 #include "formats/safetensors.h"
 
 #include <check.h>
@@ -22,7 +22,8 @@ static void check_message(const err *e, const char *subject, const char *file)
 {
     ck_assert_msg(strncmp(e->msg, subject, strlen(subject)) == 0, "%s: '%s'", file, e->msg);
     ck_assert_uint_gt(strlen(e->msg), strlen(subject) + 2);
-    for (const char *p = e->msg; *p; p++) ck_assert_msg((unsigned char)*p >= 0x20, "%s: control byte in '%s'", file, e->msg);
+    for (const char *p = e->msg; *p; p++)
+        ck_assert_msg((unsigned char)*p >= 0x20, "%s: control byte in '%s'", file, e->msg);
 }
 
 /* ---- the collection ---- */
@@ -105,7 +106,8 @@ static size_t compose(uint8_t *buf, const char *header, size_t n, size_t data)
     return 8 + n + data;
 }
 
-/* Opens a header with `data` bytes behind it; NULL: accepted, else the message must hold the fragment. */
+/* Opens a header with `data` bytes behind it; NULL: accepted, else the message must hold the
+ * fragment. */
 static void check_header(const char *header, size_t data, const char *fragment)
 {
     uint8_t *buf = malloc(8 + strlen(header) + data);
@@ -125,81 +127,92 @@ static void check_header(const char *header, size_t data, const char *fragment)
 }
 
 #define T(members) "{\"a\":{" members "}}"
-#define U8(shape, from, to) "\"dtype\":\"U8\",\"shape\":[" shape "],\"data_offsets\":[" #from "," #to "]"
+#define U8(shape, from, to) \
+    "\"dtype\":\"U8\",\"shape\":[" shape "],\"data_offsets\":[" #from "," #to "]"
 
 START_TEST(st_rules)
 {
-    static const struct { const char *header; size_t data; const char *fragment; } cases[] = {
-        { "{}", 0, NULL },
-        { "{ }", 0, NULL },
-        { "{}   ", 0, NULL },
-        { "{}", 1, "end at byte 0" },
-        { " {}", 0, "expected '{'" },
-        { "[]", 0, "expected '{'" },
-        { "{}x", 0, "nothing but spaces" },
-        { "{,}", 0, "name of a tensor" },
-        { "{\"a\"}", 0, "':'" },
-        { T(U8("4", 0, 4)), 4, NULL },
-        { T(U8("4", 0, 4) ","), 4, "member of a tensor" },
-        { T(U8("4", 0, 4)) "{}", 4, "nothing but spaces" },
-        { T(U8("4", 0, 4)), 3, "beyond the file's 3 bytes" },
-        { T(U8("4", 0, 4)), 5, "the file has 5" },
-        { T(U8("4", 1, 5)), 5, "a gap" },
-        { T(U8("4", 4, 0)), 4, "before they begin" },
-        { T(U8("5", 0, 4)), 4, "make 5 bytes" },
-        { T(U8("4.0", 0, 4)), 4, "not whole" },
-        { T(U8("4e0", 0, 4)), 4, "not whole" },
-        { T(U8("04", 0, 4)), 4, "begins with 0" },
-        { T(U8("-4", 0, 4)), 4, "not below 0" },
-        { T(U8("+4", 0, 4)), 4, "not below 0" },
-        { T(U8("4,", 0, 4)), 4, "not below 0" },
-        { T(U8("\"4\"", 0, 4)), 4, "not below 0" },
-        { T(U8("9223372036854775808", 0, 4)), 4, "above 2^63" },
-        { T(U8("18446744073709551620", 0, 4)), 4, "above 2^63" },
-        { T(U8("4294967296,4294967296,0", 0, 0)), 0, "overflows" },
-        { T(U8("1,1,1,1,1,1,1,1", 0, 1)), 1, NULL },
-        { T(U8("1,1,1,1,1,1,1,1,1", 0, 1)), 1, "more than 8 dimensions" },
-        { T("\"dtype\":\"U8\",\"shape\":[4]"), 4, "data_offsets is missing" },
-        { T("\"shape\":[4],\"data_offsets\":[0,4]"), 4, "dtype is missing" },
-        { T("\"dtype\":\"U8\",\"data_offsets\":[0,4]"), 4, "shape is missing" },
-        { T(U8("4", 0, 4) ",\"dtype\":\"U8\""), 4, "dtype stands there twice" },
-        { T("\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4,4]"), 4, "behind two data_offsets" },
-        { T("\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0]"), 4, "between data_offsets" },
-        { T("\"dtype\":\"u8\",\"shape\":[4],\"data_offsets\":[0,4]"), 4, "unknown dtype 'u8'" },
-        { T("\"dtype\":\"none\",\"shape\":[4],\"data_offsets\":[0,4]"), 4, "unknown dtype" },
-        { T("\"dtype\":\"F4\",\"shape\":[4],\"data_offsets\":[0,2]"), 2, "F4 is not supported" },
-        { T("\"dtype\":5,\"shape\":[4],\"data_offsets\":[0,4]"), 4, "expected a dtype" },
-        { T("\"x\":[1,{\"y\":[null,true,-1.5e3,\"]}\"],\"z\":{}},[]],\"w\":{}," U8("4", 0, 4)), 4, NULL },
-        { T("\"x\":[1,{\"y\":[null}]]," U8("4", 0, 4)), 4, "closing bracket" },
-        { T("\"x\":[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]," U8("4", 0, 4)), 4, "nested deeper" },
-        { T("\"x\":," U8("4", 0, 4)), 4, "expected a value" },
-        { "{\"a\":[]}", 0, "'{' of a tensor" },
-        { "{\"a\":{" U8("2", 0, 2) "},\"b\":{" U8("2", 1, 3) "}}", 3, "overlap" },
-        { "{\"a\":{" U8("2", 0, 2) "},\"b\":{" U8("2", 3, 5) "}}", 5, "a gap" },
-        { "{\"a\":{" U8("2", 0, 2) "},\"a\":{" U8("2", 2, 4) "}}", 4, "tensor 'a' stands there twice" },
-        { "{\"a\":{" U8("2", 0, 2) "},\"\\u0061\":{" U8("2", 2, 4) "}}", 4, "tensor 'a' stands there twice" },
-        { "{\"b\":{" U8("2", 2, 4) "},\"a\":{" U8("2", 0, 2) "}}", 4, NULL },
-        { "{\"a\":{" U8("0", 0, 0) "},\"b\":{" U8("2", 0, 2) "},\"c\":{" U8("0", 2, 2) "}}", 2, NULL },
-        { "{\"a\":{" U8("0", 1, 1) "},\"b\":{" U8("2", 0, 2) "}}", 2, "tensor 'a': begins at byte 1" },
-        { "{\"__metadata__\":{\"a\":\"b\",\"c\":\"\"}}", 0, NULL },
-        { "{\"__metadata__\":{}}", 0, NULL },
-        { "{\"__metadata__\":{\"a\":1}}", 0, "a string as value" },
-        { "{\"__metadata__\":{\"a\":null}}", 0, "a string as value" },
-        { "{\"__metadata__\":null}", 0, "'{' of __metadata__" },
-        { "{\"__metadata__\":{\"a\":\"b\",\"a\":\"b\"}}", 0, "key 'a' stands there twice" },
-        { "{\"__metadata__\":{},\"__metadata__\":{}}", 0, "__metadata__ stands there twice" },
-        { "{\"\\u0000\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"\\ud800\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"\\udc00\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"\\ud83d\\u0041\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"\\ud83d\\ude00\\n\\\"\\\\\":{" U8("0", 0, 0) "}}", 0, NULL },
-        { "{\"\\x41\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"\\u12g4\":{" U8("0", 0, 0) "}}", 0, "valid escape" },
-        { "{\"a\nb\":{" U8("0", 0, 0) "}}", 0, "character of a string" },
-        { "{\"a", 0, "end of a string" },
-        { "{\"\xc3\x28\":{" U8("0", 0, 0) "}}", 0, "UTF-8" },
-        { "{\"\xed\xa0\x80\":{" U8("0", 0, 0) "}}", 0, "UTF-8" },
-        { "{'a':{" U8("0", 0, 0) "}}", 0, "name of a tensor" },
+    static const struct {
+        const char *header;
+        size_t data;
+        const char *fragment;
+    } cases[] = {
+        {"{}", 0, NULL},
+        {"{ }", 0, NULL},
+        {"{}   ", 0, NULL},
+        {"{}", 1, "end at byte 0"},
+        {" {}", 0, "expected '{'"},
+        {"[]", 0, "expected '{'"},
+        {"{}x", 0, "nothing but spaces"},
+        {"{,}", 0, "name of a tensor"},
+        {"{\"a\"}", 0, "':'"},
+        {T(U8("4", 0, 4)), 4, NULL},
+        {T(U8("4", 0, 4) ","), 4, "member of a tensor"},
+        {T(U8("4", 0, 4)) "{}", 4, "nothing but spaces"},
+        {T(U8("4", 0, 4)), 3, "beyond the file's 3 bytes"},
+        {T(U8("4", 0, 4)), 5, "the file has 5"},
+        {T(U8("4", 1, 5)), 5, "a gap"},
+        {T(U8("4", 4, 0)), 4, "before they begin"},
+        {T(U8("5", 0, 4)), 4, "make 5 bytes"},
+        {T(U8("4.0", 0, 4)), 4, "not whole"},
+        {T(U8("4e0", 0, 4)), 4, "not whole"},
+        {T(U8("04", 0, 4)), 4, "begins with 0"},
+        {T(U8("-4", 0, 4)), 4, "not below 0"},
+        {T(U8("+4", 0, 4)), 4, "not below 0"},
+        {T(U8("4,", 0, 4)), 4, "not below 0"},
+        {T(U8("\"4\"", 0, 4)), 4, "not below 0"},
+        {T(U8("9223372036854775808", 0, 4)), 4, "above 2^63"},
+        {T(U8("18446744073709551620", 0, 4)), 4, "above 2^63"},
+        {T(U8("4294967296,4294967296,0", 0, 0)), 0, "overflows"},
+        {T(U8("1,1,1,1,1,1,1,1", 0, 1)), 1, NULL},
+        {T(U8("1,1,1,1,1,1,1,1,1", 0, 1)), 1, "more than 8 dimensions"},
+        {T("\"dtype\":\"U8\",\"shape\":[4]"), 4, "data_offsets is missing"},
+        {T("\"shape\":[4],\"data_offsets\":[0,4]"), 4, "dtype is missing"},
+        {T("\"dtype\":\"U8\",\"data_offsets\":[0,4]"), 4, "shape is missing"},
+        {T(U8("4", 0, 4) ",\"dtype\":\"U8\""), 4, "dtype stands there twice"},
+        {T("\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4,4]"), 4,
+         "behind two data_offsets"},
+        {T("\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0]"), 4, "between data_offsets"},
+        {T("\"dtype\":\"u8\",\"shape\":[4],\"data_offsets\":[0,4]"), 4, "unknown dtype 'u8'"},
+        {T("\"dtype\":\"none\",\"shape\":[4],\"data_offsets\":[0,4]"), 4, "unknown dtype"},
+        {T("\"dtype\":\"F4\",\"shape\":[4],\"data_offsets\":[0,2]"), 2, "F4 is not supported"},
+        {T("\"dtype\":5,\"shape\":[4],\"data_offsets\":[0,4]"), 4, "expected a dtype"},
+        {T("\"x\":[1,{\"y\":[null,true,-1.5e3,\"]}\"],\"z\":{}},[]],\"w\":{}," U8("4", 0, 4)), 4,
+         NULL},
+        {T("\"x\":[1,{\"y\":[null}]]," U8("4", 0, 4)), 4, "closing bracket"},
+        {T("\"x\":[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]," U8("4", 0, 4)), 4, "nested deeper"},
+        {T("\"x\":," U8("4", 0, 4)), 4, "expected a value"},
+        {"{\"a\":[]}", 0, "'{' of a tensor"},
+        {"{\"a\":{" U8("2", 0, 2) "},\"b\":{" U8("2", 1, 3) "}}", 3, "overlap"},
+        {"{\"a\":{" U8("2", 0, 2) "},\"b\":{" U8("2", 3, 5) "}}", 5, "a gap"},
+        {"{\"a\":{" U8("2", 0, 2) "},\"a\":{" U8("2", 2, 4) "}}", 4,
+         "tensor 'a' stands there twice"},
+        {"{\"a\":{" U8("2", 0, 2) "},\"\\u0061\":{" U8("2", 2, 4) "}}", 4,
+         "tensor 'a' stands there twice"},
+        {"{\"b\":{" U8("2", 2, 4) "},\"a\":{" U8("2", 0, 2) "}}", 4, NULL},
+        {"{\"a\":{" U8("0", 0, 0) "},\"b\":{" U8("2", 0, 2) "},\"c\":{" U8("0", 2, 2) "}}", 2,
+         NULL},
+        {"{\"a\":{" U8("0", 1, 1) "},\"b\":{" U8("2", 0, 2) "}}", 2,
+         "tensor 'a': begins at byte 1"},
+        {"{\"__metadata__\":{\"a\":\"b\",\"c\":\"\"}}", 0, NULL},
+        {"{\"__metadata__\":{}}", 0, NULL},
+        {"{\"__metadata__\":{\"a\":1}}", 0, "a string as value"},
+        {"{\"__metadata__\":{\"a\":null}}", 0, "a string as value"},
+        {"{\"__metadata__\":null}", 0, "'{' of __metadata__"},
+        {"{\"__metadata__\":{\"a\":\"b\",\"a\":\"b\"}}", 0, "key 'a' stands there twice"},
+        {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "__metadata__ stands there twice"},
+        {"{\"\\u0000\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"\\ud800\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"\\udc00\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"\\ud83d\\u0041\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"\\ud83d\\ude00\\n\\\"\\\\\":{" U8("0", 0, 0) "}}", 0, NULL},
+        {"{\"\\x41\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"\\u12g4\":{" U8("0", 0, 0) "}}", 0, "valid escape"},
+        {"{\"a\nb\":{" U8("0", 0, 0) "}}", 0, "character of a string"},
+        {"{\"a", 0, "end of a string"},
+        {"{\"\xc3\x28\":{" U8("0", 0, 0) "}}", 0, "UTF-8"},
+        {"{\"\xed\xa0\x80\":{" U8("0", 0, 0) "}}", 0, "UTF-8"},
+        {"{'a':{" U8("0", 0, 0) "}}", 0, "name of a tensor"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
         check_header(cases[i].header, cases[i].data, cases[i].fragment);
@@ -235,8 +248,9 @@ START_TEST(st_many_tensors)
     err e;
     n += (size_t)sprintf(header + n, "{");
     for (int i = 0; i < N; i++)
-        n += (size_t)sprintf(header + n, "%s\"layer.%d\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[%d,%d]}",
-                             i ? "," : "", i, i, i + 1);
+        n += (size_t)sprintf(
+            header + n, "%s\"layer.%d\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[%d,%d]}",
+            i ? "," : "", i, i, i + 1);
     n += (size_t)sprintf(header + n, "}");
     buf = malloc(8 + n + N);
     const size_t size = compose(buf, header, n, N);
@@ -250,7 +264,8 @@ START_TEST(st_many_tensors)
         ck_assert_ptr_eq(v.data, buf + 8 + n + i);
     }
     ck_assert(!st_find(f, "layer.-1", &v));
-    ck_assert_double_lt((double)(clock() - start) / CLOCKS_PER_SEC, 20.0); /* quadratic would take minutes */
+    ck_assert_double_lt((double)(clock() - start) / CLOCKS_PER_SEC,
+                        20.0); /* quadratic would take minutes */
     st_close(&f);
     free(buf);
     free(header);
@@ -260,7 +275,8 @@ END_TEST
 START_TEST(st_unaligned)
 {
     /* One byte before a tensor of two-byte values: found, but not handed out as readable. */
-    static const char header[] = "{\"a\":{" U8("1", 0, 1) "},\"b\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[1,5]}}  ";
+    static const char header[] = "{\"a\":{" U8(
+        "1", 0, 1) "},\"b\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[1,5]}}  ";
     uint8_t *buf = malloc(8 + sizeof header + 8);
     const size_t pad = strlen(header) % 2; /* the data begins on an even byte */
     const size_t n = compose(buf, header, strlen(header) - pad, 5);
@@ -281,24 +297,30 @@ START_TEST(st_unaligned)
 END_TEST
 
 /* ---- writing ---- */
-static const char *const meta[] = { "zeta", "last \"quoted\"\n", "format", "pt", "digest", "00000000", NULL };
+static const char *const meta[] = {"zeta",   "last \"quoted\"\n", "format", "pt",
+                                   "digest", "00000000",          NULL};
 
 static char long_name[5001];
 
 /* Small tensors of all kinds; value i of tensor t is a pattern of both. */
-static const struct { const char *name; dtype dt; int ndim; int64_t shape[8]; } sample[] = {
-    { "b.f64", DT_F64, 1, { 3 } },
-    { "a.f16", DT_F16, 2, { 2, 3 } },
-    { "scalar", DT_F32, 0, { 0 } },
-    { "empty", DT_BF16, 3, { 4, 0, 2 } },
-    { long_name, DT_U8, 1, { 5 } },
-    { "quote\" back\\ tab\t bell\a \xe4\xb8\xad", DT_I32, 1, { 2 } },
-    { "rank8", DT_I8, 8, { 1, 2, 1, 2, 1, 3, 1, 2 } },
-    { "flags", DT_BOOL, 1, { 7 } },
-    { "", DT_U64, 1, { 1 } },
-    { "f8", DT_F8_E5M2, 1, { 3 } },
-    { "i64", DT_I64, 1, { 2 } },
-    { "u16", DT_U16, 1, { 9 } },
+static const struct {
+    const char *name;
+    dtype dt;
+    int ndim;
+    int64_t shape[8];
+} sample[] = {
+    {"b.f64", DT_F64, 1, {3}},
+    {"a.f16", DT_F16, 2, {2, 3}},
+    {"scalar", DT_F32, 0, {0}},
+    {"empty", DT_BF16, 3, {4, 0, 2}},
+    {long_name, DT_U8, 1, {5}},
+    {"quote\" back\\ tab\t bell\a \xe4\xb8\xad", DT_I32, 1, {2}},
+    {"rank8", DT_I8, 8, {1, 2, 1, 2, 1, 3, 1, 2}},
+    {"flags", DT_BOOL, 1, {7}},
+    {"", DT_U64, 1, {1}},
+    {"f8", DT_F8_E5M2, 1, {3}},
+    {"i64", DT_I64, 1, {2}},
+    {"u16", DT_U16, 1, {9}},
 };
 enum { N_SAMPLE = sizeof sample / sizeof sample[0] };
 
@@ -315,7 +337,8 @@ static void sample_fill(uint8_t *buf, int t)
     for (size_t i = 0; i < n; i++) buf[i] = (uint8_t)(i * 7 + (size_t)t * 31 + 1);
 }
 
-/* step walks the tensors in another order for another value; parts writes each in pieces from the back. */
+/* step walks the tensors in another order for another value; parts writes each in pieces from the
+ * back. */
 static void write_sample(const char *path, int step, bool parts)
 {
     st_writer *w;
@@ -325,7 +348,9 @@ static void write_sample(const char *path, int step, bool parts)
     ck_assert_msg(st_writer_open(&w, path, meta, true, &e) == OK, "%s", e.msg);
     for (int k = 0; k < N_SAMPLE; k++) {
         const int t = k * step % N_SAMPLE;
-        ck_assert_msg(st_writer_add(w, sample[t].name, sample[t].dt, sample[t].ndim, sample[t].shape, &e) == OK, "%s", e.msg);
+        ck_assert_msg(st_writer_add(w, sample[t].name, sample[t].dt, sample[t].ndim,
+                                    sample[t].shape, &e) == OK,
+                      "%s", e.msg);
     }
     for (int k = 0; k < N_SAMPLE; k++) {
         const int t = (k * step + 3) % N_SAMPLE;
@@ -339,9 +364,12 @@ static void write_sample(const char *path, int step, bool parts)
         }
         /* odd elements from the back, then the even ones: ranges must merge */
         for (int64_t i = n - 1; i >= 0; i--)
-            if (i % 2) ck_assert(st_writer_part(w, sample[t].name, i, buf + (size_t)i * size, 1, &e) == OK);
+            if (i % 2)
+                ck_assert(st_writer_part(w, sample[t].name, i, buf + (size_t)i * size, 1, &e) ==
+                          OK);
         for (int64_t i = 0; i < n; i += 2)
-            ck_assert_msg(st_writer_part(w, sample[t].name, i, buf + (size_t)i * size, 1, &e) == OK, "%s", e.msg);
+            ck_assert_msg(st_writer_part(w, sample[t].name, i, buf + (size_t)i * size, 1, &e) == OK,
+                          "%s", e.msg);
     }
     ck_assert(st_writer_meta(w, "digest", "cafe1234", &e) == OK);
     const uint64_t bytes = st_writer_bytes(w);
@@ -390,7 +418,8 @@ START_TEST(st_round_trip)
         if (i) {
             const st_entry p = st_at(f, i - 1);
             ck_assert_uint_ge(dtype_bytes(p.view.dt), dtype_bytes(t.view.dt));
-            if (dtype_bytes(p.view.dt) == dtype_bytes(t.view.dt)) ck_assert_int_lt(strcmp(p.name, t.name), 0);
+            if (dtype_bytes(p.view.dt) == dtype_bytes(t.view.dt))
+                ck_assert_int_lt(strcmp(p.name, t.name), 0);
         }
         if (strcmp(t.name, "rank8") == 0) {
             ck_assert_int_eq(t.full_ndim, 8);
@@ -516,8 +545,8 @@ START_TEST(st_writer_misuse)
     char dir[64], path[128];
     st_writer *w;
     err e;
-    const int64_t shape[] = { 2, 3 }, other[] = { 3, 2 };
-    float data[6] = { 0 };
+    const int64_t shape[] = {2, 3}, other[] = {3, 2};
+    float data[6] = {0};
     tensor v = tensor_of(data, DT_F32, 2, other);
     tempdir_make(dir, sizeof dir);
     (void)snprintf(path, sizeof path, "%s/x", dir);
@@ -525,7 +554,7 @@ START_TEST(st_writer_misuse)
     ck_assert_int_eq(st_writer_add(w, "__metadata__", DT_F32, 2, shape, &e), E_CHECK);
     ck_assert_int_eq(st_writer_add(w, "a", DT_F32, 9, shape, &e), E_CHECK);
     ck_assert_int_eq(st_writer_add(w, "\xff", DT_F32, 2, shape, &e), E_INPUT);
-    ck_assert_int_eq(st_writer_add(w, "a", DT_F32, 1, (const int64_t[]){ -1 }, &e), E_INPUT);
+    ck_assert_int_eq(st_writer_add(w, "a", DT_F32, 1, (const int64_t[]){-1}, &e), E_INPUT);
     ck_assert(st_writer_add(w, "a", DT_F32, 2, shape, &e) == OK);
     ck_assert_int_eq(st_writer_data(w, "b", &v, &e), E_CHECK);
     ck_assert_int_eq(st_writer_add(w, "b", DT_F32, 2, shape, &e), E_CHECK); /* too late */
@@ -547,7 +576,9 @@ START_TEST(st_writer_misuse)
     ck_assert(st_writer_add(w, "a", DT_U8, 2, shape, &e) == OK);
     ck_assert_int_eq(st_writer_commit(&w, &e), E_CHECK);
     ck_assert_msg(strstr(e.msg, "declared twice"), "%s", e.msg);
-    ck_assert_int_eq(st_writer_open(&w, path, (const char *const[]){ "k", "v", "k", "w", NULL }, false, &e), E_CHECK);
+    ck_assert_int_eq(
+        st_writer_open(&w, path, (const char *const[]){"k", "v", "k", "w", NULL}, false, &e),
+        E_CHECK);
     ck_assert(!file_exists(path));
     tempdir_drop(dir);
 }
@@ -562,7 +593,7 @@ START_TEST(st_writer_atomic)
     tempdir_make(dir, sizeof dir);
     (void)snprintf(path, sizeof path, "%s/x", dir);
     ck_assert(st_writer_open(&w, path, NULL, false, &e) == OK);
-    ck_assert(st_writer_add(w, "a", DT_U8, 1, (const int64_t[]){ 1 }, &e) == OK);
+    ck_assert(st_writer_add(w, "a", DT_U8, 1, (const int64_t[]){1}, &e) == OK);
     ck_assert(st_writer_part(w, "a", 0, "x", 1, &e) == OK);
     ck_assert(!file_exists(path));
     st_writer_abort(&w);
@@ -588,9 +619,9 @@ START_TEST(st_writer_full)
     tempdir_make(dir, sizeof dir);
     (void)snprintf(path, sizeof path, "%s/x", dir);
     ck_assert(signal(SIGXFSZ, SIG_IGN) != SIG_ERR);
-    const struct rlimit small = { 8192, 8192 };
+    const struct rlimit small = {8192, 8192};
     ck_assert(st_writer_open(&w, path, NULL, false, &e) == OK);
-    ck_assert(st_writer_add(w, "a", DT_U8, 1, (const int64_t[]){ sizeof data }, &e) == OK);
+    ck_assert(st_writer_add(w, "a", DT_U8, 1, (const int64_t[]){sizeof data}, &e) == OK);
     ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &small), 0);
     ck_assert_int_eq(st_writer_part(w, "a", 0, data, sizeof data, &e), E_IO);
     ck_assert_msg(strstr(e.msg, path), "%s", e.msg);
@@ -637,7 +668,7 @@ START_TEST(st_out_of_memory)
     ck_assert_int_gt(k, 5);
     for (bool again = true; again;) {
         st_writer *w = NULL;
-        const int64_t shape[] = { 3 };
+        const int64_t shape[] = {3};
         alloc_fail_at(k++ - 5);
         err_code rc = st_writer_open(&w, path, meta, true, &e);
         if (rc == OK) rc = st_writer_add(w, "a", DT_U8, 1, shape, &e);
@@ -655,7 +686,8 @@ END_TEST
 
 int main(void)
 {
-    if (access("/dev/shm", W_OK) == 0) (void)setenv("TMPDIR", "/dev/shm", 0); /* syncs cost nothing there */
+    if (access("/dev/shm", W_OK) == 0)
+        (void)setenv("TMPDIR", "/dev/shm", 0); /* syncs cost nothing there */
     Suite *s = suite_create("safetensors");
     TCase *t = tcase_create("all");
     tcase_set_timeout(t, 60);

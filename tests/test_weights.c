@@ -15,18 +15,21 @@ static err e;
 /* ---- one tensor ---- */
 static void put(void *p, dtype dt, int64_t i, float v)
 {
-    if (dt == DT_F32) ((float *)p)[i] = v;
-    else ((uint16_t *)p)[i] = dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
+    if (dt == DT_F32)
+        ((float *)p)[i] = v;
+    else
+        ((uint16_t *)p)[i] = dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
 }
 
 /* Any bad value at any place of blocks and tail is found, and the first of two is named. */
 START_TEST(check_finds_every_place)
 {
-    static const dtype types[] = { DT_F16, DT_BF16, DT_F32 };
-    static const float bad[] = { NAN, INFINITY, -INFINITY };
-    static const char *const said[] = { "got nan", "got infinity", "got -infinity" };
+    static const dtype types[] = {DT_F16, DT_BF16, DT_F32};
+    static const float bad[] = {NAN, INFINITY, -INFINITY};
+    static const char *const said[] = {"got nan", "got infinity", "got -infinity"};
     enum { ROWS = 3, COLS = 4096 + 37 };
-    static const int64_t places[] = { 0, 1, 4095, 4096, COLS - 1, COLS, 2 * COLS + 17, ROWS * COLS - 1 };
+    static const int64_t places[] = {0,        1,    4095,          4096,
+                                     COLS - 1, COLS, 2 * COLS + 17, ROWS * COLS - 1};
     float *data = calloc(ROWS * COLS, sizeof *data);
     for (int t = 0; t < 3; t++) {
         const tensor v = tensor_2d(data, types[t], ROWS, COLS);
@@ -39,7 +42,8 @@ START_TEST(check_finds_every_place)
                 put(data, types[t], at, bad[b]);
                 if (at + 5 < ROWS * COLS) put(data, types[t], at + 5, NAN);
                 ck_assert_int_eq(weights_check_tensor(&v, "x", NULL, NULL, &e), E_INPUT);
-                (void)snprintf(want, sizeof want, "x: element [%d,%d]: expected a finite number, %s", (int)(at / COLS),
+                (void)snprintf(want, sizeof want,
+                               "x: element [%d,%d]: expected a finite number, %s", (int)(at / COLS),
                                (int)(at % COLS), said[b]);
                 ck_assert_str_eq(e.msg, want);
                 put(data, types[t], at, 1.5f);
@@ -51,7 +55,8 @@ START_TEST(check_finds_every_place)
 }
 END_TEST
 
-/* Bytes that are NaN as one type and fine as another: the test must look at the exponent of the right one. */
+/* Bytes that are NaN as one type and fine as another: the test must look at the exponent of the
+ * right one. */
 START_TEST(check_knows_the_type)
 {
     uint16_t bits[5000];
@@ -200,9 +205,9 @@ START_TEST(mem_refuses)
     model_desc m = tiny_llama();
     weights_mem *w;
     weight_src *s;
-    float data[256 * 2] = { 0 };
+    float data[256 * 2] = {0};
     const tensor two = tensor_1d(data, DT_F32, 255), ints = tensor_1d(data, DT_I32, 256);
-    linear_view v = { .dense = tensor_2d(data, DT_F32, 1, 256) };
+    linear_view v = {.dense = tensor_2d(data, DT_F32, 1, 256)};
     ck_assert(weights_mem_open(&w, &m, &e) == OK);
     ck_assert_int_eq(weights_mem_source(&s, &w, &e), E_INPUT);
     ck_assert_msg(strstr(e.msg, "layer -1 has no 'embed'"), "%s", e.msg);
@@ -225,7 +230,8 @@ static char told[256];
 static void on_overflow(void *ud, const char *name, int64_t count, float largest)
 {
     calls++;
-    (void)snprintf(told, sizeof told, "%s %lld %g %s", name, (long long)count, (double)largest, (const char *)ud);
+    (void)snprintf(told, sizeof told, "%s %lld %g %s", name, (long long)count, (double)largest,
+                   (const char *)ud);
 }
 
 START_TEST(check_sources)
@@ -254,12 +260,17 @@ END_TEST
 /* A NaN in any kind of tensor is named by its name in the checkpoint. */
 START_TEST(check_names_nan)
 {
-    static const struct { tensor_role r; int32_t layer; bool bias; const char *name; } cases[] = {
-        { ROLE_EMBED, -1, false, "model.embed_tokens.weight: element [3,7]" },
-        { ROLE_FINAL_NORM, -1, false, "model.norm.weight: element [7]" },
-        { ROLE_ATTN_NORM, 1, false, "model.layers.1.input_layernorm.weight: element [7]" },
-        { ROLE_DOWN, 0, false, "model.layers.0.mlp.down_proj.weight: element [3,7]" },
-        { ROLE_Q, 1, true, "model.layers.1.self_attn.q_proj.bias: element [7]" },
+    static const struct {
+        tensor_role r;
+        int32_t layer;
+        bool bias;
+        const char *name;
+    } cases[] = {
+        {ROLE_EMBED, -1, false, "model.embed_tokens.weight: element [3,7]"},
+        {ROLE_FINAL_NORM, -1, false, "model.norm.weight: element [7]"},
+        {ROLE_ATTN_NORM, 1, false, "model.layers.1.input_layernorm.weight: element [7]"},
+        {ROLE_DOWN, 0, false, "model.layers.0.mlp.down_proj.weight: element [3,7]"},
+        {ROLE_Q, 1, true, "model.layers.1.self_attn.q_proj.bias: element [7]"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         weights_mem *w = fresh(tiny_qwen2());
@@ -296,11 +307,15 @@ START_TEST(mem_quantized)
     ck_assert(q.w4 && q.q.bias.data && q.q.bias.data == q.bias.data);
     ck_assert_msg(w4_check(&q.q, "q", &e) == OK, "%s", e.msg);
     float row[256];
-    for (int64_t i = 0; i < q.q.n; i++) { /* within half a step, plus the rounding of the step to f16 */
+    for (int64_t i = 0; i < q.q.n;
+         i++) { /* within half a step, plus the rounding of the step to f16 */
         w4_dequant_row(row, &q.q, i);
         for (int64_t k = 0; k < q.q.k; k++) {
-            const float step = f16_to_f32(((const f16 *)q.q.scales.data)[i * (q.q.k / 64) + k / 64]);
-            ck_assert_float_le(fabsf(row[k] - bf16_to_f32(((const bf16 *)v.dense.data)[i * 256 + k])), 0.51f * step + 1e-4f);
+            const float step = f16_to_f32(
+                ((const f16 *)q.q.scales.data)[i * (q.q.k / 64) + k / 64]);
+            ck_assert_float_le(
+                fabsf(row[k] - bf16_to_f32(((const bf16 *)v.dense.data)[i * 256 + k])),
+                0.51f * step + 1e-4f);
         }
     }
     const f16 nan = 0x7e00; /* in a scale */
@@ -324,7 +339,7 @@ START_TEST(check_can_be_stopped)
 {
     weights_mem *w = fresh(tiny_llama());
     weight_src *s = as_source(&w);
-    const job j = { .progress = on_progress, .stop = &stop };
+    const job j = {.progress = on_progress, .stop = &stop};
     ck_assert(weights_check_finite(s, &j, &e) == OK);
     ck_assert_int_eq(last_done, 2);
     atomic_store(&stop, true);

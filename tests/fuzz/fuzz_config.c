@@ -1,5 +1,5 @@
-/* Any bytes as config.json, a NUL, generation_config.json, a NUL, quant_config.json: refused, or a description
- * that is safe to size memory by. */
+/* Any bytes as config.json, a NUL, generation_config.json, a NUL, quant_config.json: refused, or a
+ * description that is safe to size memory by. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,7 +17,7 @@ static void need(int holds)
 static void use(const model_desc *m, const family *f)
 {
     static float freq[MODEL_MAX_HEAD_DIM / 2];
-    static const int32_t lengths[] = { 1, 4096, 1000000 };
+    static const int32_t lengths[] = {1, 4096, 1000000};
     tensor_role r[7];
     char name[128];
     err e;
@@ -39,11 +39,11 @@ static void use(const model_desc *m, const family *f)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-    hf_text part[3] = { { 0 } };
+    hf_text part[3] = {{0}};
     model_desc m;
     hf_quant q;
     const family *f;
-    err e = { OK, "" };
+    err e = {OK, ""};
     size_t at = 0;
     for (int i = 0; i < 3 && at <= n; i++) {
         const uint8_t *end = n > at ? memchr(data + at, 0, n - at) : NULL;

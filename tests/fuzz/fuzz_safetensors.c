@@ -1,5 +1,5 @@
-/* Any bytes as a safetensors file: refused with a message, or a file whose every view lies inside it and whose
- * names find their own tensors. */
+/* Any bytes as a safetensors file: refused with a message, or a file whose every view lies inside
+ * it and whose names find their own tensors. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +16,7 @@ static void need(int holds)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     st_file *f;
-    err e = { OK, "" };
+    err e = {OK, ""};
     size_t head, sum = 0;
     if (st_open_memory(&f, data, n, "fuzz", &e) != OK) {
         need(f == NULL && e.code != OK && strlen(e.msg) > 6 && !strchr(e.msg, '\n'));

@@ -1,5 +1,6 @@
-/* Runs a fuzz target over stored inputs, without a fuzzer: each file, and each file of each folder, named on the
- * command line. Every input is a block of its exact size, so that a sanitizer sees a read beyond it. */
+/* Runs a fuzz target over stored inputs, without a fuzzer: each file, and each file of each folder,
+ * named on the command line. Every input is a block of its exact size, so that a sanitizer sees a
+ * read beyond it. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +39,8 @@ static err_code replay(const char *path, int *count, err *e)
     TRY(dir_list_open(&l, path, e));
     for (size_t i = 0; i < l.n && rc == OK; i++) {
         char file[4096];
-        if ((rc = path_join(file, sizeof file, path, l.names[i], e)) == OK) rc = replay(file, count, e);
+        if ((rc = path_join(file, sizeof file, path, l.names[i], e)) == OK)
+            rc = replay(file, count, e);
     }
     dir_list_free(&l);
     return rc;

@@ -31,7 +31,8 @@ static bool fails(void)
 err_code __wrap_mem_alloc(void **out, size_t n, size_t size, const char *what, err *e)
 {
     *out = NULL;
-    return fails() ? err_set(e, E_NOMEM, "%s: test", what) : __real_mem_alloc(out, n, size, what, e);
+    return fails() ? err_set(e, E_NOMEM, "%s: test", what)
+                   : __real_mem_alloc(out, n, size, what, e);
 }
 
 err_code __wrap_mem_strdup(char **out, const char *s, err *e)
@@ -42,6 +43,6 @@ err_code __wrap_mem_strdup(char **out, const char *s, err *e)
 
 err_code __wrap_file_map_open(file_map *m, const char *path, err *e)
 {
-    *m = (file_map){ 0 };
+    *m = (file_map){0};
     return fails() ? err_set(e, E_NOMEM, "%s: test", path) : __real_file_map_open(m, path, e);
 }

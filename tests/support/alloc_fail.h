@@ -1,5 +1,5 @@
-/* Makes the n-th allocation through mem_alloc, mem_strdup or file_map_open fail. The program links with
- * -Wl,--wrap for each of them (tests/models.cmake). */
+/* Makes the n-th allocation through mem_alloc, mem_strdup or file_map_open fail. The program links
+ * with -Wl,--wrap for each of them (tests/models.cmake). */
 #ifndef TMF_TESTS_ALLOC_FAIL_H
 #define TMF_TESTS_ALLOC_FAIL_H
 

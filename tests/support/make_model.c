@@ -1,10 +1,10 @@
-/* make_model: writes a Hugging Face directory with random weights in a given shape, with a tokenizer that
- * covers its vocabulary, so that any tool can be tried at any size without a download.
+/* make_model: writes a Hugging Face directory with random weights in a given shape, with a tokenizer
+ * that covers its vocabulary, so that any tool can be tried at any size without a download.
  *
  *     make_model --shape internlm2_1p8b --seed 1 --dtype bf16 --shards 2 OUT_DIR
  *
- * Weights are normal with deviation 0.02, norms around 1. Every tensor's values follow from the seed and its name
- * alone, whatever the shards and layers. */
+ * Weights are normal with deviation 0.02, norms around 1. Every tensor's values follow from the seed
+ * and its name alone, whatever the shards and layers. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,25 +23,27 @@ typedef struct {
     double theta;
 } shape;
 
-#define LLAMA "llama", "LlamaForCausalLM", "llama"
+#define LLAMA     "llama", "LlamaForCausalLM", "llama"
 #define INTERNLM2 "internlm2", "InternLM2ForCausalLM", "internlm2"
 static const shape shapes[] = {
-    { "tinyllama1p1b", LLAMA, 2048, 5632, 22, 32, 4, 64, 32000, 2048, 1e4 },
-    { "internlm2_1p8b", INTERNLM2, 2048, 8192, 24, 16, 8, 128, 92544, 32768, 1e6 },
-    { "llama7b", LLAMA, 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e4 },
-    { "llama70b_layers", LLAMA, 8192, 28672, 2, 64, 8, 128, 32000, 4096, 1e4 },
-    { "tiny", LLAMA, 256, 512, 2, 4, 2, 64, 512, 256, 1e4 },
-    { "tiny-llama", LLAMA, 256, 512, 2, 4, 2, 64, 512, 256, 1e4 },
-    { "tiny-llama3", LLAMA, 256, 512, 2, 4, 2, 64, 512, 1024, 5e5 },
-    { "tiny-internlm2", INTERNLM2, 256, 512, 2, 4, 2, 64, 512, 256, 1e6 },
-    { "tiny-mistral", "mistral", "MistralForCausalLM", "mistral", 256, 512, 2, 4, 2, 64, 512, 256, 1e4 },
-    { "tiny-qwen2", "qwen2", "Qwen2ForCausalLM", "qwen2", 256, 512, 2, 4, 2, 64, 512, 256, 1e6 },
-    { "tiny-qwen2-window", "qwen2", "Qwen2ForCausalLM", "qwen2", 256, 512, 3, 4, 2, 64, 512, 256, 1e6 },
-    { "tiny-yi", "yi", "LlamaForCausalLM", "Yi", 256, 512, 2, 4, 2, 64, 512, 256, 5e6 },
-    { "tiny-hd80", LLAMA, 256, 512, 2, 4, 2, 80, 512, 256, 1e4 },
-    { "tiny-hd96", LLAMA, 256, 512, 2, 4, 2, 96, 512, 256, 1e4 },
-    { "tiny-hd128", LLAMA, 256, 512, 2, 2, 1, 128, 512, 256, 1e4 },
-    { "tiny-hd256", LLAMA, 256, 512, 2, 2, 1, 256, 512, 256, 1e4 },
+    {"tinyllama1p1b", LLAMA, 2048, 5632, 22, 32, 4, 64, 32000, 2048, 1e4},
+    {"internlm2_1p8b", INTERNLM2, 2048, 8192, 24, 16, 8, 128, 92544, 32768, 1e6},
+    {"llama7b", LLAMA, 4096, 11008, 32, 32, 32, 128, 32000, 4096, 1e4},
+    {"llama70b_layers", LLAMA, 8192, 28672, 2, 64, 8, 128, 32000, 4096, 1e4},
+    {"tiny", LLAMA, 256, 512, 2, 4, 2, 64, 512, 256, 1e4},
+    {"tiny-llama", LLAMA, 256, 512, 2, 4, 2, 64, 512, 256, 1e4},
+    {"tiny-llama3", LLAMA, 256, 512, 2, 4, 2, 64, 512, 1024, 5e5},
+    {"tiny-internlm2", INTERNLM2, 256, 512, 2, 4, 2, 64, 512, 256, 1e6},
+    {"tiny-mistral", "mistral", "MistralForCausalLM", "mistral", 256, 512, 2, 4, 2, 64, 512, 256,
+     1e4},
+    {"tiny-qwen2", "qwen2", "Qwen2ForCausalLM", "qwen2", 256, 512, 2, 4, 2, 64, 512, 256, 1e6},
+    {"tiny-qwen2-window", "qwen2", "Qwen2ForCausalLM", "qwen2", 256, 512, 3, 4, 2, 64, 512, 256,
+     1e6},
+    {"tiny-yi", "yi", "LlamaForCausalLM", "Yi", 256, 512, 2, 4, 2, 64, 512, 256, 5e6},
+    {"tiny-hd80", LLAMA, 256, 512, 2, 4, 2, 80, 512, 256, 1e4},
+    {"tiny-hd96", LLAMA, 256, 512, 2, 4, 2, 96, 512, 256, 1e4},
+    {"tiny-hd128", LLAMA, 256, 512, 2, 2, 1, 128, 512, 256, 1e4},
+    {"tiny-hd256", LLAMA, 256, 512, 2, 2, 1, 256, 512, 256, 1e4},
 };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -50,7 +52,7 @@ typedef struct {
     dtype dt;
     int64_t seed, shards;
     const char *dir;
-    model_desc m; /* what our own reader makes of the config */
+    model_desc m;    /* what our own reader makes of the config */
     uint16_t *table; /* [65536] normal quantiles in dt; f32 in table32 */
     float *table32;
 } plan;
@@ -80,7 +82,8 @@ static int32_t eos_id(const plan *p) { return is_qwen(p) ? p->s.vocab - 1 : 2; }
 static void add_family_keys(const plan *p, cJSON *o)
 {
     if (strcmp(p->s.family, "internlm2") == 0) (void)cJSON_AddBoolToObject(o, "bias", false);
-    if (strcmp(p->s.family, "mistral") == 0) (void)cJSON_AddNumberToObject(o, "sliding_window", p->s.max_tokens / 4);
+    if (strcmp(p->s.family, "mistral") == 0)
+        (void)cJSON_AddNumberToObject(o, "sliding_window", p->s.max_tokens / 4);
     if (strcmp(p->s.name, "tiny-qwen2-window") == 0) {
         (void)cJSON_AddBoolToObject(o, "use_sliding_window", true);
         (void)cJSON_AddNumberToObject(o, "sliding_window", p->s.max_tokens / 4);
@@ -98,7 +101,8 @@ static void add_family_keys(const plan *p, cJSON *o)
 
 static cJSON *make_config(const plan *p)
 {
-    static const char *const dtypes[] = { [DT_F32] = "float32", [DT_F16] = "float16", [DT_BF16] = "bfloat16" };
+    static const char *const dtypes[] = {
+        [DT_F32] = "float32", [DT_F16] = "float16", [DT_BF16] = "bfloat16"};
     const shape *s = &p->s;
     cJSON *o = cJSON_CreateObject();
     cJSON_AddItemToObject(o, "architectures", cJSON_CreateStringArray(&s->architecture, 1));
@@ -109,7 +113,8 @@ static cJSON *make_config(const plan *p)
     (void)cJSON_AddNumberToObject(o, "num_hidden_layers", s->layers);
     (void)cJSON_AddNumberToObject(o, "num_attention_heads", s->heads);
     (void)cJSON_AddNumberToObject(o, "num_key_value_heads", s->kv_heads);
-    if (s->head_dim * s->heads != s->hidden) (void)cJSON_AddNumberToObject(o, "head_dim", s->head_dim);
+    if (s->head_dim * s->heads != s->hidden)
+        (void)cJSON_AddNumberToObject(o, "head_dim", s->head_dim);
     (void)cJSON_AddStringToObject(o, "hidden_act", "silu");
     (void)cJSON_AddNumberToObject(o, "rms_norm_eps", 1e-5);
     (void)cJSON_AddNumberToObject(o, "rope_theta", s->theta);
@@ -126,7 +131,8 @@ static cJSON *make_config(const plan *p)
 static void byte_char(int byte, char out[3])
 {
     int code = byte, shift = 0;
-    const bool plain = (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte <= 0xac) || byte >= 0xae;
+    const bool plain = (byte >= '!' && byte <= '~') || (byte >= 0xa1 && byte <= 0xac) ||
+                       byte >= 0xae;
     if (!plain) {
         for (int b = 0; b < byte; b++)
             shift += !((b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae);
@@ -155,7 +161,7 @@ static cJSON *make_vocab(const plan *p, cJSON *added)
 {
     const int32_t v = p->s.vocab, first = is_qwen(p) ? 0 : 3;
     cJSON *o = cJSON_CreateObject(), *prev = NULL;
-    static const char *const front[] = { "<unk>", "<s>", "</s>" };
+    static const char *const front[] = {"<unk>", "<s>", "</s>"};
     for (int32_t id = 0; id < v; id++) {
         char text[32];
         if (id < first)
@@ -187,9 +193,12 @@ static void add_bos_template(const plan *p, cJSON *o)
 {
     char text[512];
     (void)snprintf(text, sizeof text,
-                   "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\",\"type_id\":0}},"
-                   "{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}],\"pair\":[{\"Sequence\":{\"id\":\"A\",\"type_id\":0}},"
-                   "{\"Sequence\":{\"id\":\"B\",\"type_id\":1}}],\"special_tokens\":{\"<s>\":{\"id\":\"<s>\",\"ids\":[%d],"
+                   "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\","
+                   "\"type_id\":0}},"
+                   "{\"Sequence\":{\"id\":\"A\",\"type_id\":0}}],\"pair\":[{\"Sequence\":{\"id\":"
+                   "\"A\",\"type_id\":0}},"
+                   "{\"Sequence\":{\"id\":\"B\",\"type_id\":1}}],\"special_tokens\":{\"<s>\":{"
+                   "\"id\":\"<s>\",\"ids\":[%d],"
                    "\"tokens\":[\"<s>\"]}}}",
                    bos_id(p));
     cJSON_AddItemToObject(o, "post_processor", cJSON_Parse(text));
@@ -197,7 +206,8 @@ static void add_bos_template(const plan *p, cJSON *o)
 
 static err_code write_tokenizer(const plan *p, err *e)
 {
-    static const char pre[] = "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":true}";
+    static const char pre[] = "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":"
+                              "true,\"use_regex\":true}";
     cJSON *o = cJSON_CreateObject(), *added, *model;
     (void)cJSON_AddStringToObject(o, "version", "1.0");
     (void)cJSON_AddNullToObject(o, "truncation");
@@ -205,8 +215,10 @@ static err_code write_tokenizer(const plan *p, err *e)
     added = cJSON_AddArrayToObject(o, "added_tokens");
     (void)cJSON_AddNullToObject(o, "normalizer");
     cJSON_AddItemToObject(o, "pre_tokenizer", cJSON_Parse(pre));
-    if (is_qwen(p)) (void)cJSON_AddNullToObject(o, "post_processor");
-    else add_bos_template(p, o);
+    if (is_qwen(p))
+        (void)cJSON_AddNullToObject(o, "post_processor");
+    else
+        add_bos_template(p, o);
     cJSON_AddItemToObject(o, "decoder", cJSON_Parse(pre));
     model = cJSON_AddObjectToObject(o, "model");
     (void)cJSON_AddStringToObject(model, "type", "BPE");
@@ -220,8 +232,10 @@ static err_code write_tokenizer(const plan *p, err *e)
     (void)cJSON_AddStringToObject(o, "tokenizer_class", "PreTrainedTokenizerFast");
     (void)cJSON_AddBoolToObject(o, "add_bos_token", !is_qwen(p));
     (void)cJSON_AddBoolToObject(o, "add_eos_token", false);
-    if (is_qwen(p)) (void)cJSON_AddNullToObject(o, "bos_token");
-    else (void)cJSON_AddStringToObject(o, "bos_token", "<s>");
+    if (is_qwen(p))
+        (void)cJSON_AddNullToObject(o, "bos_token");
+    else
+        (void)cJSON_AddStringToObject(o, "bos_token", "<s>");
     (void)cJSON_AddStringToObject(o, "eos_token", is_qwen(p) ? "<|im_end|>" : "</s>");
     (void)cJSON_AddNumberToObject(o, "model_max_length", p->s.max_tokens);
     rc = write_json(p->dir, "tokenizer_config.json", o, true, e);
@@ -232,7 +246,7 @@ static err_code write_tokenizer(const plan *p, err *e)
 static err_code write_configs(plan *p, err *e)
 {
     const family *f;
-    const int stops[2] = { eos_id(p), is_qwen(p) ? bos_id(p) : end_id(p) };
+    const int stops[2] = {eos_id(p), is_qwen(p) ? bos_id(p) : end_id(p)};
     cJSON *config = make_config(p), *generation = cJSON_CreateObject();
     err_code rc;
     (void)cJSON_AddNumberToObject(generation, "bos_token_id", bos_id(p));
@@ -256,8 +270,10 @@ static double normal_quantile(double q)
     double lo = -8, hi = 8;
     for (int i = 0; i < 50; i++) {
         const double mid = (lo + hi) / 2;
-        if (0.5 * erfc(-mid / sqrt(2)) < q) lo = mid;
-        else hi = mid;
+        if (0.5 * erfc(-mid / sqrt(2)) < q)
+            lo = mid;
+        else
+            hi = mid;
     }
     return (lo + hi) / 2;
 }
@@ -276,7 +292,9 @@ static err_code make_tables(plan *p, err *e)
     return OK;
 }
 
-typedef struct { uint64_t s[4]; } rng;
+typedef struct {
+    uint64_t s[4];
+} rng;
 
 static uint64_t rotl(uint64_t x, int k) { return x << k | x >> (64 - k); }
 
@@ -296,7 +314,8 @@ static uint64_t rng_next(rng *r) /* xoshiro256++ */
 static rng rng_of(int64_t seed, const char *name)
 {
     rng r;
-    for (uint64_t i = 0; i < 4; i++) r.s[i] = XXH3_64bits_withSeed(name, strlen(name), (uint64_t)seed * 4 + i + 1);
+    for (uint64_t i = 0; i < 4; i++)
+        r.s[i] = XXH3_64bits_withSeed(name, strlen(name), (uint64_t)seed * 4 + i + 1);
     return r;
 }
 
@@ -312,17 +331,28 @@ static void fill(const plan *p, rng *r, float mean, void *out, int64_t n)
                 continue;
             }
             const float v = mean + p->table32[u & 0xffff];
-            if (p->dt == DT_F32) ((float *)out)[k] = v;
-            else ((uint16_t *)out)[k] = p->dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
+            if (p->dt == DT_F32)
+                ((float *)out)[k] = v;
+            else
+                ((uint16_t *)out)[k] = p->dt == DT_F16 ? f32_to_f16(v) : f32_to_bf16(v);
         }
     }
 }
 
-typedef struct { char name[160]; int ndim; int64_t shape[2]; float mean; int shard; } entry;
-typedef struct { entry *e; int64_t n, cap; } entries;
+typedef struct {
+    char name[160];
+    int ndim;
+    int64_t shape[2];
+    float mean;
+    int shard;
+} entry;
+typedef struct {
+    entry *e;
+    int64_t n, cap;
+} entries;
 
-static err_code add_entry(const plan *p, entries *l, tensor_role r, int32_t layer, const char *suffix, int ndim,
-                          int64_t n, int64_t k, float mean, err *e)
+static err_code add_entry(const plan *p, entries *l, tensor_role r, int32_t layer,
+                          const char *suffix, int ndim, int64_t n, int64_t k, float mean, err *e)
 {
     entry *t = &l->e[l->n];
     char base[128];
@@ -346,8 +376,10 @@ static err_code list_layer(const plan *p, entries *l, int32_t layer, err *e)
     TRY(add_entry(p, l, ROLE_FFN_NORM, layer, ".weight", 1, m->hidden, 1, 1, e));
     for (int i = 0; i < n; i++) {
         const tensor_role r = linears[i];
-        const bool bias = m->qkv_bias && (r == ROLE_Q || r == ROLE_K || r == ROLE_V || r == ROLE_QKV);
-        TRY(add_entry(p, l, r, layer, ".weight", 2, model_linear_n(m, r), model_linear_k(m, r), 0, e));
+        const bool bias = m->qkv_bias &&
+                          (r == ROLE_Q || r == ROLE_K || r == ROLE_V || r == ROLE_QKV);
+        TRY(add_entry(p, l, r, layer, ".weight", 2, model_linear_n(m, r), model_linear_k(m, r), 0,
+                      e));
         if (bias) TRY(add_entry(p, l, r, layer, ".bias", 1, model_linear_n(m, r), 1, 0, e));
     }
     return OK;
@@ -361,7 +393,8 @@ static err_code list_tensors(const plan *p, entries *l, err *e)
     TRY(add_entry(p, l, ROLE_EMBED, -1, ".weight", 2, m->vocab, m->hidden, 0, e));
     for (int32_t i = 0; i < m->layers; i++) TRY(list_layer(p, l, i, e));
     TRY(add_entry(p, l, ROLE_FINAL_NORM, -1, ".weight", 1, m->hidden, 1, 1, e));
-    if (!m->tied_embed) TRY(add_entry(p, l, ROLE_HEAD, -1, ".weight", 2, m->vocab, m->hidden, 0, e));
+    if (!m->tied_embed)
+        TRY(add_entry(p, l, ROLE_HEAD, -1, ".weight", 2, m->vocab, m->hidden, 0, e));
     return OK;
 }
 
@@ -379,13 +412,15 @@ static int64_t spread(const plan *p, entries *l)
 
 static void shard_name(const plan *p, int shard, char *buf, size_t cap)
 {
-    if (p->shards == 1) (void)snprintf(buf, cap, "model.safetensors");
-    else (void)snprintf(buf, cap, "model-%05d-of-%05d.safetensors", shard + 1, (int)p->shards);
+    if (p->shards == 1)
+        (void)snprintf(buf, cap, "model.safetensors");
+    else
+        (void)snprintf(buf, cap, "model-%05d-of-%05d.safetensors", shard + 1, (int)p->shards);
 }
 
 static err_code write_shard(const plan *p, const entries *l, int shard, void *buf, err *e)
 {
-    static const char *const meta[] = { "format", "pt", NULL };
+    static const char *const meta[] = {"format", "pt", NULL};
     char name[64], path[4096];
     st_writer *w = NULL;
     err_code rc;
@@ -393,7 +428,8 @@ static err_code write_shard(const plan *p, const entries *l, int shard, void *bu
     if ((rc = path_join(path, sizeof path, p->dir, name, e)) != OK) goto done;
     if ((rc = st_writer_open(&w, path, meta, true, e)) != OK) goto done;
     for (int64_t i = 0; i < l->n; i++)
-        if (l->e[i].shard == shard && (rc = st_writer_add(w, l->e[i].name, p->dt, l->e[i].ndim, l->e[i].shape, e)) != OK)
+        if (l->e[i].shard == shard &&
+            (rc = st_writer_add(w, l->e[i].name, p->dt, l->e[i].ndim, l->e[i].shape, e)) != OK)
             goto done;
     for (int64_t i = 0; i < l->n; i++) {
         const entry *t = &l->e[i];
@@ -415,7 +451,8 @@ done:
 static err_code write_index(const plan *p, const entries *l, int64_t bytes, err *e)
 {
     cJSON *o = cJSON_CreateObject(), *map;
-    (void)cJSON_AddNumberToObject(cJSON_AddObjectToObject(o, "metadata"), "total_size", (double)bytes);
+    (void)cJSON_AddNumberToObject(cJSON_AddObjectToObject(o, "metadata"), "total_size",
+                                  (double)bytes);
     map = cJSON_AddObjectToObject(o, "weight_map");
     for (int64_t i = 0; i < l->n; i++) {
         char name[64];
@@ -429,7 +466,7 @@ static err_code write_index(const plan *p, const entries *l, int64_t bytes, err 
 
 static err_code write_weights(plan *p, err *e)
 {
-    entries l = { 0 };
+    entries l = {0};
     void *buf = NULL;
     err_code rc;
     if ((rc = make_tables(p, e)) != OK) goto done;
@@ -448,15 +485,18 @@ done:
 }
 
 /* ---- command line ---- */
-static err_code take_shape(plan *p, const char *name, int64_t layers, int64_t vocab, int64_t head_dim, err *e)
+static err_code take_shape(plan *p, const char *name, int64_t layers, int64_t vocab,
+                           int64_t head_dim, err *e)
 {
     for (int i = 0; i < N_SHAPES; i++)
         if (strcmp(shapes[i].name, name) == 0) p->s = shapes[i];
-    if (!p->s.name) return err_set(e, E_USAGE, "--shape '%s' is not known (--help lists them)", name);
+    if (!p->s.name)
+        return err_set(e, E_USAGE, "--shape '%s' is not known (--help lists them)", name);
     if (layers) p->s.layers = (int32_t)layers;
     if (vocab) p->s.vocab = (int32_t)vocab;
     if (head_dim) p->s.head_dim = (int32_t)head_dim;
-    if (p->s.vocab < 264) return err_set(e, E_USAGE, "--vocab %d: expected at least 264", p->s.vocab);
+    if (p->s.vocab < 264)
+        return err_set(e, E_USAGE, "--vocab %d: expected at least 264", p->s.vocab);
     return OK;
 }
 
@@ -464,21 +504,64 @@ int main(int argc, char **argv)
 {
     const char *shape_name = "tiny", *dt = "bf16", *args[1];
     int64_t layers = 0, vocab = 0, head_dim = 0;
-    plan p = { .shards = 1 };
+    plan p = {.shards = 1};
     bool help, version;
     int n;
     err e;
     const cli_option options[] = {
-        { .name = "shape", .kind = CLI_STR, .target = &shape_name, .arg = "NAME", .help = "which model [tiny]" },
-        { .name = "seed", .kind = CLI_I64, .target = &p.seed, .arg = "N", .help = "of the weights [0]", .hi = 1e9 },
-        { .name = "dtype", .kind = CLI_CHOICE, .target = &dt, .arg = "TYPE", .choices = "bf16|f16|f32", .help = "of all tensors [bf16]" },
-        { .name = "shards", .kind = CLI_I64, .target = &p.shards, .arg = "N", .lo = 1, .hi = 999, .help = "safetensors files [1]" },
-        { .name = "layers", .kind = CLI_I64, .target = &layers, .arg = "N", .lo = 1, .hi = 1024, .help = "in place of the shape's" },
-        { .name = "vocab", .kind = CLI_I64, .target = &vocab, .arg = "N", .lo = 264, .hi = 1e6, .help = "in place of the shape's" },
-        { .name = "head-dim", .kind = CLI_I64, .target = &head_dim, .arg = "N", .lo = 2, .hi = 1024, .help = "in place of the shape's" },
+        {.name = "shape",
+         .kind = CLI_STR,
+         .target = &shape_name,
+         .arg = "NAME",
+         .help = "which model [tiny]"},
+        {.name = "seed",
+         .kind = CLI_I64,
+         .target = &p.seed,
+         .arg = "N",
+         .help = "of the weights [0]",
+         .hi = 1e9},
+        {.name = "dtype",
+         .kind = CLI_CHOICE,
+         .target = &dt,
+         .arg = "TYPE",
+         .choices = "bf16|f16|f32",
+         .help = "of all tensors [bf16]"},
+        {.name = "shards",
+         .kind = CLI_I64,
+         .target = &p.shards,
+         .arg = "N",
+         .lo = 1,
+         .hi = 999,
+         .help = "safetensors files [1]"},
+        {.name = "layers",
+         .kind = CLI_I64,
+         .target = &layers,
+         .arg = "N",
+         .lo = 1,
+         .hi = 1024,
+         .help = "in place of the shape's"},
+        {.name = "vocab",
+         .kind = CLI_I64,
+         .target = &vocab,
+         .arg = "N",
+         .lo = 264,
+         .hi = 1e6,
+         .help = "in place of the shape's"},
+        {.name = "head-dim",
+         .kind = CLI_I64,
+         .target = &head_dim,
+         .arg = "N",
+         .lo = 2,
+         .hi = 1024,
+         .help = "in place of the shape's"},
     };
-    const cli_spec spec = { .tool = "make_model", .usage = "[options] OUT_DIR", .summary = "Writes a model directory with random weights.",
-                            .options = options, .n_options = sizeof options / sizeof options[0], .min_args = 1, .max_args = 1 };
+    const cli_spec spec = {.tool = "make_model",
+                           .usage = "[options] OUT_DIR",
+                           .summary = "Writes a model directory with random weights.",
+                           .options = options,
+                           .n_options = sizeof options / sizeof options[0],
+                           .min_args = 1,
+                           .max_args = 1};
     if (cli_parse(&spec, argc, argv, args, 1, &n, &help, &version, &e) != OK) goto fail;
     if (help) {
         cli_help(&spec, stdout);

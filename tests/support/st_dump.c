@@ -1,5 +1,6 @@
-/* st_dump FILE...: what our reader makes of safetensors files, for comparison with other readers. For each file a
- * line "ok PATH" with a line "name dtype [shape] sha256" (the name in hex) for each tensor, or a line "refused CODE message". */
+/* st_dump FILE...: what our reader makes of safetensors files, for comparison with other readers.
+ * For each file a line "ok PATH" with a line "name dtype [shape] sha256" (the name in hex) for each
+ * tensor, or a line "refused CODE message". */
 #include <stdio.h>
 
 #include "base/hash.h"
@@ -20,7 +21,8 @@ static int dump(const char *path)
         if (hash_sha256(&h, t.view.data, tensor_bytes(&t.view), &e) != OK) return 1;
         for (const char *c = t.name; *c; c++) printf("%02x", (unsigned char)*c);
         printf("\t%s\t[", dtype_name(t.view.dt));
-        for (int k = 0; k < t.full_ndim; k++) printf("%s%lld", k ? ", " : "", (long long)t.full_shape[k]);
+        for (int k = 0; k < t.full_ndim; k++)
+            printf("%s%lld", k ? ", " : "", (long long)t.full_shape[k]);
         printf("]\t%s\n", h.hex);
     }
     st_close(&f);
