@@ -100,10 +100,8 @@ static err_code set_text(char *dst, size_t cap, const char *what, const char *s,
 
 static err_code decide_names(convert *c, err *e)
 {
-    const family *f = family_by_name(c->m.family);
-    const char *chat = c->o.chat_template      ? c->o.chat_template
-                       : f && f->chat_template ? f->chat_template
-                                               : "base";
+    const char *own = family_chat_template(&c->m);
+    const char *chat = c->o.chat_template ? c->o.chat_template : own ? own : "base";
     const char *name = c->o.model_name ? c->o.model_name : chat;
     TRY(set_text(c->c.chat_template, sizeof c->c.chat_template, "chat template", chat, e));
     TRY(set_text(c->c.model_name, sizeof c->c.model_name, "model name", name, e));

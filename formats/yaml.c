@@ -263,20 +263,36 @@ static bool plain_is_safe(const char *s)
     return !one_of(s, words_null) && !one_of(s, words_true) && !one_of(s, words_false);
 }
 
+/* The code point at s (valid UTF-8) and its length. */
+static uint32_t code_point(const char *s, int *len)
+{
+    const unsigned char c = (unsigned char)*s;
+    *len = c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
+    uint32_t v = *len == 1 ? c : c & (0x7fu >> *len);
+    for (int i = 1; i < *len; i++) v = v << 6 | ((unsigned char)s[i] & 0x3fu);
+    return v;
+}
+
+/* Everything beyond printable ASCII by number: some of it would count as a line break. */
 static void put_escaped(text_buf *b, const char *s)
 {
+    int len;
     puts_buf(b, "\"");
-    for (; *s; s++) {
-        const unsigned char c = (unsigned char)*s;
-        char hex[8];
+    for (; *s; s += len) {
+        char hex[16];
+        const uint32_t c = code_point(s, &len);
         if (c == '"' || c == '\\') {
             put(b, "\\", 1);
             put(b, s, 1);
-        } else if (c < 0x20 || c == 0x7f) {
-            (void)snprintf(hex, sizeof hex, "\\x%02X", c);
-            puts_buf(b, hex);
+        } else if (c >= 0x20 && c < 0x7f) {
+            put(b, s, 1);
         } else {
-            put(b, s, 1); /* UTF-8 goes as it is */
+            (void)snprintf(hex, sizeof hex,
+                           c < 0x100     ? "\\x%02X"
+                           : c < 0x10000 ? "\\u%04X"
+                                         : "\\U%08X",
+                           (unsigned)c);
+            puts_buf(b, hex);
         }
     }
     puts_buf(b, "\"");

@@ -142,7 +142,7 @@ START_TEST(yaml_prints)
     err e;
     MUST(yaml_print(&s, o, &e));
     ck_assert_str_eq(
-        s, "alpha: null\nzeta:\n  blank: ''\n  empty: []\n  line: \"a\\x0Ab\xc3\xa9\"\n  list:\n"
+        s, "alpha: null\nzeta:\n  blank: ''\n  empty: []\n  line: \"a\\x0Ab\\xE9\"\n  list:\n"
            "  - 3\n  - -4\n  quote: 'it''s: so'\n  word: 'on'\n  'yes': true\n");
     cJSON *back = parse(s);
     ck_assert(cJSON_Compare(o, back, true));
