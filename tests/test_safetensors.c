@@ -300,7 +300,7 @@ END_TEST
 static const char *const meta[] = {"zeta",   "last \"quoted\"\n", "format", "pt",
                                    "digest", "00000000",          NULL};
 
-static char long_name[5001];
+static char long_name[5001] = "nnnnnnnnnn"; /* long only where that is the point */
 
 /* Small tensors of all kinds; value i of tensor t is a pattern of both. */
 static const struct {
@@ -344,7 +344,6 @@ static void write_sample(const char *path, int step, bool parts)
     st_writer *w;
     err e;
     uint8_t buf[256];
-    memset(long_name, 'n', sizeof long_name - 1);
     ck_assert_msg(st_writer_open(&w, path, meta, true, &e) == OK, "%s", e.msg);
     for (int k = 0; k < N_SAMPLE; k++) {
         const int t = k * step % N_SAMPLE;
@@ -406,6 +405,7 @@ START_TEST(st_round_trip)
     err e;
     tempdir_make(dir, sizeof dir);
     (void)snprintf(path, sizeof path, "%s/x.safetensors", dir);
+    memset(long_name, 'n', sizeof long_name - 1);
     write_sample(path, 1, false);
     ck_assert_msg(st_open(&f, path, &e) == OK, "%s", e.msg);
     check_sample(f);
@@ -518,7 +518,6 @@ START_TEST(st_every_changed_byte)
     st_close(&f);
     for (size_t at = 0; at < head; at++) {
         const char was = text[at];
-        if (was == 'n' && at % 97) continue; /* the long name is 5,000 times the same */
         for (size_t k = 0; k < sizeof other - 1; k++) {
             text[at] = other[k];
             if (st_open_memory(&f, text, n, "m", &e) == OK) {
