@@ -7,8 +7,9 @@
 #include "base/mem.h"
 #include "runtime/clock.h"
 
-/* A piece of a tokenizer is at most 64 KiB; what waits is shorter than the longest stop text. */
-#define GEN_TEXT_BYTES ((64 << 10) + 2 * GEN_MAX_STOP_BYTES)
+/* tokenizer_decode_next may need three times the longest piece (64 KiB) and 16; what waits is shorter than
+ * the longest stop text. */
+#define GEN_TEXT_BYTES (3 * (64 << 10) + 16 + 2 * GEN_MAX_STOP_BYTES)
 
 struct generator {
     model *m;
