@@ -1,8 +1,8 @@
 /* Tiles for products of f32 by way of bf16: each f32 x is hi + lo, both bf16, which keeps it to
  * 2^-17 (a bf16 weight needs no lo). A product is then the tile products a_hi b_lo, a_hi b_hi and,
- * where a has one, a_lo b_hi; a_lo b_lo is under 2^-17 of the whole and left out. Sums are f32, in
- * the order of k, the same for every element wherever its tile lies. Tile units take subnormals as
- * 0.
+ * where a has one, a_lo b_hi; a_lo b_lo, at most 2^-16 of the product, is left out. Sums are f32,
+ * in the order of k, the same for every element wherever its tile lies. Tile units take subnormals
+ * as 0; a value that rounds to infinity in bf16 (above 3.39e38) gives NaN.
  *
  * Panels hold 1 KB tiles: A [tile row][step][part] with 16 rows of 32 inputs, B [tile
  * column][step][part] with 16 columns, inputs in pairs as the unit wants them; C [tile row][tile

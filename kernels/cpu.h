@@ -13,11 +13,17 @@
 /* Shared scratch that the CPU variants need; ops_cpu.c takes the largest. */
 size_t attn_cpu_scratch_avx2(const op_limits *l);
 size_t attn_cpu_scratch_avx512(const op_limits *l);
+size_t product_cpu_scratch_avx2(const op_limits *l);
+size_t product_cpu_scratch_avx512(const op_limits *l);
 size_t gemm_amx_scratch(const op_limits *l);
+size_t product_amx_scratch(const op_limits *l);
 
 err_code gemm_cpu_avx512(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                          bool add, err *e);
 err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                   bool add, err *e);
+err_code gram_amx(device *d, tensor *h, const tensor *x, err *e);
+err_code quad_amx(device *d, tensor *out, const tensor *x, const tensor *h, err *e);
+err_code matmul_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 
 #endif
