@@ -8,13 +8,14 @@ the sentencepiece package, and the files of the model directory as they are stor
 Needs numpy and sentencepiece (pip). The model is an InternLM2 directory with one safetensors file.
 
 The protocol, which `tm-run ppl MODEL_DIR --data DIALOGUES.jsonl --window 1024` follows too:
-1. Each line is {"messages": [{"role", "content"}, ...]}. It becomes, message after message,
-   <|im_start|> "ROLE\\nCONTENT" <|im_end|> "\\n": the marks as their single ids, each quoted piece through
-   sentencepiece by itself. No reply is opened behind the last message.
-2. The ids of all lines follow one another, with one BOS before the first line only.
+1. Each line is {"messages": [{"role", "content"}, ...]}. Through the model's chat template it becomes BOS, and
+   for each message <|im_start|> "ROLE\\nCONTENT" <|im_end|> "\\n": the marks as their single ids, each quoted
+   piece through sentencepiece by itself. No reply is opened behind the last message.
+2. The ids of all lines follow one another.
 3. They are cut into windows of 1024 from the start; a shorter rest is dropped. Each window is a sequence of
    its own from position 0 and gives 1023 losses, that of its tokens 1 to 1023 given those before.
 4. ppl = exp(sum of losses / number of losses).
+"bos_once" is the same with one BOS before the first line only.
 """
 import hashlib
 import json
@@ -118,14 +119,14 @@ class Tokenizer:
         return ids
 
 
-def render(tokenizer, path):
-    ids = [tokenizer.mark["<s>"]]
-    dialogues = 0
+def render(tokenizer, path, bos_once):
+    ids = []
     with open(path, encoding="utf-8") as f:
         for line in f:
-            dialogues += 1
+            if not ids or not bos_once:
+                ids.append(tokenizer.mark["<s>"])
             ids += tokenizer.messages(json.loads(line)["messages"])
-    return ids, dialogues
+    return ids
 
 
 def losses(model, ids):
@@ -164,36 +165,36 @@ def check(folder):
     )
 
 
-def main():
-    if sys.argv[1:2] == ["--check"]:
-        check(sys.argv[2])
-        return
-    folder, path = sys.argv[1:]
-    model = Model(folder)
-    ids, dialogues = render(Tokenizer(folder), path)
+def perplexity(model, ids):
     windows = len(ids) // WINDOW
-    nll = []
-    for w in range(windows):
-        nll.append(float(losses(model, ids[w * WINDOW : (w + 1) * WINDOW]).sum()))
-        if sys.stderr.isatty():
-            print(f"\r{w + 1}/{windows}", end="", file=sys.stderr)
+    nll = [float(losses(model, ids[w * WINDOW : (w + 1) * WINDOW]).sum()) for w in range(windows)]
     count = windows * (WINDOW - 1)
-    result = {
-        "made_by": "scripts/make_golden.py: NumPy float32, losses summed in float64",
-        "protocol": "ChatML, dialogues one after another, one BOS at the start, windows of 1024, rest dropped",
-        "data_sha256": digest(path),
-        "model_sha256": digest(f"{folder}/model.safetensors"),
-        "dialogues": dialogues,
+    return {
         "ids": len(ids),
         "ids_sha256": hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest(),
-        "first_ids": ids[:32],
-        "window": WINDOW,
         "windows": windows,
         "tokens": count,
         "nll": math.fsum(nll),
         "ppl": math.exp(math.fsum(nll) / count),
         "ppl_first_20_windows": math.exp(math.fsum(nll[:20]) / (20 * (WINDOW - 1))),
     }
+
+
+def main():
+    if sys.argv[1:2] == ["--check"]:
+        check(sys.argv[2])
+        return
+    folder, path = sys.argv[1:]
+    model, tokenizer = Model(folder), Tokenizer(folder)
+    result = {
+        "made_by": "scripts/make_golden.py: NumPy float32, losses summed in float64",
+        "protocol": "ChatML with BOS, dialogues one after another, windows of 1024, rest dropped",
+        "data_sha256": digest(path),
+        "model_sha256": digest(f"{folder}/model.safetensors"),
+        "window": WINDOW,
+    }
+    result.update(perplexity(model, render(tokenizer, path, False)))
+    result["bos_once"] = perplexity(model, render(tokenizer, path, True))
     print(json.dumps(result, indent=1))
 
 
