@@ -289,16 +289,29 @@ void hf_shards_advise(const hf_shards *s, const char *name, bool need)
 }
 
 /* ---- digest ---- */
-static void put_bytes(hash_xxh *h, const tensor *t, bool whole)
+/* Piece k of four: the start, one and two thirds, the end. A small tensor is one piece. */
+static tensor digest_piece(const tensor *t, int k, bool whole)
 {
-    const uint8_t *p = t->data;
     const size_t n = tensor_bytes(t), piece = HF_DIGEST_PIECE;
-    if (whole || n <= 4 * piece) {
-        hash_xxh_add(h, p, n);
-        return;
+    uint8_t *p = t->data;
+    if (whole || n <= 4 * piece) return tensor_1d(p, DT_U8, k ? 0 : (int64_t)n);
+    const size_t at = k == 3 ? n - piece : (n - piece) / 3 * (size_t)k;
+    return tensor_1d(p + at, DT_U8, (int64_t)piece);
+}
+
+/* Asked for first, so that the reads of a cold file run side by side; then hashed. */
+static void digest_pieces(const hf_shard *s, bool whole, hash_xxh *h)
+{
+    for (int64_t i = 0; i < st_count(s->st); i++) {
+        const tensor view = st_at(s->st, i).view;
+        for (int k = 0; k < 4; k++) {
+            const tensor piece = digest_piece(&view, k, whole);
+            if (h)
+                hash_xxh_add(h, piece.data, tensor_bytes(&piece));
+            else
+                st_advise(s->st, &piece, true);
+        }
     }
-    for (size_t k = 0; k < 4; k++) /* the start, one and two thirds, the end */
-        hash_xxh_add(h, p + (n - piece) / 3 * k + (k == 3 ? (n - piece) % 3 : 0), piece);
 }
 
 static err_code shard_digest(const hf_shard *s, bool whole, char *line, size_t cap, err *e)
@@ -308,10 +321,7 @@ static err_code shard_digest(const hf_shard *s, bool whole, char *line, size_t c
     const void *head = st_head(s->st, &n);
     TRY(hash_xxh_open(&h, e));
     hash_xxh_add(h, head, n);
-    for (int64_t i = 0; i < st_count(s->st); i++) {
-        const tensor view = st_at(s->st, i).view;
-        put_bytes(h, &view, whole);
-    }
+    digest_pieces(s, whole, h);
     const hash128 d = hash_xxh_end(&h);
     (void)snprintf(line, cap, "%s %llu %s\n", s->name, (unsigned long long)st_bytes(s->st), d.hex);
     return OK;
@@ -325,11 +335,13 @@ err_code hf_shards_digest(const hf_shards *s, const char *config, size_t n, hash
     err_code rc = OK;
     enum { LINE = 256 + 64 }; /* a plain name, a size, a digest */
     for (int i = 0; i < s->n; i++) bytes += st_bytes(s->shard[i].st);
+    const bool whole = bytes <= HF_DIGEST_WHOLE;
+    for (int i = 0; i < s->n; i++) digest_pieces(&s->shard[i], whole, NULL);
     TRY(hash_sha256(&of_config, config, n, e));
     TRY(mem_alloc((void **)&text, (size_t)s->n + 1, LINE, "digest", e));
     size_t at = (size_t)snprintf(text, LINE, "config.json %s\n", of_config.hex);
     for (int i = 0; i < s->n && rc == OK; i++) {
-        rc = shard_digest(&s->shard[i], bytes <= HF_DIGEST_WHOLE, text + at, LINE, e);
+        rc = shard_digest(&s->shard[i], whole, text + at, LINE, e);
         at += strlen(text + at);
     }
     if (rc == OK) rc = hash_sha256(out, text, at, e);

@@ -9,7 +9,7 @@
 
 #include "base/file.h"
 #include "base/mem.h"
-#include "formats/safetensors.h"
+#include "formats/hf_shards.h"
 #include "support/hf_case.h"
 #include "support/tiny_dir.h"
 
@@ -116,27 +116,32 @@ START_TEST(hf_single_and_sharded)
 }
 END_TEST
 
+static void flip(const char *name, uint64_t at)
+{
+    uint8_t byte;
+    FILE *f = fopen(hf_in(name), "r+b");
+    ck_assert_int_eq(fseek(f, (long)at, SEEK_SET), 0);
+    ck_assert_uint_eq(fread(&byte, 1, 1, f), 1);
+    byte ^= 1;
+    ck_assert_int_eq(fseek(f, (long)at, SEEK_SET), 0);
+    ck_assert_uint_eq(fwrite(&byte, 1, 1, f), 1);
+    ck_assert_int_eq(fclose(f), 0);
+}
+
 START_TEST(hf_digest)
 {
     char a[65], b[65];
-    uint8_t byte;
     uint64_t size;
     hf_llama();
     hf_digest_of(a);
     hf_digest_of(b);
     ck_assert_str_eq(a, b);
     ck_assert(file_size(&size, hf_in("model.safetensors"), &hf_err) == OK);
-    for (int i = 1; i < 8; i++) { /* any single weight of a small model */
-        FILE *f = fopen(hf_in("model.safetensors"), "r+b");
-        const long at = (long)(size - 1 - size / 9 * (uint64_t)(i - 1));
-        ck_assert_int_eq(fseek(f, at, SEEK_SET), 0);
-        ck_assert_uint_eq(fread(&byte, 1, 1, f), 1);
-        byte ^= 1;
-        ck_assert_int_eq(fseek(f, at, SEEK_SET), 0);
-        ck_assert_uint_eq(fwrite(&byte, 1, 1, f), 1);
-        ck_assert_int_eq(fclose(f), 0);
+    for (uint64_t i = 1; i < 8; i++) { /* any single weight of a small model */
+        const uint64_t at = size - 1 - size / 9 * (i - 1);
+        flip("model.safetensors", at);
         hf_digest_of(b);
-        ck_assert_msg(strcmp(a, b) != 0, "change at byte %ld not seen", at);
+        ck_assert_msg(strcmp(a, b) != 0, "change at byte %llu not seen", (unsigned long long)at);
         memcpy(a, b, sizeof a);
     }
     hf_edit("config.json", "\"vocab_size\"", " \"vocab_size\"");
@@ -145,6 +150,37 @@ START_TEST(hf_digest)
     /* the directory's name and other files do not count */
     tiny_file_write(hf_case_dir, "notes.txt", "x");
     hf_digest_of(a);
+    ck_assert_str_eq(a, b);
+}
+END_TEST
+
+/* Beyond HF_DIGEST_WHOLE only pieces count, as hf_shards.h says. The bulk is a hole of the file. */
+START_TEST(hf_digest_of_a_large_model)
+{
+    char header[256], a[65], b[65];
+    const uint64_t bytes = HF_DIGEST_WHOLE + 12345;
+    hf_llama();
+    const int n = snprintf(
+        header + 8, sizeof header - 8,
+        "{\"big\":{\"dtype\":\"U8\",\"shape\":[%llu],\"data_offsets\":[0,%llu]}}",
+        (unsigned long long)bytes, (unsigned long long)bytes);
+    for (int i = 0; i < 8; i++) header[i] = (char)((uint64_t)n >> (8 * i));
+    FILE *f = fopen(hf_in("model-more.safetensors"), "wb");
+    ck_assert_uint_eq(fwrite(header, 1, (size_t)n + 8, f), (size_t)n + 8);
+    ck_assert_int_eq(fclose(f), 0);
+    const uint64_t data = (uint64_t)n + 8;
+    ck_assert_int_eq(truncate(hf_in("model-more.safetensors"), (off_t)(data + bytes)), 0);
+    hf_digest_of(a);
+    const uint64_t third = (bytes - HF_DIGEST_PIECE) / 3;
+    const uint64_t seen[] = {0, HF_DIGEST_PIECE - 1, third, 2 * third + 17, bytes - 1};
+    for (size_t i = 0; i < sizeof seen / sizeof seen[0]; i++) {
+        flip("model-more.safetensors", data + seen[i]);
+        hf_digest_of(b);
+        ck_assert_msg(strcmp(a, b) != 0, "byte %llu", (unsigned long long)seen[i]);
+        memcpy(a, b, sizeof a);
+    }
+    flip("model-more.safetensors", data + 100000); /* between the pieces */
+    hf_digest_of(b);
     ck_assert_str_eq(a, b);
 }
 END_TEST
@@ -509,6 +545,7 @@ int main(void)
     tcase_add_test(t, hf_real_models);
     tcase_add_test(t, hf_single_and_sharded);
     tcase_add_test(t, hf_digest);
+    tcase_add_test(t, hf_digest_of_a_large_model);
     tcase_add_test(t, hf_tied_head);
     tcase_add_test(t, hf_unaligned_file);
     tcase_add_test(t, hf_stored_dtype_rules);
