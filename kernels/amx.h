@@ -12,15 +12,12 @@
 
 #include "kernels/vec.h"
 
-#define AMX_TILE 16    /* rows and columns of a tile */
-#define AMX_STEP 32    /* inputs */
+#define AMX_TILE  16   /* rows and columns of a tile */
+#define AMX_STEP  32   /* inputs */
 #define AMX_BYTES 1024 /* a tile */
 #define AMX_PARTS 2    /* hi, lo */
 
-static inline int64_t amx_up(int64_t n, int64_t unit)
-{
-    return (n + unit - 1) / unit * unit;
-}
+static inline int64_t amx_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /* All eight tiles 16 x 64 bytes. Ends with _tile_release, or every task switch saves 8 KB. */
 static inline void amx_begin(void)
@@ -151,9 +148,9 @@ static inline void amx_pack_b_rows(uint8_t *dst, const float *x, int64_t ld, int
 static inline void amx_split_pair(vf even, vf odd, __m512i *hi, __m512i *lo)
 {
     /* cvtne2 gives 16 evens, then 16 odds: this takes one of each in turn. */
-    const __m512i turn =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16,
+                                          0);
     amx_split(even, odd, hi, lo);
     *hi = _mm512_permutexvar_epi16(turn, *hi);
     *lo = _mm512_permutexvar_epi16(turn, *lo);
@@ -239,15 +236,15 @@ static inline void amx_2x2(const amx_job *w, int64_t i, int64_t j)
 }
 
 /* One row tile against the B tiles in 6 (hi) and 7 (lo): the same order of products as amx_2x2. */
-#define AMX_ROW(sum, tile, a)                                                                      \
-    do {                                                                                           \
-        _tile_loadd(tile, a, 64);                                                                  \
-        _tile_dpbf16ps(sum, tile, 7);                                                              \
-        _tile_dpbf16ps(sum, tile, 6);                                                              \
-        if (w->a_parts == AMX_PARTS) {                                                             \
-            _tile_loadd(tile, (a) + AMX_BYTES, 64);                                                \
-            _tile_dpbf16ps(sum, tile, 6);                                                          \
-        }                                                                                          \
+#define AMX_ROW(sum, tile, a)                       \
+    do {                                            \
+        _tile_loadd(tile, a, 64);                   \
+        _tile_dpbf16ps(sum, tile, 7);               \
+        _tile_dpbf16ps(sum, tile, 6);               \
+        if (w->a_parts == AMX_PARTS) {              \
+            _tile_loadd(tile, (a) + AMX_BYTES, 64); \
+            _tile_dpbf16ps(sum, tile, 6);           \
+        }                                           \
     } while (0)
 
 /* C of rows i..i+3 by column j: up to 16 tokens. */

@@ -13,11 +13,11 @@
 #include "kernels/kv.h"
 #include "kernels/vec.h"
 
-#define CHUNK 64    /* tokens unpacked at a time */
-#define SEGMENT 256 /* tokens of one running softmax; a multiple of CHUNK */
-#define TILE_V 32   /* query vectors of a work item; a multiple of 4 */
+#define CHUNK       64  /* tokens unpacked at a time */
+#define SEGMENT     256 /* tokens of one running softmax; a multiple of CHUNK */
+#define TILE_V      32  /* query vectors of a work item; a multiple of 4 */
 #define ATTN_PAD(d) (((d) + VL - 1) / VL * VL)
-#define SPLIT_V                                                                                    \
+#define SPLIT_V \
     256 /* up to this many query slots in all, segments become work items of their own */
 
 typedef struct {
@@ -275,8 +275,8 @@ static void chunk_step(const attn_ctx *c, attn_tile *t, const int32_t *blocks, i
         for (int32_t j = i; j < i + DOT_V; j++) {
             float *row = t->s + j * CHUNK, shift = 0;
             if (coded) scale_scores(row, t->kp, t->qsum[j]);
-            const float keep =
-                softmax_row(row, n, t->first[j] - t0, t->last[j] - t0, t->max + j, t->sum + j);
+            const float keep = softmax_row(row, n, t->first[j] - t0, t->last[j] - t0, t->max + j,
+                                           t->sum + j);
             if (coded) shift = scale_weights(row, t->vp);
             rescale(t->acc + j * c->dp, c->dp, keep, shift);
         }

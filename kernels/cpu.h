@@ -7,8 +7,8 @@
 #include "kernels/device_internal.h"
 
 #define CPU_PASTE_(a, b) a##_##b
-#define CPU_PASTE(a, b) CPU_PASTE_(a, b)
-#define CPU_FN(name) CPU_PASTE(name, CPU_SUFFIX)
+#define CPU_PASTE(a, b)  CPU_PASTE_(a, b)
+#define CPU_FN(name)     CPU_PASTE(name, CPU_SUFFIX)
 
 /* Shared scratch that the CPU variants need; ops_cpu.c takes the largest. */
 size_t attn_cpu_scratch_avx2(const op_limits *l);

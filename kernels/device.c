@@ -16,6 +16,7 @@ static err_code table_complete(const device *d, err *e)
                 {"rmsnorm", t->rmsnorm},
                 {"add", t->add},
                 {"gemm", t->gemm},
+                {"gemm_w4", t->gemm_w4},
                 {"glu", t->glu},
                 {"rope_kv", t->rope_kv},
                 {"attn", t->attn},
@@ -25,6 +26,8 @@ static err_code table_complete(const device *d, err *e)
                 {"gram_finish", t->gram_finish},
                 {"quad", t->quad},
                 {"matmul", t->matmul},
+                {"w4_upload", t->w4_upload},
+                {"w4_upload_bytes", t->w4_upload_bytes},
                 {"scratch_bytes", t->scratch_bytes}};
     for (size_t i = 0; i < sizeof slot / sizeof *slot; i++) {
         if (!slot[i].filled)
@@ -67,30 +70,12 @@ void dev_close(device **d)
     *d = NULL;
 }
 
-dev_kind dev_kind_of(const device *d)
-{
-    return d->kind;
-}
-memspace dev_mem(const device *d)
-{
-    return d->mem;
-}
-dtype dev_act(const device *d)
-{
-    return d->act;
-}
-dtype dev_resid(const device *d)
-{
-    return d->resid;
-}
-pool *dev_pool(device *d)
-{
-    return d->workers;
-}
-const char *dev_name(const device *d)
-{
-    return d->name;
-}
+dev_kind dev_kind_of(const device *d) { return d->kind; }
+memspace dev_mem(const device *d) { return d->mem; }
+dtype dev_act(const device *d) { return d->act; }
+dtype dev_resid(const device *d) { return d->resid; }
+pool *dev_pool(device *d) { return d->workers; }
+const char *dev_name(const device *d) { return d->name; }
 
 err_code dev_alloc(dev_buf *out, device *d, size_t bytes, const char *what, err *e)
 {
@@ -127,10 +112,7 @@ err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
     return d->backend->copy(d, dst, src, e);
 }
 
-err_code dev_sync(device *d, err *e)
-{
-    return d->backend->sync(d, e);
-}
+err_code dev_sync(device *d, err *e) { return d->backend->sync(d, e); }
 
 err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e)
 {
@@ -159,15 +141,9 @@ struct dev_graph {
     void *graph;
 };
 
-bool dev_can_record(const device *d)
-{
-    return d->backend->record_begin != NULL;
-}
+bool dev_can_record(const device *d) { return d->backend->record_begin != NULL; }
 
-err_code dev_record_begin(device *d, err *e)
-{
-    return d->backend->record_begin(d, e);
-}
+err_code dev_record_begin(device *d, err *e) { return d->backend->record_begin(d, e); }
 
 err_code dev_record_end(device *d, dev_graph **out, err *e)
 {

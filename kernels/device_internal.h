@@ -27,10 +27,7 @@ const char *cpu_flags_name(uint32_t flags); /* "amx", "avx512-vnni", "avx512", "
 /* The shared scratch if it has at least `bytes`, else E_LIMIT naming the op: ops_reserve was not
  * told. */
 err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e);
-static inline size_t dev_align64(size_t n)
-{
-    return (n + 63) & ~(size_t)63;
-}
+static inline size_t dev_align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 typedef struct dev_backend {
     err_code (*alloc)(void **out, device *d, size_t bytes, const char *what, err *e); /* zeroed */
@@ -69,6 +66,7 @@ static inline void *dev_worker(device *d, int worker)
 }
 
 err_code device_cpu_open(device *d, const dev_opts *o, err *e); /* fills all but kind */
-err_code device_cuda_open(device *d, const dev_opts *o, err *e); /* in builds with CUDA (TMF_CUDA) */
+err_code device_cuda_open(device *d, const dev_opts *o,
+                          err *e); /* in builds with CUDA (TMF_CUDA) */
 
 #endif

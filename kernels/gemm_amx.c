@@ -6,10 +6,10 @@
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
-#define VECTOR_M 4
-#define CHUNK_M 512    /* rows of x packed at a time: k * 2 KB of shared scratch */
-#define STRIP_N 256    /* weight rows of a work item; 64 where x is one tile wide */
-#define BLOCK_STEPS 16 /* 512 inputs: packed weights, x and sums of an item stay in 2 MB of L2 */
+#define VECTOR_M    4
+#define CHUNK_M     512 /* rows of x packed at a time: k * 2 KB of shared scratch */
+#define STRIP_N     256 /* weight rows of a work item; 64 where x is one tile wide */
+#define BLOCK_STEPS 16  /* 512 inputs: packed weights, x and sums of an item stay in 2 MB of L2 */
 
 typedef struct {
     device *d;

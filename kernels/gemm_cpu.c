@@ -10,11 +10,12 @@
 #include "kernels/cpu_ops.h"
 #include "kernels/vec.h"
 
-#define TILE_N (VL / 2)
+#define TILE_N  (VL / 2)
 #define BLOCK_K 512 /* a panel of 8 rows: 16 KB, half of the smallest L1 */
-#define STRIP_N 64   /* weight rows of one work item */
-#define STRIP_M 256  /* and its rows of x: 1 MB a block of k, within L2 */
-#define RAW_M 4 /* up to here weights are converted where they are used, beyond once for all rows  \
+#define STRIP_N 64  /* weight rows of one work item */
+#define STRIP_M 256 /* and its rows of x: 1 MB a block of k, within L2 */
+#define RAW_M \
+    4 /* up to here weights are converted where they are used, beyond once for all rows  \
                  */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -52,11 +53,11 @@ ALWAYS_INLINE void tile(float *out, const void *w, int64_t ldw, dtype dt, const 
 }
 
 typedef void (*tile_fn)(float *, const void *, int64_t, const float *, int64_t, int64_t);
-#define TILE_FN(name, dt, two)                                                                     \
-    static void name(float *out, const void *w, int64_t ldw, const float *x, int64_t ldx,          \
-                     int64_t k)                                                                    \
-    {                                                                                              \
-        tile(out, w, ldw, dt, x, ldx, k, two);                                                     \
+#define TILE_FN(name, dt, two)                                                            \
+    static void name(float *out, const void *w, int64_t ldw, const float *x, int64_t ldx, \
+                     int64_t k)                                                           \
+    {                                                                                     \
+        tile(out, w, ldw, dt, x, ldx, k, two);                                            \
     }
 TILE_FN(tile_f32_1, DT_F32, false)
 TILE_FN(tile_f32_2, DT_F32, true)

@@ -33,9 +33,6 @@ static inline const int32_t *kv_blocks(const batch_rows *r, int32_t s)
 {
     return (const int32_t *)r->block_table.data + s * r->block_table.stride[0];
 }
-static inline const int32_t *kv_i32(const tensor *t)
-{
-    return t->data;
-}
+static inline const int32_t *kv_i32(const tensor *t) { return t->data; }
 
 #endif

@@ -11,10 +11,7 @@
 #define SHAPE(...) ((const int64_t[]){__VA_ARGS__})
 
 /* Products that do not fit saturate: no allocation of that size can succeed. */
-static size_t times(size_t a, size_t b)
-{
-    return b && a > SIZE_MAX / b ? SIZE_MAX : a * b;
-}
+static size_t times(size_t a, size_t b) { return b && a > SIZE_MAX / b ? SIZE_MAX : a * b; }
 
 size_t kv_layer_data_bytes(kv_format f, int32_t blocks, int32_t block_tokens, int32_t kv_heads,
                            int32_t head_dim)

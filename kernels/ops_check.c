@@ -30,7 +30,8 @@ err_code check_tensor(const device *d, const tensor *t, const char *what, dtype 
     return check_place(d, t, what, e);
 }
 
-err_code check_rows(const device *d, const tensor *t, const char *what, const int64_t *shape, err *e)
+err_code check_rows(const device *d, const tensor *t, const char *what, const int64_t *shape,
+                    err *e)
 {
     return check_tensor(d, t, what, t->dt == d->resid ? d->resid : d->act, 2, shape, e);
 }

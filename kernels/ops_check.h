@@ -9,7 +9,8 @@
 err_code check_tensor(const device *d, const tensor *t, const char *what, dtype dt, int ndim,
                       const int64_t *shape, err *e);
 /* The same for what may be an activation or the residual stream. */
-err_code check_rows(const device *d, const tensor *t, const char *what, const int64_t *shape, err *e);
+err_code check_rows(const device *d, const tensor *t, const char *what, const int64_t *shape,
+                    err *e);
 /* The same for weights: f16, bf16 or f32. */
 err_code check_weight(const device *d, const tensor *t, const char *what, int ndim,
                       const int64_t *shape, err *e);

@@ -2,10 +2,10 @@
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
-#define ROWS_G 512 /* rows of x of a step of gram */
-#define SIDE_G 128 /* side of a work item's square of h */
-#define COLS 512   /* columns of b (of h) packed at a time */
-#define ROWS 128   /* rows of a (of x) of a work item */
+#define ROWS_G      512 /* rows of x of a step of gram */
+#define SIDE_G      128 /* side of a work item's square of h */
+#define COLS        512 /* columns of b (of h) packed at a time */
+#define ROWS        128 /* rows of a (of x) of a work item */
 #define BLOCK_STEPS 8
 
 typedef struct {

@@ -5,8 +5,8 @@
 #include "kernels/cpu_ops.h"
 #include "kernels/vec.h"
 
-#define PART 512      /* rows of x in gram, columns of b in matmul, held transposed at a time */
-#define BLOCK 64      /* side of a work item's square of h; a multiple of 8 */
+#define PART      512 /* rows of x in gram, columns of b in matmul, held transposed at a time */
+#define BLOCK     64  /* side of a work item's square of h; a multiple of 8 */
 #define QUAD_ROWS 64  /* rows of x of a work item of quad, ... */
 #define QUAD_COLS 256 /* ... by rows of h: 64 KB of sums */
 

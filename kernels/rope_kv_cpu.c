@@ -150,8 +150,8 @@ static void rope_row(void *ctx, int64_t i, int worker)
     const int32_t block = kv_blocks(c->rows, seq)[pos / kv->block_tokens],
                   slot = pos % kv->block_tokens;
     angles(cosine, sine, c->r, pos);
-    void (*const rotate)(float *, const float *, const float *, int64_t) =
-        c->r->interleaved ? rotate_pairs : rotate_halves;
+    void (*const rotate)(float *, const float *, const float *,
+                         int64_t) = c->r->interleaved ? rotate_pairs : rotate_halves;
     for (int32_t h = 0; h < kv->kv_heads; h++) {
         float *kh = (float *)c->k->data + i * c->k->stride[0] + h * c->k->stride[1];
         const float *vh = (const float *)c->v->data + i * c->v->stride[0] + h * c->v->stride[1];

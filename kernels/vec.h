@@ -15,26 +15,11 @@
 #define VL 16
 typedef __m512 vf;
 
-static inline vf vf_set(float a)
-{
-    return _mm512_set1_ps(a);
-}
-static inline vf vf_zero(void)
-{
-    return _mm512_setzero_ps();
-}
-static inline vf vf_load(const float *p)
-{
-    return _mm512_loadu_ps(p);
-}
-static inline void vf_store(float *p, vf a)
-{
-    _mm512_storeu_ps(p, a);
-}
-static inline __mmask16 vf_mask_(int64_t n)
-{
-    return (__mmask16)((1u << n) - 1);
-}
+static inline vf vf_set(float a) { return _mm512_set1_ps(a); }
+static inline vf vf_zero(void) { return _mm512_setzero_ps(); }
+static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline __mmask16 vf_mask_(int64_t n) { return (__mmask16)((1u << n) - 1); }
 static inline vf vf_load_n(const float *p, int64_t n)
 {
     return _mm512_maskz_loadu_ps(vf_mask_(n), p);
@@ -61,51 +46,21 @@ static inline void vf_to_f16(f16 *p, vf a)
 {
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline vf vf_add(vf a, vf b)
-{
-    return _mm512_add_ps(a, b);
-}
-static inline vf vf_sub(vf a, vf b)
-{
-    return _mm512_sub_ps(a, b);
-}
-static inline vf vf_mul(vf a, vf b)
-{
-    return _mm512_mul_ps(a, b);
-}
-static inline vf vf_div(vf a, vf b)
-{
-    return _mm512_div_ps(a, b);
-}
-static inline vf vf_min(vf a, vf b)
-{
-    return _mm512_min_ps(a, b);
-}
-static inline vf vf_max(vf a, vf b)
-{
-    return _mm512_max_ps(a, b);
-}
-static inline vf vf_fma(vf a, vf b, vf c)
-{
-    return _mm512_fmadd_ps(a, b, c);
-} /* ab + c */
-static inline vf vf_fnma(vf a, vf b, vf c)
-{
-    return _mm512_fnmadd_ps(a, b, c);
-} /* c - ab */
-static inline vf vf_abs(vf a)
-{
-    return _mm512_abs_ps(a);
-}
+static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* ab + c */
+static inline vf vf_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - ab */
+static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 static inline vf vf_round(vf a)
 {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 /* a * 2^n, n integral; saturates to infinity and 0 as it should */
-static inline vf vf_ldexp(vf a, vf n)
-{
-    return _mm512_scalef_ps(a, n);
-}
+static inline vf vf_ldexp(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 /* Lane by lane: yes where a > b, no where it is not or either is a NaN. */
 static inline vf vf_select_gt(vf a, vf b, vf yes, vf no)
 {
@@ -136,47 +91,23 @@ static inline vf vf_sum_each(const vf a[16])
     }
     return _mm512_add_ps(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xdd));
 }
-static inline float vf_hmax(vf a)
-{
-    return _mm512_reduce_max_ps(a);
-}
-static inline float vf_hmin(vf a)
-{
-    return _mm512_reduce_min_ps(a);
-}
+static inline float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+static inline float vf_hmin(vf a) { return _mm512_reduce_min_ps(a); }
 
 #else
 #define VL 8
 typedef __m256 vf;
 
-static inline vf vf_set(float a)
-{
-    return _mm256_set1_ps(a);
-}
-static inline vf vf_zero(void)
-{
-    return _mm256_setzero_ps();
-}
-static inline vf vf_load(const float *p)
-{
-    return _mm256_loadu_ps(p);
-}
-static inline void vf_store(float *p, vf a)
-{
-    _mm256_storeu_ps(p, a);
-}
+static inline vf vf_set(float a) { return _mm256_set1_ps(a); }
+static inline vf vf_zero(void) { return _mm256_setzero_ps(); }
+static inline vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 static inline __m256i vf_mask_(int64_t n)
 {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline vf vf_load_n(const float *p, int64_t n)
-{
-    return _mm256_maskload_ps(p, vf_mask_(n));
-}
-static inline void vf_store_n(float *p, vf a, int64_t n)
-{
-    _mm256_maskstore_ps(p, vf_mask_(n), a);
-}
+static inline vf vf_load_n(const float *p, int64_t n) { return _mm256_maskload_ps(p, vf_mask_(n)); }
+static inline void vf_store_n(float *p, vf a, int64_t n) { _mm256_maskstore_ps(p, vf_mask_(n), a); }
 static inline vf vf_f16(const f16 *p)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p));
@@ -195,42 +126,15 @@ static inline void vf_to_f16(f16 *p, vf a)
 {
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline vf vf_add(vf a, vf b)
-{
-    return _mm256_add_ps(a, b);
-}
-static inline vf vf_sub(vf a, vf b)
-{
-    return _mm256_sub_ps(a, b);
-}
-static inline vf vf_mul(vf a, vf b)
-{
-    return _mm256_mul_ps(a, b);
-}
-static inline vf vf_div(vf a, vf b)
-{
-    return _mm256_div_ps(a, b);
-}
-static inline vf vf_min(vf a, vf b)
-{
-    return _mm256_min_ps(a, b);
-}
-static inline vf vf_max(vf a, vf b)
-{
-    return _mm256_max_ps(a, b);
-}
-static inline vf vf_fma(vf a, vf b, vf c)
-{
-    return _mm256_fmadd_ps(a, b, c);
-}
-static inline vf vf_fnma(vf a, vf b, vf c)
-{
-    return _mm256_fnmadd_ps(a, b, c);
-}
-static inline vf vf_abs(vf a)
-{
-    return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
-}
+static inline vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vf_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+static inline vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline vf vf_round(vf a)
 {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -260,8 +164,8 @@ static inline vf vf_sum_each(const vf a[8])
     vf t[4], u[2];
     for (int i = 0; i < 4; i++) { /* halves of inputs i and i + 4 */
         const vf x = a[i], y = a[i + 4];
-        t[i] =
-            _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+        t[i] = _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20),
+                             _mm256_permute2f128_ps(x, y, 0x31));
     }
     for (int i = 0; i < 2; i++) {
         const vf x = t[2 * i], y = t[2 * i + 1];

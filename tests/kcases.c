@@ -41,10 +41,7 @@ double kc_tolerance(tol_row row, const char *isa)
     return strcmp(isa, "amx") == 0 ? table[row].amx : table[row].vec;
 }
 
-const char *kc_tolerance_name(tol_row row)
-{
-    return table[row].name;
-}
+const char *kc_tolerance_name(tol_row row) { return table[row].name; }
 
 static float *must_floats(int64_t n)
 {

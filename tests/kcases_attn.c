@@ -88,8 +88,8 @@ static void arg_open(kcheck *c, attn_arg *a, const attn_shape *s)
     a->rows.block_table = tensor_2d(a->table, DT_I32, a->seqs, a->max_blocks);
     a->rows.seqs = a->seqs;
     a->rows.max_kv = a->max_kv;
-    const size_t data =
-        kv_layer_data_bytes(s->format, 1, s->block_tokens, s->kv_heads, s->head_dim);
+    const size_t data = kv_layer_data_bytes(s->format, 1, s->block_tokens, s->kv_heads,
+                                            s->head_dim);
     a->data = kb_2d(DT_U8, a->blocks, (int64_t)data, 0);
     a->param = kb_2d(DT_F16, a->blocks, 4 * (int64_t)s->block_tokens * s->kv_heads, 0);
     a->kv = (kv_layer){a->data.t.data,  a->param.t.data, s->format,   a->blocks,
@@ -122,10 +122,10 @@ static float cached(const attn_arg *a, const kv_layer *kv, int32_t seq, int32_t 
 {
     const int32_t block = a->table[seq * a->max_blocks + t / kv->block_tokens],
                   slot = t % kv->block_tokens;
-    const size_t token =
-        (((size_t)block * (size_t)kv->kv_heads + (size_t)head) * 2 + (size_t)part) *
-            (size_t)kv->block_tokens +
-        (size_t)slot;
+    const size_t token = (((size_t)block * (size_t)kv->kv_heads + (size_t)head) * 2 +
+                          (size_t)part) *
+                             (size_t)kv->block_tokens +
+                         (size_t)slot;
     if (kv->format == KV_16) {
         const float v = f16_to_f32(((f16 *)kv->data)[token * (size_t)kv->head_dim + (size_t)ch]);
         *step = fabsf(v) * 0x1p-10f + 0x1p-24f;
@@ -183,8 +183,8 @@ static err_code run_rope(device *d, void *arg, kbuf *out, err *e)
                 memset((float *)k.data + i * k.stride[0] + h * k.stride[1], 0,
                        (size_t)kv.head_dim * 4);
                 for (int j = 0; j < 2 * kv.head_dim; j++)
-                    *val++ =
-                        cached(a, &kv, s, a->pos[i], h, j / kv.head_dim, j % kv.head_dim, &step);
+                    *val++ = cached(a, &kv, s, a->pos[i], h, j / kv.head_dim, j % kv.head_dim,
+                                    &step);
             }
         }
     }
@@ -255,10 +255,7 @@ static void rope_case(kcheck *c, const attn_shape *s, double scale)
 
 /* ---- attn ---- */
 
-static float attn_scale(const attn_arg *a)
-{
-    return 1.0f / sqrtf((float)a->s->head_dim);
-}
+static float attn_scale(const attn_arg *a) { return 1.0f / sqrtf((float)a->s->head_dim); }
 
 static err_code run_attn(device *d, void *arg, kbuf *out, err *e)
 {

@@ -41,8 +41,8 @@ static float *take_floats(kbuf *b)
     if (mem_alloc(&p, (size_t)(rows * cols), sizeof(float), "kcases", &e) != OK) abort();
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t i = 0; i < cols; i++)
-            ((float *)p)[r * cols + i] =
-                b->t.dt == DT_F64 ? (float)((double *)b->t.data)[r] : kb_get(b, r, i);
+            ((float *)p)[r * cols + i] = b->t.dt == DT_F64 ? (float)((double *)b->t.data)[r]
+                                                           : kb_get(b, r, i);
     }
     kb_free(b);
     return p;

@@ -12,8 +12,8 @@
 #include "base/half.h"
 #include "base/mem.h"
 
-#define GUARD 256
-#define GUARD_BYTE 0xa5
+#define GUARD       256
+#define GUARD_BYTE  0xa5
 #define FLUSH_BYTES ((size_t)320 << 20) /* beyond the last-level caches we know */
 
 void openblas_set_num_threads(int n);
@@ -117,10 +117,7 @@ static uint64_t next_u64(kcheck *c) /* splitmix64 */
     return z ^ z >> 31;
 }
 
-double kc_uniform(kcheck *c)
-{
-    return (double)(next_u64(c) >> 11) * 0x1p-53;
-}
+double kc_uniform(kcheck *c) { return (double)(next_u64(c) >> 11) * 0x1p-53; }
 
 double kc_normal(kcheck *c) /* sum of four uniforms: near enough, and cheap */
 {
@@ -177,10 +174,7 @@ void kc_fail(kcheck *c, const char *fmt, ...)
     c->failures++;
 }
 
-bool kc_wants(const kcheck *c, const char *op)
-{
-    return !c->only || strcmp(c->only, op) == 0;
-}
+bool kc_wants(const kcheck *c, const char *op) { return !c->only || strcmp(c->only, op) == 0; }
 
 static double element(const kbuf *b, int64_t row, int64_t col)
 {
