@@ -146,28 +146,42 @@ static err_code scan_escape(scan *c, bool keep)
     return keep ? scan_key_put(c, (const unsigned char *)&to[p - from], 1) : OK;
 }
 
+/* Bytes from `at` that a string may hold as they are, without looking further. */
+static size_t scan_plain(const scan *c)
+{
+    size_t at = c->at;
+    while (at < c->n) {
+        const unsigned char ch = c->s[at];
+        if (ch < 0x20 || ch >= 0x80 || ch == '"' || ch == '\\') break;
+        at++;
+    }
+    return at - c->at;
+}
+
 /* At the opening quote. With `keep` the unescaped bytes are left in c->key. */
 static err_code scan_string(scan *c, bool keep)
 {
     c->key_len = 0;
     c->at++;
-    while (c->at < c->n) {
-        const unsigned char ch = c->s[c->at];
-        if (ch == '"') {
-            c->at++;
-            return OK;
+    for (;;) {
+        size_t len = scan_plain(c);
+        if (len == 0) {
+            if (c->at >= c->n) return scan_fail(c, "the text ends inside a string");
+            const unsigned char ch = c->s[c->at];
+            if (ch == '"') break;
+            if (ch < 0x20) return scan_fail(c, "control character in a string");
+            if (ch == '\\') {
+                TRY(scan_escape(c, keep));
+                continue;
+            }
+            len = utf8_length(c->s + c->at, c->n - c->at);
+            if (len == 0) return scan_fail(c, "not valid UTF-8");
         }
-        if (ch < 0x20) return scan_fail(c, "control character in a string");
-        if (ch == '\\') {
-            TRY(scan_escape(c, keep));
-            continue;
-        }
-        const size_t len = utf8_length(c->s + c->at, c->n - c->at);
-        if (len == 0) return scan_fail(c, "not valid UTF-8");
         if (keep) TRY(scan_key_put(c, c->s + c->at, len));
         c->at += len;
     }
-    return scan_fail(c, "the text ends inside a string");
+    c->at++;
+    return OK;
 }
 
 static size_t scan_digits(const scan *c, size_t at)
@@ -190,7 +204,8 @@ static err_code scan_number(scan *c)
         if (digits == 0) return scan_fail(c, "bad number");
         at += 1 + digits;
     }
-    if (at < c->n && (c->s[at] | 32) == 'e') {
+    const bool exponent = at < c->n && (c->s[at] | 32) == 'e';
+    if (exponent) {
         at++;
         if (at < c->n && (c->s[at] == '+' || c->s[at] == '-')) at++;
         digits = scan_digits(c, at);
@@ -199,9 +214,12 @@ static err_code scan_number(scan *c)
     }
     const size_t len = at - c->at;
     if (len > JSON_MAX_NUMBER) return scan_fail(c, "a number of more than 63 characters");
-    memcpy(text, c->s + c->at, len);
-    text[len] = '\0';
-    if (!isfinite(strtod(text, NULL))) return scan_fail(c, "a number beyond the range of a double");
+    if (exponent) { /* 63 digits alone cannot leave the range */
+        memcpy(text, c->s + c->at, len);
+        text[len] = '\0';
+        if (!isfinite(strtod(text, NULL)))
+            return scan_fail(c, "a number beyond the range of a double");
+    }
     c->at = at;
     return OK;
 }
