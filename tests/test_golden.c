@@ -1,6 +1,7 @@
-/* The 16-bit path against golden files made by other programs: next-token log-probabilities, greedy ids
- * under teacher forcing where the margin decides, perplexity of the first 20 windows with 16, 8 and 4 bit
- * caches. Arguments: names of models to check (none: all). Needs the shared test data: SKIP without. */
+/* The 16-bit path against golden files made by other programs: next-token log-probabilities, chat prompts,
+ * greedy ids under teacher forcing where the margin decides, perplexity of the bundled dialogues and of 20
+ * windows of text with 16, 8 and 4 bit caches. Arguments: names of models to check (none: all). The bundled
+ * model is always there; the others, and the text, need the shared test data: SKIP without. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -11,6 +12,8 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/mem.h"
+#include "datasets/corpus.h"
+#include "formats/family.h"
 #include "formats/tokenizer.h"
 #include "runtime/score.h"
 
@@ -241,16 +244,72 @@ static void check_ppl(subject *s)
     token_list_free(&ids);
 }
 
+/* The bundled dialogues through the chat template against the NumPy pass (golden_eval.json). */
+static void check_eval(subject *s)
+{
+    char path[600];
+    cJSON *g = NULL;
+    chat *c = NULL;
+    token_list ids = {0};
+    ppl_result r;
+    err e;
+    const ppl_opts o = {1024, 20};
+    const corpus_read how = {0};
+    (void)snprintf(path, sizeof path, "%s/golden_eval.json", s->dir);
+    err_code rc = json_load(&g, path, (size_t)1 << 20, &e);
+    (void)snprintf(path, sizeof path, "%s/eval.jsonl", s->dir);
+    if (rc == OK)
+        rc = chat_open(&c, s->t, NULL, family_chat_template(weights_desc(s->src)), NULL, &e);
+    if (rc == OK) rc = corpus_tokens(&ids, path, &how, s->t, c, NULL, &e);
+    if (rc == OK) rc = ppl_run(&r, s->m, ids.ids, ids.n, &o, NULL, &e);
+    check(rc == OK, "%s: eval: %s", s->name, e.msg);
+    if (rc == OK) {
+        const double want = cJSON_GetObjectItem(g, "ppl_first_20_windows")->valuedouble;
+        const double n = cJSON_GetObjectItem(g, "ids")->valuedouble;
+        check((double)ids.n == n, "%s: eval: %lld ids, expected %.0f", s->name, (long long)ids.n,
+              n);
+        check(fabs(r.ppl / want - 1) < NEAR_PPL, "%s: eval: expected %.5f, got %.5f", s->name, want,
+              r.ppl);
+        (void)printf("%s: perplexity of the dialogues %.5f (golden %.5f)\n", s->name, r.ppl, want);
+    }
+    token_list_free(&ids);
+    chat_close(&c);
+    cJSON_Delete(g);
+}
+
 /* ---- models ---- */
 
-static void check_ours(const char *name)
+static void check_chat_prompt(subject *s, const cJSON *c, const char *what)
 {
-    char dir[512], path[600], what[64];
+    const cJSON *x, *list = cJSON_GetObjectItem(c, "messages");
+    chat_message m[16];
+    int n = 0;
+    int32_t n_want, *want = int_list(c, "ids", &n_want);
+    token_list ids = {0};
+    chat *ch = NULL;
+    err e;
+    cJSON_ArrayForEach(x, list)
+    {
+        m[n].role = cJSON_GetObjectItem(x, "role")->valuestring;
+        m[n++].content = cJSON_GetObjectItem(x, "content")->valuestring;
+    }
+    err_code rc = chat_open(&ch, s->t, NULL, family_chat_template(weights_desc(s->src)), NULL, &e);
+    if (rc == OK) rc = chat_encode(ch, m, n, NULL, true, &ids, &e);
+    check(rc == OK, "%s %s: %s", s->name, what, e.msg);
+    check(ids.n == n_want && memcmp(ids.ids, want, (size_t)n_want * sizeof *want) == 0,
+          "%s %s: the prompt's ids differ", s->name, what);
+    token_list_free(&ids);
+    chat_close(&ch);
+    free(want);
+}
+
+static void check_ours(const char *name, const char *dir, bool with_text)
+{
+    char path[600], what[64];
     const cJSON *c;
     subject s;
     err e;
     int i = 0;
-    (void)snprintf(dir, sizeof dir, "%s/models/%s", TMF_SHARED_DIR, name);
     (void)snprintf(path, sizeof path, "%s/golden.json", dir);
     err_code rc = subject_open(&s, name, dir, KV_16, &e);
     if (rc == OK) rc = json_load(&s.golden, path, (size_t)1 << 20, &e);
@@ -266,9 +325,14 @@ static void check_ours(const char *name)
         cJSON_ArrayForEach(c, cJSON_GetObjectItem(s.golden, "chats"))
         {
             (void)snprintf(what, sizeof what, "chat %d", i++);
+            check_chat_prompt(&s, c, what);
             check_greedy(&s, c, "ids", "greedy", what);
         }
-        check_ppl(&s);
+        check(i > 0, "%s: no chats in the golden file", name);
+        if (with_text)
+            check_ppl(&s);
+        else
+            check_eval(&s);
     }
     subject_close(&s);
 }
@@ -347,23 +411,30 @@ static void check_stories(void)
     subject_close(&s);
 }
 
+static bool wanted(int argc, char **argv, const char *name)
+{
+    for (int k = 1; k < argc; k++) {
+        if (strcmp(argv[k], name) == 0) return true;
+    }
+    return argc < 2;
+}
+
 int main(int argc, char **argv)
 {
-    static const char *const all[] = {"demo", "base", "qwen", "stories260K"};
-    if (access(TMF_SHARED_DIR "/models/base/golden.json", R_OK) != 0) {
-        (void)printf("SKIP %s/models is not there\n", TMF_SHARED_DIR);
-        return 77;
+    static const char *const ours[] = {"demo", "base", "qwen"};
+    const bool shared = access(TMF_SHARED_DIR "/models/base/golden.json", R_OK) == 0;
+    (void)setvbuf(stdout, NULL, _IOLBF, 0);
+    if (wanted(argc, argv, "bundled"))
+        check_ours("bundled", TMF_SOURCE_DIR "/datasets/demo", false);
+    for (size_t i = 0; shared && i < sizeof ours / sizeof *ours; i++) {
+        char dir[512];
+        (void)snprintf(dir, sizeof dir, "%s/models/%s", TMF_SHARED_DIR, ours[i]);
+        if (wanted(argc, argv, ours[i])) check_ours(ours[i], dir, true);
     }
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        bool wanted = argc < 2;
-        for (int k = 1; k < argc; k++) wanted = wanted || strcmp(argv[k], all[i]) == 0;
-        if (!wanted) continue;
-        if (strcmp(all[i], "stories260K") == 0)
-            check_stories();
-        else
-            check_ours(all[i]);
-        (void)fflush(stdout);
-    }
+    if (shared && wanted(argc, argv, "stories260K")) check_stories();
+    if (!shared)
+        (void)printf("SKIP demo, base, qwen and stories260K: %s is not there\n", TMF_SHARED_DIR);
     (void)printf("%d checks, %d failures\n", checks, failures);
-    return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+    if (failures) return EXIT_FAILURE;
+    return shared ? EXIT_SUCCESS : 77;
 }
