@@ -19,8 +19,8 @@ tmf_test(make_model unit tmf_formats)
 target_compile_definitions(test_make_model PRIVATE TMF_MAKE_MODEL="$<TARGET_FILE:make_model>")
 add_dependencies(test_make_model make_model)
 
-# tmf_fuzz(NAME libs...): fuzz/fuzz_NAME.c over fuzz/corpus/NAME, replayed as a test. With -DWITH_FUZZER=ON and
-# clang also fuzz_NAME, the fuzzer itself.
+# tmf_fuzz(NAME libs...): fuzz/fuzz_NAME.c over fuzz/corpus/NAME, replayed as a test. With
+# -DWITH_FUZZER=ON and clang also fuzz_NAME, the fuzzer itself.
 option(WITH_FUZZER "build the fuzzers (clang)" OFF)
 function(tmf_fuzz name)
     add_executable(replay_${name} fuzz/replay.c fuzz/fuzz_${name}.c)

@@ -9,6 +9,7 @@
 
 #include "base/file.h"
 #include "base/mem.h"
+#include "formats/chat.h"
 #include "formats/hf_config.h"
 
 #define GOLDEN  TMF_SOURCE_DIR "/tests/golden"
@@ -314,11 +315,20 @@ START_TEST(family_yi)
 }
 END_TEST
 
+#define FOUR_LAYERS                                                                           \
+    "\"num_hidden_layers\":4,\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96," \
+    "\"num_attention_heads\":4"
+
+static err_code parse_window(const char *arch, const char *more)
+{
+    char text[1024];
+    (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s" FOUR_LAYERS "}",
+                   arch, more);
+    return parse(text, NULL, NULL);
+}
+
 START_TEST(family_windows)
 {
-    static const char layers[] =
-        "\"num_hidden_layers\":4,\"vocab_size\":100,\"hidden_size\":64,\"intermediate_size\":96,"
-        "\"num_attention_heads\":4";
     static const struct {
         const char *arch, *more;
         int32_t window, from;
@@ -353,16 +363,19 @@ START_TEST(family_windows)
          0, 0},
         {"Llama", "", 0, 0},
     };
-    char text[1024];
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}",
-                       cases[i].arch, cases[i].more, layers);
-        ck_assert_msg(parse(text, NULL, NULL) == OK, "%s: %s", text, e.msg);
+        const char *arch = cases[i].arch, *more = cases[i].more;
+        ck_assert_msg(parse_window(arch, more) == OK, "%s %s: %s", arch, more, e.msg);
         ck_assert_msg(m.sliding_window == cases[i].window && m.sliding_from == cases[i].from,
-                      "%s: %d from %d", text, m.sliding_window, m.sliding_from);
+                      "%s %s: %d from %d", arch, more, m.sliding_window, m.sliding_from);
         for (int32_t l = 0; l < 4; l++)
             ck_assert_int_eq(model_window(&m, l), l >= cases[i].from ? cases[i].window : 0);
     }
+}
+END_TEST
+
+START_TEST(family_wrong_windows)
+{
     static const struct {
         const char *arch, *more;
         err_code code;
@@ -386,11 +399,9 @@ START_TEST(family_windows)
          "attention\"],",
          E_UNSUPPORTED},
     };
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        (void)snprintf(text, sizeof text, "{\"architectures\":[\"%sForCausalLM\"],%s%s}",
-                       bad[i].arch, bad[i].more, layers);
-        ck_assert_msg(parse(text, NULL, NULL) == bad[i].code, "%s", text);
-    }
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        ck_assert_msg(parse_window(bad[i].arch, bad[i].more) == bad[i].code, "%s %s", bad[i].arch,
+                      bad[i].more);
 }
 END_TEST
 
@@ -405,6 +416,18 @@ START_TEST(family_qwen2)
     load_fixture("mistral");
     ck_assert_int_eq(model_window(&m, 0), 4096);
     ck_assert_str_eq(family_chat_template(&m), "mistral");
+}
+END_TEST
+
+/* The chat templates that families name are ones that formats/chat knows. */
+START_TEST(family_templates)
+{
+    static const char *const fixtures[] = {"llama",   "llama3", "internlm2",
+                                           "mistral", "yi",     "qwen2"};
+    for (int i = 0; i < 6; i++) {
+        load_fixture(fixtures[i]);
+        ck_assert_msg(chat_known(family_chat_template(&m)), "%s", family_chat_template(&m));
+    }
 }
 END_TEST
 
@@ -628,7 +651,9 @@ int main(void)
     tcase_add_test(t, family_internlm2);
     tcase_add_test(t, family_yi);
     tcase_add_test(t, family_windows);
+    tcase_add_test(t, family_wrong_windows);
     tcase_add_test(t, family_qwen2);
+    tcase_add_test(t, family_templates);
     tcase_add_test(t, family_unknown);
     tcase_add_test(t, config_lies);
     tcase_add_test(t, config_stop_ids);

@@ -485,13 +485,35 @@ done:
 }
 
 /* ---- command line ---- */
-static err_code take_shape(plan *p, const char *name, int64_t layers, int64_t vocab,
-                           int64_t head_dim, err *e)
+static const char *shape_name = "tiny", *dtype_text = "bf16";
+static int64_t layers, vocab, head_dim;
+
+static plan the_plan = {.shards = 1};
+
+/* name, letter, kind, target, arg, help, lo, hi, choices, alias */
+static const cli_option options[] = {
+    {"shape", 0, CLI_STR, &shape_name, "NAME", "which model [tiny]", 0, 0, NULL, NULL},
+    {"seed", 0, CLI_I64, &the_plan.seed, "N", "of the weights [0]", 0, 1e9, NULL, NULL},
+    {"dtype", 0, CLI_CHOICE, &dtype_text, "TYPE", "of tensors [bf16]", 0, 0, "bf16|f16|f32", NULL},
+    {"shards", 0, CLI_I64, &the_plan.shards, "N", "safetensors files [1]", 1, 999, NULL, NULL},
+    {"layers", 0, CLI_I64, &layers, "N", "in place of the shape's", 1, 1024, NULL, NULL},
+    {"vocab", 0, CLI_I64, &vocab, "N", "in place of the shape's", 264, 1e6, NULL, NULL},
+    {"head-dim", 0, CLI_I64, &head_dim, "N", "in place of the shape's", 2, 1024, NULL, NULL},
+};
+static const cli_spec spec = {.tool = "make_model",
+                              .usage = "[options] OUT_DIR",
+                              .summary = "Writes a model directory with random weights.",
+                              .options = options,
+                              .n_options = sizeof options / sizeof options[0],
+                              .min_args = 1,
+                              .max_args = 1};
+
+static err_code take_shape(plan *p, err *e)
 {
     for (int i = 0; i < N_SHAPES; i++)
-        if (strcmp(shapes[i].name, name) == 0) p->s = shapes[i];
+        if (strcmp(shapes[i].name, shape_name) == 0) p->s = shapes[i];
     if (!p->s.name)
-        return err_set(e, E_USAGE, "--shape '%s' is not known (--help lists them)", name);
+        return err_set(e, E_USAGE, "--shape '%s' is not known (--help lists them)", shape_name);
     if (layers) p->s.layers = (int32_t)layers;
     if (vocab) p->s.vocab = (int32_t)vocab;
     if (head_dim) p->s.head_dim = (int32_t)head_dim;
@@ -500,84 +522,35 @@ static err_code take_shape(plan *p, const char *name, int64_t layers, int64_t vo
     return OK;
 }
 
+static int show_help(void)
+{
+    cli_help(&spec, stdout);
+    for (int i = 0; i < N_SHAPES; i++) printf("%s %s", i ? "," : "\nshapes:", shapes[i].name);
+    printf("\n");
+    return 0;
+}
+
+static err_code make(plan *p, err *e)
+{
+    p->dt = strcmp(dtype_text, "f32") == 0   ? DT_F32
+            : strcmp(dtype_text, "f16") == 0 ? DT_F16
+                                             : DT_BF16;
+    TRY(take_shape(p, e));
+    TRY(dir_make(p->dir, e));
+    TRY(write_configs(p, e));
+    TRY(write_tokenizer(p, e));
+    return write_weights(p, e);
+}
+
 int main(int argc, char **argv)
 {
-    const char *shape_name = "tiny", *dt = "bf16", *args[1];
-    int64_t layers = 0, vocab = 0, head_dim = 0;
-    plan p = {.shards = 1};
     bool help, version;
     int n;
     err e;
-    const cli_option options[] = {
-        {.name = "shape",
-         .kind = CLI_STR,
-         .target = &shape_name,
-         .arg = "NAME",
-         .help = "which model [tiny]"},
-        {.name = "seed",
-         .kind = CLI_I64,
-         .target = &p.seed,
-         .arg = "N",
-         .help = "of the weights [0]",
-         .hi = 1e9},
-        {.name = "dtype",
-         .kind = CLI_CHOICE,
-         .target = &dt,
-         .arg = "TYPE",
-         .choices = "bf16|f16|f32",
-         .help = "of all tensors [bf16]"},
-        {.name = "shards",
-         .kind = CLI_I64,
-         .target = &p.shards,
-         .arg = "N",
-         .lo = 1,
-         .hi = 999,
-         .help = "safetensors files [1]"},
-        {.name = "layers",
-         .kind = CLI_I64,
-         .target = &layers,
-         .arg = "N",
-         .lo = 1,
-         .hi = 1024,
-         .help = "in place of the shape's"},
-        {.name = "vocab",
-         .kind = CLI_I64,
-         .target = &vocab,
-         .arg = "N",
-         .lo = 264,
-         .hi = 1e6,
-         .help = "in place of the shape's"},
-        {.name = "head-dim",
-         .kind = CLI_I64,
-         .target = &head_dim,
-         .arg = "N",
-         .lo = 2,
-         .hi = 1024,
-         .help = "in place of the shape's"},
-    };
-    const cli_spec spec = {.tool = "make_model",
-                           .usage = "[options] OUT_DIR",
-                           .summary = "Writes a model directory with random weights.",
-                           .options = options,
-                           .n_options = sizeof options / sizeof options[0],
-                           .min_args = 1,
-                           .max_args = 1};
-    if (cli_parse(&spec, argc, argv, args, 1, &n, &help, &version, &e) != OK) goto fail;
-    if (help) {
-        cli_help(&spec, stdout);
-        for (int i = 0; i < N_SHAPES; i++) printf("%s %s", i ? "," : "\nshapes:", shapes[i].name);
-        printf("\n");
-        return 0;
-    }
-    if (n != 1) return 2;
-    p.dir = args[0];
-    p.dt = strcmp(dt, "f32") == 0 ? DT_F32 : strcmp(dt, "f16") == 0 ? DT_F16 : DT_BF16;
-    if (take_shape(&p, shape_name, layers, vocab, head_dim, &e) != OK) goto fail;
-    if (dir_make(p.dir, &e) != OK || write_configs(&p, &e) != OK || write_tokenizer(&p, &e) != OK ||
-        write_weights(&p, &e) != OK)
-        goto fail;
-    return 0;
-fail:
+    err_code rc = cli_parse(&spec, argc, argv, &the_plan.dir, 1, &n, &help, &version, &e);
+    if (rc == OK && help) return show_help();
+    if (rc == OK) rc = make(&the_plan, &e);
+    if (rc == OK) return 0;
     fprintf(stderr, "make_model: %s\n", e.msg);
     return 1;
 }
