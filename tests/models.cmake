@@ -25,7 +25,8 @@ option(WITH_FUZZER "build the fuzzers (clang)" OFF)
 function(tmf_fuzz name)
     add_executable(replay_${name} fuzz/replay.c fuzz/fuzz_${name}.c)
     target_link_libraries(replay_${name} PRIVATE tmf_flags ${ARGN})
-    add_test(NAME fuzz_${name} COMMAND replay_${name} ${CMAKE_CURRENT_SOURCE_DIR}/fuzz/corpus/${name})
+    add_test(NAME fuzz_${name}
+        COMMAND replay_${name} ${CMAKE_CURRENT_SOURCE_DIR}/fuzz/corpus/${name})
     set_tests_properties(fuzz_${name} PROPERTIES LABELS fuzz)
     if(WITH_FUZZER)
         add_executable(fuzz_${name} fuzz/fuzz_${name}.c)
@@ -41,7 +42,8 @@ find_package(Python3 COMPONENTS Interpreter)
 if(Python3_FOUND)
     add_executable(st_dump support/st_dump.c)
     target_link_libraries(st_dump PRIVATE tmf_flags tmf_formats)
-    add_test(NAME oracle_safetensors COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/oracle_safetensors.py
-        $<TARGET_FILE:st_dump> $<TARGET_FILE:make_model>)
+    add_test(NAME oracle_safetensors
+        COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/oracle_safetensors.py
+            $<TARGET_FILE:st_dump> $<TARGET_FILE:make_model>)
     set_tests_properties(oracle_safetensors PROPERTIES LABELS e2e SKIP_RETURN_CODE 77)
 endif()

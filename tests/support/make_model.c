@@ -1,5 +1,6 @@
-/* make_model: writes a Hugging Face directory with random weights in a given shape, with a tokenizer
- * that covers its vocabulary, so that any tool can be tried at any size without a download.
+/* make_model: writes a Hugging Face directory with random weights in a given shape, with a
+ * tokenizer that covers its vocabulary, so that any tool can be tried at any size without a
+ * download.
  *
  *     make_model --shape internlm2_1p8b --seed 1 --dtype bf16 --shards 2 OUT_DIR
  *
