@@ -170,6 +170,12 @@ static err_code put_id(layout *l, int32_t id, err *e)
     return id < 0 ? OK : layout_seg_add(l, (layout_seg){ id, 0, 0 }, e);
 }
 
+/* A tokenizer without configuration names no EOS; the usual one may be there nevertheless. */
+static int32_t eos_of(const tokenizer *t)
+{
+    return tokenizer_eos(t) >= 0 ? tokenizer_eos(t) : tokenizer_id(t, "</s>");
+}
+
 /* A piece of the template: special-token strings in it are tokens. */
 static err_code put_piece(layout *l, const char *s, err *e)
 {
@@ -177,7 +183,7 @@ static err_code put_piece(layout *l, const char *s, err *e)
         size_t n = strcspn(s, CHAT_BOS CHAT_EOS), at, len;
         int32_t id;
         if (n == 0) {
-            TRY(put_id(l, *s++ == CHAT_BOS[0] ? tokenizer_bos(l->t) : tokenizer_eos(l->t), e));
+            TRY(put_id(l, *s++ == CHAT_BOS[0] ? tokenizer_bos(l->t) : eos_of(l->t), e));
             continue;
         }
         if (tokenizer_find_special(l->t, s, n, &at, &len, &id)) {
@@ -200,7 +206,8 @@ static err_code role_of(int *role, const chat_message *m, int64_t i, err *e)
 {
     static const char *const names[] = { "system", "user", "assistant" };
     for (*role = 0; *role < 3; ++*role)
-        if (m->role && !strcmp(m->role, names[*role])) return m->content ? OK : err_set(e, E_INPUT, "message %d: no content", (int)i + 1);
+        if (m->role && !strcmp(m->role, names[*role]))
+            return m->content ? OK : err_set(e, E_INPUT, "message %d: no content", (int)i + 1);
     return err_set(e, E_INPUT, "message %d: expected role system, user or assistant, got '%.40s'", (int)i + 1,
                    m->role ? m->role : "");
 }
