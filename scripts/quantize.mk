@@ -40,7 +40,8 @@ $(error MODEL: '$(MODEL)' has no config.json)
 endif
 $(foreach f,$(DATA),$(if $(wildcard $f),,$(error DATA: no file '$f')))
 
-out := $(abspath $(OUT)) # absolute: ./calib and the phony calib would be one target
+# not ".": ./calib and the phony calib would be one target
+out := $(if $(filter . ./,$(OUT)),$(CURDIR),$(OUT:%/=%))
 bin := $(if $(BIN),$(BIN:/=)/)
 model_files := $(wildcard $(foreach p,*.json *.safetensors tokenizer.model merges.txt *.tiktoken *.jinja,$(MODEL)/$p))
 
@@ -64,14 +65,21 @@ awq: $(awq)
 workspace: $(workspace)
 info: all
 	$(bin)tm-run info $(if $(filter 128,$(GROUP)),$(out)/workspace,$(out)/awq)
-# The options of a step are a file that changes only when they do; written while make reads this, so that
-# an unchanged pipeline runs nothing at all.
-$(shell mkdir -p $(out))
+# The options of a step are a file that changes only when they do. It is written while make reads this, so
+# that an unchanged pipeline runs nothing at all; under -n and -q it only counts as changed.
+looking := $(findstring n,$(firstword -$(MAKEFLAGS)))$(findstring q,$(firstword -$(MAKEFLAGS)))
 define remember # STEP OPTIONS
-ifneq ($$(file <$(out)/.$1.opts),$(strip $2))
-$$(file >$(out)/.$1.opts,$(strip $2))
+ifneq ($$(file <$(out)/.$1.opts),options: $(strip $2))
+ifeq ($(looking),)
+$$(file >$(out)/.$1.opts,options: $(strip $2))
+else
+.PHONY: $(out)/.$1.opts
+endif
 endif
 endef
+ifeq ($(looking),)
+$(shell mkdir -p $(out))
+endif
 $(eval $(call remember,calib,$(calib_opts)))
 $(eval $(call remember,plan,$(plan_opts)))
 $(eval $(call remember,awq,$(awq_opts)))
@@ -80,21 +88,17 @@ $(eval $(call remember,workspace,$(convert_opts)))
 # The tools leave a result alone that is up to date in content; its time then moves here, so that make sees
 # it too.
 $(calib): $(model_files) $(DATA) $(out)/.calib.opts
-	$(bin)calib-collect $(MODEL) $(calib_opts) $(threads) -o $@
+	$(strip $(bin)calib-collect $(MODEL) $(calib_opts) $(threads) -o $@)
 	@touch $@
 
 $(plan): $(model_files) $(if $(filter rtn,$(METHOD)),,$(calib)) $(out)/.plan.opts
-	$(bin)awq-search $(MODEL) $(if $(filter rtn,$(METHOD)),,--calib $(calib)) $(plan_opts) $(threads) -o $@
+	$(strip $(bin)awq-search $(MODEL) $(if $(filter rtn,$(METHOD)),,--calib $(calib)) $(plan_opts) $(threads) -o $@)
 	@touch $@
 
 $(awq): $(model_files) $(plan) $(out)/.awq.opts
-	$(bin)pack-w4 $(MODEL) --plan $(plan) $(awq_opts) $(threads) -o $(out)/awq
+	$(strip $(bin)pack-w4 $(MODEL) --plan $(plan) $(awq_opts) $(threads) -o $(out)/awq)
 	@touch $@
 
 $(workspace): $(awq) $(out)/.workspace.opts
-	$(bin)tm-convert $(out)/awq $(convert_opts) -o $(out)/workspace
+	$(strip $(bin)tm-convert $(out)/awq $(convert_opts) -o $(out)/workspace)
 	@touch $@
-
-# Kept even though make finds them in chains; parallel makes on one OUT are kept apart by the tools' locks.
-.SECONDARY:
-$(out)/.%.opts: ;
