@@ -154,6 +154,11 @@ static err_code check_opts(const generator *g, const gen_opts *o, err *e)
     if (o->n_ids > room)
         return err_set(e, E_LIMIT, "prompt of %d tokens does not fit the session of %d", o->n_ids,
                        room);
+    for (int32_t i = 0; i < o->n_ids; i++) {
+        if (o->ids[i] < 0 || o->ids[i] >= model_desc_of(g->m)->vocab)
+            return err_set(e, E_INPUT, "prompt: token %d: expected an id from 0 to %d, got %d", i,
+                           model_desc_of(g->m)->vocab - 1, o->ids[i]);
+    }
     if (o->max_new < 0)
         return err_set(e, E_USAGE, "new tokens: expected 0 or more, got %d", o->max_new);
     if (o->n_stop_texts > GEN_MAX_STOP_TEXTS || (o->n_stop_texts && !g->t))

@@ -86,10 +86,9 @@ static int get_char(EditLine *el, wchar_t *out)
         const int got = next_byte(t, &c);
         if (got != 1) return got;
         if (c == 0x1b && take_paste_mark(t)) continue;
-        if (t->in_paste && c == '\r') continue;
         break;
     }
-    if (t->in_paste && c == '\n') {
+    if (t->in_paste && (c == '\n' || c == '\r')) { /* terminals send CR; libedit turns LF into CR */
         *out = PASTED_NEWLINE;
         return 1;
     }

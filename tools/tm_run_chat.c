@@ -25,7 +25,7 @@ static const cli_option options[] = {
     {"prompt", 'p', CLI_STR, &opt.prompt, "TEXT",
      "answer this and end; what standard input brings is put behind it"},
     RUN_CHAT_OPTIONS(opt.chat),
-    {"max-new-tokens", 'n', CLI_I64, &opt.max_new, "N",
+    {"max-new-tokens", 0, CLI_I64, &opt.max_new, "N",
      "of an answer, 0: until the session is full [1024]", .lo = 0, .hi = 1 << 24},
     {"stop", 0, CLI_LIST, &opt.stop, "TEXT", "also stop where an answer has this text; repeatable"},
     {"load", 0, CLI_STR, &opt.load, "FILE", "go on with a conversation that /save wrote"},

@@ -27,7 +27,7 @@ static const cli_option options[] = {
     RUN_CHAT_OPTIONS(opt.template),
     {"parse-special", 0, CLI_FLAG, &opt.parse_special, NULL,
      "special token strings in the prompt are tokens"},
-    {"max-new-tokens", 'n', CLI_I64, &opt.max_new, "N", "0: until the session is full [512]",
+    {"max-new-tokens", 0, CLI_I64, &opt.max_new, "N", "0: until the session is full [512]",
      .lo = 0, .hi = 1 << 24},
     {"stop", 0, CLI_LIST, &opt.stop, "TEXT",
      "also stop where the answer has this text; repeatable"},

@@ -15,7 +15,7 @@ static struct {
 static const cli_option options[] = {
     {"data", 'd', CLI_STR, &opt.data, "FILE", "jsonl with kind, messages and answer"},
     RUN_CHAT_OPTIONS(opt.chat),
-    {"max-new-tokens", 'n', CLI_I64, &opt.max_new, "N", "longest reply [256]", .lo = 1,
+    {"max-new-tokens", 0, CLI_I64, &opt.max_new, "N", "longest reply [256]", .lo = 1,
      .hi = 1 << 20},
     {"max-batch-size", 0, CLI_I64, &opt.batch, "N", "dialogues at once [16]", .lo = 1, .hi = 1024},
     {"show", 0, CLI_FLAG, &opt.show, NULL, "print each wrong reply on standard error"},
