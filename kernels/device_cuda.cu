@@ -1,0 +1,191 @@
+/* A CUDA device: one stream, cuBLAS on it, its table by compute capability. */
+#include <cublas_v2.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "kernels/device_cuda.cuh"
+
+static cuda_state *state(const device *d)
+{
+    return (cuda_state *)d->backend_data;
+}
+
+cudaStream_t dev_stream(const device *d)
+{
+    return state(d)->stream;
+}
+
+extern "C" {
+
+static err_code cuda_alloc(void **out, device *d, size_t bytes, const char *what, err *e)
+{
+    *out = NULL;
+    if (!bytes) return OK;
+    const cudaError_t rc = cudaMalloc(out, bytes);
+    if (rc != cudaSuccess) {
+        cudaGetLastError();
+        *out = NULL;
+        return err_set(e, rc == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE, "%s: %zu bytes on %s: %s",
+                       what, bytes, d->name, cudaGetErrorString(rc));
+    }
+    CUDA_TRY(cudaMemsetAsync(*out, 0, bytes, state(d)->stream), e);
+    return OK;
+}
+
+static void cuda_release(device *d, void *p)
+{
+    cudaStreamSynchronize(state(d)->stream);
+    cudaFree(p);
+}
+
+static err_code cuda_copy(device *d, tensor *dst, const tensor *src, err *e)
+{
+    if (!tensor_count(dst)) return OK;
+    CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault, state(d)->stream), e);
+    return OK;
+}
+
+static err_code cuda_sync(device *d, err *e)
+{
+    const cudaError_t rc = cudaStreamSynchronize(state(d)->stream);
+    if (rc == cudaSuccess) return OK;
+    cudaGetLastError();
+    return err_set(e, E_DEVICE, "%s: after %s: %s", d->name, state(d)->last_op, cudaGetErrorString(rc));
+}
+
+static err_code cuda_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e)
+{
+    (void)d;
+    CUDA_TRY(cudaMemGetInfo(free_bytes, total_bytes), e);
+    return OK;
+}
+
+/* 16-bit matrices are f16 on the device: bf16 ones are turned in place, f32 ones on the host. */
+static err_code upload_f32(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e)
+{
+    void *mem;
+    TRY(mem_alloc(&mem, (size_t)tensor_count(host), 2, "weights", e));
+    tensor half = tensor_of(mem, DT_F16, host->ndim, host->shape);
+    tensor_convert(&half, host);
+    err_code rc = dev_alloc(buf, d, tensor_bytes(&half), "weights", e);
+    if (rc == OK) {
+        *out = half;
+        out->data = buf->data;
+        out->mem = MEM_CUDA;
+        rc = dev_copy(d, out, &half, e);
+    }
+    if (rc == OK) rc = dev_sync(d, e);
+    mem_free(mem);
+    return rc;
+}
+
+static err_code cuda_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e)
+{
+    if (host->ndim == 2 && host->dt == DT_F32) return upload_f32(d, buf, out, host, e);
+    TRY(dev_alloc(buf, d, tensor_bytes(host), "weights", e));
+    *out = *host;
+    out->data = buf->data;
+    out->mem = MEM_CUDA;
+    TRY(dev_copy(d, out, host, e));
+    if (host->dt != DT_BF16) return OK;
+    out->dt = DT_F16;
+    return bf16_to_f16_cuda(d, out, e);
+}
+
+static void cuda_close(device *d)
+{
+    cuda_state *s = state(d);
+    if (s) {
+        if (s->blas) cublasDestroy(s->blas);
+        cudaFree(s->blas_work);
+        cudaFree(s->counters);
+        cudaFree(d->shared_scratch);
+        if (s->stream) cudaStreamDestroy(s->stream);
+    }
+    mem_free(s);
+    pool_close(&d->workers);
+}
+
+/* ---- recorded work ---- */
+static err_code cuda_record_begin(device *d, err *e)
+{
+    CUDA_TRY(cudaStreamBeginCapture(state(d)->stream, cudaStreamCaptureModeThreadLocal), e);
+    return OK;
+}
+
+static err_code cuda_record_end(device *d, void **graph, err *e)
+{
+    cudaGraph_t g = NULL;
+    cudaGraphExec_t x = NULL;
+    CUDA_TRY(cudaStreamEndCapture(state(d)->stream, &g), e);
+    const cudaError_t rc = cudaGraphInstantiate(&x, g, 0);
+    cudaGraphDestroy(g);
+    CUDA_TRY(rc, e);
+    *graph = x;
+    return OK;
+}
+
+static err_code cuda_record_run(device *d, void *graph, err *e)
+{
+    CUDA_TRY(cudaGraphLaunch((cudaGraphExec_t)graph, state(d)->stream), e);
+    return OK;
+}
+
+static void cuda_record_free(device *d, void *graph)
+{
+    cudaStreamSynchronize(state(d)->stream);
+    cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
+static const dev_backend cuda_backend = {cuda_alloc,        cuda_release,    cuda_copy,       cuda_sync,
+                                         cuda_memory,       cuda_upload,     cuda_close,      cuda_record_begin,
+                                         cuda_record_end,   cuda_record_run, cuda_record_free};
+
+static err_code open_handles(device *d, cuda_state *s, err *e)
+{
+    CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
+    CUDA_TRY(cudaMalloc((void **)&s->counters, CUDA_COUNTERS * sizeof(int32_t)), e);
+    CUDA_TRY(cudaMemsetAsync(s->counters, 0, CUDA_COUNTERS * sizeof(int32_t), s->stream), e);
+    if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS || cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
+        return err_set(e, E_DEVICE, "%s: cublasCreate failed", d->name);
+    /* A workspace of our own: recorded work may not allocate, and its bytes are counted. */
+    CUDA_TRY(cudaMalloc(&s->blas_work, CUDA_BLAS_BYTES), e);
+    if (cublasSetWorkspace(s->blas, s->blas_work, CUDA_BLAS_BYTES) != CUBLAS_STATUS_SUCCESS)
+        return err_set(e, E_DEVICE, "%s: cublasSetWorkspace failed", d->name);
+    return OK;
+}
+
+err_code device_cuda_open(device *d, const dev_opts *o, err *e)
+{
+    struct cudaDeviceProp p;
+    void *mem;
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+        cudaGetLastError();
+        return err_set(e, E_UNSUPPORTED, "device cuda: no usable driver or GPU on this machine");
+    }
+    if (o->index < 0 || o->index >= count)
+        return err_set(e, E_USAGE, "device cuda:%d: expected 0 to %d", o->index, count - 1);
+    CUDA_TRY(cudaSetDevice(o->index), e);
+    CUDA_TRY(cudaGetDeviceProperties(&p, o->index), e);
+    const int sm = p.major * 10 + p.minor;
+    snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
+    if (sm < 75) return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
+    d->backend = &cuda_backend;
+    d->mem = MEM_CUDA;
+    d->act = DT_F16;
+    d->resid = DT_F32;
+    TRY(pool_open(&d->workers, o->threads, e));
+    d->threads = pool_threads(d->workers);
+    TRY(mem_alloc(&mem, 1, sizeof(cuda_state), "device", e));
+    d->backend_data = mem;
+    cuda_state *s = (cuda_state *)mem;
+    s->sm = sm;
+    s->sms = p.multiProcessorCount;
+    s->last_op = "open";
+    TRY(open_handles(d, s, e));
+    ops_init_cuda(&d->ops, sm);
+    return OK;
+}
+
+} /* extern "C" */

@@ -1,0 +1,90 @@
+/* What the .cu files know of a CUDA device. */
+#ifndef TMF_KERNELS_DEVICE_CUDA_CUH
+#define TMF_KERNELS_DEVICE_CUDA_CUH
+
+#include <cublas_v2.h>
+
+#include "kernels/cuda_util.cuh"
+
+extern "C" {
+#include "base/mem.h"
+#include "kernels/device_internal.h"
+}
+
+#define CUDA_COUNTERS   (1 << 16)        /* arrival counters of split attention */
+#define CUDA_BLAS_BYTES ((size_t)32 << 20)
+
+typedef struct {
+    cudaStream_t stream;
+    cublasHandle_t blas;
+    void *blas_work;
+    int32_t *counters;   /* [CUDA_COUNTERS] zero between ops */
+    const char *last_op; /* for errors that surface later */
+    int sm, sms;
+} cuda_state;
+
+static inline cuda_state *cuda_of(const device *d)
+{
+    return (cuda_state *)d->backend_data;
+}
+
+/* After every launch: what the launch itself reports. */
+static inline err_code cuda_launched(device *d, const char *op, cudaError_t rc, err *e)
+{
+    cuda_of(d)->last_op = op;
+    if (rc == cudaSuccess) rc = cudaPeekAtLastError();
+    if (rc == cudaSuccess) return OK;
+    cudaGetLastError();
+    return err_set(e, E_DEVICE, "%s: %s: %s", d->name, op, cudaGetErrorString(rc));
+}
+
+static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, err *e)
+{
+    cuda_of(d)->last_op = op;
+    if (rc == CUBLAS_STATUS_SUCCESS) return OK;
+    return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
+}
+
+/* Launches with programmatic dependency: the kernel calls pdl_wait before it reads what earlier ones wrote. */
+template <typename... P, typename... A>
+static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P...), dim3 grid, dim3 block,
+                                   size_t smem, err *e, A... args)
+{
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[1];
+    cfg.gridDim = grid;
+    cfg.blockDim = block;
+    cfg.dynamicSmemBytes = smem;
+    cfg.stream = cuda_of(d)->stream;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cfg.attrs = attr;
+    cfg.numAttrs = cuda_of(d)->sm >= 90 ? 1 : 0;
+    return cuda_launched(d, op, cudaLaunchKernelEx(&cfg, kernel, P(args)...), e);
+}
+
+/* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
+extern "C" {
+err_code embed_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code rmsnorm_cuda(device *, tensor *, const tensor *, const tensor *, float, err *);
+err_code add_cuda(device *, tensor *, const tensor *, err *);
+err_code glu_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code nll_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, err *);
+err_code absstat_cuda(device *, tensor *, tensor *, const tensor *, err *);
+err_code gemm_cuda(device *, tensor *, const tensor *, const tensor *, const tensor *, bool, err *);
+err_code gemm_w4_cuda(device *, tensor *, const tensor *, const w4_weight *, bool, err *);
+err_code w4_upload_cuda(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
+size_t w4_upload_bytes_cuda(int64_t, int64_t, int32_t);
+err_code rope_kv_cuda(device *, tensor *, tensor *, const tensor *, const rope_spec *, const batch_rows *,
+                      const kv_layer *, err *);
+err_code attn_cuda(device *, tensor *, const tensor *, const kv_layer *, const batch_rows *, float, int32_t, err *);
+err_code gram_cuda(device *, tensor *, const tensor *, err *);
+err_code gram_finish_cuda(device *, tensor *, err *);
+err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code matmul_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code bf16_to_f16_cuda(device *, tensor *, err *); /* in place; beyond f16: infinity */
+size_t attn_scratch_cuda(const device *, const op_limits *);
+size_t gemm_w4_scratch_cuda(const device *, const op_limits *);
+}
+
+#endif

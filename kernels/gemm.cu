@@ -1,0 +1,111 @@
+/* Dense products through cuBLAS: 16-bit weights, f32 sums; and the f32 products of the search. */
+#include "kernels/device_cuda.cuh"
+
+__global__ void bias_kernel(void *y, bool wide, int64_t ldy, const __half *bias, int64_t n)
+{
+    const int64_t row = blockIdx.y, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    pdl_launch();
+    pdl_wait();
+    if (i >= n) return;
+    if (wide)
+        ((float *)y)[row * ldy + i] += __half2float(bias[i]);
+    else {
+        __half *p = (__half *)y + row * ldy + i;
+        *p = __float2half_rn(__half2float(*p) + __half2float(bias[i]));
+    }
+}
+
+__global__ void mirror_kernel(float *h, int64_t k)
+{
+    const int64_t i = (int64_t)blockIdx.y * blockDim.y + threadIdx.y, j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    pdl_launch();
+    pdl_wait();
+    if (i < k && j < i) h[j * k + i] = h[i * k + j];
+}
+
+/* out[i] = sum_j x[i][j] * xh[i][j] in f64, one block a row, fixed order. */
+__global__ void row_dot_kernel(double *out, const float *x, int64_t ldx, const float *xh, int64_t k)
+{
+    __shared__ double part[256];
+    pdl_launch();
+    pdl_wait();
+    double s = 0;
+    for (int64_t j = threadIdx.x; j < k; j += 256)
+        s += (double)x[blockIdx.x * ldx + j] * (double)xh[blockIdx.x * k + j];
+    part[threadIdx.x] = s;
+    __syncthreads();
+    for (int i = 128; i; i >>= 1) {
+        if ((int)threadIdx.x < i) part[threadIdx.x] += part[threadIdx.x + i];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) out[blockIdx.x] = part[0];
+}
+
+extern "C" {
+
+err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias, bool add, err *e)
+{
+    const float one = 1.f, beta = add ? 1.f : 0.f;
+    const int m = (int)x->shape[0], n = (int)w->shape[0], k = (int)w->shape[1];
+    if (w->dt != DT_F16) /* dev_upload makes weights f16 */
+        return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name, dtype_name(w->dt));
+    TRY(cuda_blas(d, "gemm",
+                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data, CUDA_R_16F, k,
+                               x->data, CUDA_R_16F, (int)x->stride[0], &beta, y->data,
+                               y->dt == DT_F32 ? CUDA_R_32F : CUDA_R_16F, (int)y->stride[0], CUBLAS_COMPUTE_32F,
+                               CUBLAS_GEMM_DEFAULT),
+                  e));
+    if (!bias) return OK;
+    return cuda_launch(d, "gemm: bias", bias_kernel, dim3((unsigned)((n + 255) / 256), (unsigned)m), dim3(256), 0, e,
+                       y->data, y->dt == DT_F32, y->stride[0], (const __half *)bias->data, (int64_t)n);
+}
+
+/* Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
+err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
+{
+    const float one = 1.f;
+    const int k = (int)x->shape[1], m = (int)x->shape[0];
+    return cuda_blas(d, "gram",
+                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one, x->data, CUDA_R_16F,
+                                  (int)x->stride[0], x->data, CUDA_R_16F, (int)x->stride[0], &one, h->data,
+                                  CUDA_R_32F, k, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                     e);
+}
+
+err_code gram_finish_cuda(device *d, tensor *h, err *e)
+{
+    const unsigned n = (unsigned)((h->shape[0] + 15) / 16);
+    return cuda_launch(d, "gram_finish", mirror_kernel, dim3(n, n), dim3(16, 16), 0, e, (float *)h->data, h->shape[0]);
+}
+
+err_code matmul_cuda(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
+{
+    const float one = 1.f, zero = 0.f;
+    return cuda_blas(d, "matmul",
+                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1], (int)a->shape[0],
+                                 (int)a->shape[1], &one, (const float *)b->data, (int)b->stride[0],
+                                 (const float *)a->data, (int)a->stride[0], &zero, (float *)y->data,
+                                 (int)y->stride[0]),
+                     e);
+}
+
+err_code quad_cuda(device *d, tensor *out, const tensor *x, const tensor *h, err *e)
+{
+    const int64_t k = x->shape[1], m = x->shape[0];
+    int64_t rows = (int64_t)(d->shared_bytes / ((size_t)k * sizeof(float)));
+    void *scratch;
+    if (rows > m) rows = m;
+    if (rows < 1) rows = 1;
+    TRY(dev_scratch(d, &scratch, (size_t)rows * (size_t)k * sizeof(float), "quad", e));
+    for (int64_t r = 0; r < m; r += rows) {
+        const int64_t n = m - r < rows ? m - r : rows;
+        const tensor part = tensor_rows(x, r, n);
+        tensor xh = tensor_2d(scratch, DT_F32, n, k);
+        TRY(matmul_cuda(d, &xh, &part, h, e));
+        TRY(cuda_launch(d, "quad", row_dot_kernel, dim3((unsigned)n), dim3(256), 0, e, (double *)out->data + r,
+                        (const float *)part.data, part.stride[0], (const float *)scratch, k));
+    }
+    return OK;
+}
+
+} /* extern "C" */

@@ -1,0 +1,266 @@
+/* W4A16 for few rows: every weight is read once, at the speed of memory.
+ *
+ * Activations become 16-bit fixed point, one scale for 128 of them, kept as two planes of 8 bits; codes are
+ * 8-bit integers after one mask. An integer mma then gives the exact product of codes and both planes, and
+ * costs a third of the instructions that f16 codes cost. The planes of a token are neighbouring columns,
+ * so that one thread holds both sums.
+ * One persistent block a multiprocessor walks tiles of 16 outputs. A producer warp streams the tiles through
+ * a ring in shared memory with bulk copies; it starts before the dependency wait, because weights belong to
+ * no earlier kernel, and the ring is small enough for the next kernel's blocks to sit beside ours and fill
+ * theirs: the stream does not stop between kernels. Consumer warps split k; sums meet in shared memory in a
+ * fixed order that does not depend on m. */
+#include "kernels/gemm_w4.cuh"
+
+#define STAGE_UNITS 16
+
+/* ---- activations ---- */
+/* planes[unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
+ * plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k = 32*step + 8*t + 0..7 of the unit.
+ * scales[unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. */
+template <int GROUP>
+__global__ void __launch_bounds__(128) w4_planes_kernel(uint8_t *planes, float *scales, const __half *x, int m,
+                                                        int k, int ldx, int token_tiles)
+{
+    const int lane = threadIdx.x & 31, token = blockIdx.y * 4 + (threadIdx.x >> 5), unit = blockIdx.x;
+    pdl_launch();
+    pdl_wait();
+    const int at = unit * 128 + lane * 4;
+    float v[4] = {};
+    if (token < m && at < k) {
+        const uint2 raw = *(const uint2 *)(x + (size_t)token * ldx + at);
+        const float2 a = __half22float2(*(const __half2 *)&raw.x), b = __half22float2(*(const __half2 *)&raw.y);
+        v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+    }
+    float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+#pragma unroll
+    for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+    const float inv = top > 0.f ? 32512.f / top : 0.f;
+    int sum = 0;
+    uint32_t hi = 0, lo = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
+        hi |= (uint32_t)(h & 255) << (8 * i);
+        lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
+        sum += q;
+    }
+#pragma unroll
+    for (int i = GROUP / 8; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
+    const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3);
+    uint8_t *p = planes + (((size_t)unit * token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
+                 (col * 4 + t) * 16 + (step & 1) * 8 + (lane & 1) * 4;
+    *(uint32_t *)p = hi;
+    *(uint32_t *)(p + 64) = lo;
+    float *s = scales + ((size_t)unit * token_tiles * 4 + token) * (1 + 128 / GROUP);
+    if (lane == 0) s[0] = top > 0.f ? top / 32512.f : 0.f;
+    if (lane % (GROUP / 4) == 0) s[1 + lane / (GROUP / 4)] = (float)sum;
+}
+
+__device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <int NT, int GROUP> struct unit_x {
+    uint4 b[NT][2];
+    float s[NT][1 + 128 / GROUP];
+};
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void load_x(unit_x<NT, GROUP> *x, const uint8_t *planes, const float *scales, int unit,
+                                       int lane)
+{
+#pragma unroll
+    for (int b = 0; b < NT; b++) {
+        const uint4 *p = (const uint4 *)(planes + ((size_t)unit * NT + b) * 1024) + lane;
+        const float *s = scales + ((size_t)unit * NT * 4 + b * 4 + (lane & 3)) * (1 + 128 / GROUP);
+        x->b[b][0] = p[0];
+        x->b[b][1] = p[32];
+#pragma unroll
+        for (int i = 0; i < 1 + 128 / GROUP; i++) x->s[b][i] = s[i];
+    }
+}
+
+/* acc[b][0]: row g of token t of tile b, acc[b][1]: row g + 8. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void mul_unit(float acc[NT][2], const uint8_t *unit, const unit_x<NT, GROUP> &x, int lane)
+{
+    const uint4 *codes = (const uint4 *)unit + lane;
+    const uint2 *params = (const uint2 *)(unit + 1024) + (lane >> 2);
+    const uint4 q[2] = {codes[0], codes[32]};
+    int part[NT][4];
+#pragma unroll
+    for (int h = 0; h < 4; h++) { /* steps of 32 inputs */
+        if (h * 32 % GROUP == 0)
+#pragma unroll
+            for (int i = 0; i < NT * 4; i++) (&part[0][0])[i] = 0;
+        const uint32_t w0 = (&q[h / 2].x)[(h & 1) * 2], w1 = (&q[h / 2].x)[(h & 1) * 2 + 1];
+        const uint32_t a[4] = {w0 & 0x0f0f0f0fu, w0 >> 4 & 0x0f0f0f0fu, w1 & 0x0f0f0f0fu, w1 >> 4 & 0x0f0f0f0fu};
+#pragma unroll
+        for (int b = 0; b < NT; b++)
+            mma_u8s8(part[b], a, (&x.b[b][h / 2].x)[(h & 1) * 2], (&x.b[b][h / 2].x)[(h & 1) * 2 + 1]);
+        if ((h * 32 + 32) % GROUP == 0) {
+            const uint2 p = params[h * 32 / GROUP * 8];
+            const float2 p0 = __half22float2(*(const __half2 *)&p.x), p1 = __half22float2(*(const __half2 *)&p.y);
+#pragma unroll
+            for (int b = 0; b < NT; b++) {
+                const float sum = x.s[b][1 + h * 32 / GROUP];
+                acc[b][0] += p0.x * x.s[b][0] * ((float)(part[b][0] * 256 + part[b][1]) - p0.y * sum);
+                acc[b][1] += p1.x * x.s[b][0] * ((float)(part[b][2] * 256 + part[b][3]) - p1.y * sum);
+            }
+        }
+    }
+}
+
+/* Row `row` (0..7) and row + 8 of a tile, one token. */
+__device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, int tile, int row, int col,
+                                           float v0, float v1)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int o = tile * 16 + row + 8 * i;
+        float v = i ? v1 : v0;
+        if (o >= w.n) continue;
+        const size_t at = (size_t)col * c.ldy + o;
+        if (w.bias) v += __half2float(w.bias[o]);
+        if (c.wide)
+            ((float *)c.y)[at] = c.add ? ((float *)c.y)[at] + v : v;
+        else {
+            if (c.add) v += __half2float(((__half *)c.y)[at]);
+            ((__half *)c.y)[at] = __float2half_rn(v);
+        }
+    }
+}
+
+template <int NT, int GROUP, int CW, int STAGES>
+__global__ void __launch_bounds__((CW + 1) * 32, NT > 2 ? 1 : 2) gemm_w4_few_kernel(w4_tiles w, w4_call c)
+{
+#if __CUDA_ARCH__ >= 900
+    constexpr int UNIT = 1024 + 64 * (128 / GROUP), STAGE = STAGE_UNITS * UNIT;
+    constexpr bool AHEAD = NT <= 2; /* more would not fit the registers */
+    extern __shared__ __align__(128) uint8_t ring[]; /* [STAGES][STAGE], then sums[2][CW][NT*64] */
+    __shared__ uint64_t full[STAGES], empty[STAGES];
+    float *sums = (float *)(ring + STAGES * STAGE);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int slabs = (w.units + STAGE_UNITS - 1) / STAGE_UNITS;
+
+    pdl_launch();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) mbar_init(&full[i], 1), mbar_init(&empty[i], CW);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (warp == CW) { /* producer */
+        if (lane) return;
+        int slot = 0, round = 0;
+        for (int tile = blockIdx.x; tile < w.tiles; tile += gridDim.x)
+            for (int s = 0; s < slabs; s++) {
+                if (round) mbar_wait(&empty[slot], (round - 1) & 1);
+                const int first = s * STAGE_UNITS, n = min(STAGE_UNITS, w.units - first);
+                bulk_load(ring + slot * STAGE, w.data + ((size_t)tile * w.units + first) * UNIT, n * UNIT,
+                          &full[slot]);
+                if (++slot == STAGES) slot = 0, round++;
+            }
+        return;
+    }
+    int slot = 0, round = 0, turn = 0;
+    unit_x<NT, GROUP> x, next;
+    pdl_wait();
+    if (AHEAD && warp < w.units) load_x<NT, GROUP>(&x, c.planes, c.scales, warp, lane);
+    for (int tile = blockIdx.x; tile < w.tiles; tile += gridDim.x, turn ^= 1) {
+        float acc[NT][2] = {};
+        for (int s = 0; s < slabs; s++) {
+            mbar_wait(&full[slot], round & 1);
+#pragma unroll
+            for (int u = 0; u < STAGE_UNITS; u += CW) {
+                const int at = s * STAGE_UNITS + u + warp, then = at + CW < w.units ? at + CW : warp;
+                if (at >= w.units) break;
+                if (AHEAD)
+                    load_x<NT, GROUP>(&next, c.planes, c.scales, then, lane);
+                else
+                    load_x<NT, GROUP>(&x, c.planes, c.scales, at, lane);
+                mul_unit<NT, GROUP>(acc, ring + slot * STAGE + (u + warp) * UNIT, x, lane);
+                if (AHEAD) x = next;
+            }
+            __syncwarp();
+            if (lane == 0) mbar_arrive(&empty[slot]);
+            if (++slot == STAGES) slot = 0, round++;
+        }
+        float *sum = sums + turn * CW * NT * 64;
+#pragma unroll
+        for (int i = 0; i < NT * 2; i++) sum[warp * NT * 64 + i * 32 + lane] = (&acc[0][0])[i];
+        asm volatile("bar.sync 1, %0;" ::"n"(CW * 32) : "memory");
+        for (int p = threadIdx.x; p < NT * 32; p += CW * 32) {
+            const int l = p & 31, b = p >> 5, col = b * 4 + (l & 3);
+            float v0 = 0.f, v1 = 0.f;
+            if (col >= c.m) continue;
+#pragma unroll
+            for (int k = 0; k < CW; k++) v0 += sum[k * NT * 64 + b * 64 + l], v1 += sum[k * NT * 64 + b * 64 + 32 + l];
+            store_pair(w, c, tile, l >> 2, col, v0, v1);
+        }
+    }
+#endif
+}
+
+template <int NT, int GROUP, int CW, int STAGES>
+static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int blocks, cudaStream_t stream, bool pdl)
+{
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[1];
+    const int smem = STAGES * STAGE_UNITS * w4_unit_bytes(GROUP) + 2 * CW * NT * 64 * (int)sizeof(float);
+    const cudaError_t rc = cudaFuncSetAttribute(gemm_w4_few_kernel<NT, GROUP, CW, STAGES>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (rc != cudaSuccess) return rc;
+    cfg.gridDim = dim3((unsigned)(w->tiles < blocks ? w->tiles : blocks));
+    cfg.blockDim = dim3((CW + 1) * 32);
+    cfg.dynamicSmemBytes = (size_t)smem;
+    cfg.stream = stream;
+    cfg.attrs = attr;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cfg.numAttrs = pdl ? 1 : 0;
+    return cudaLaunchKernelEx(&cfg, gemm_w4_few_kernel<NT, GROUP, CW, STAGES>, *w, *c);
+}
+
+template <int GROUP> static cudaError_t few_group(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t s, bool pdl)
+{
+    /* Two blocks of the same kernel a multiprocessor hide each other's ends. */
+    const int tt = w4_token_tiles(c->m);
+    if (tt == 1) return launch_few<1, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
+    if (tt == 2) return launch_few<2, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
+    return launch_few<4, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
+}
+
+cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl)
+{
+    if (w->group == 128) return few_group<128>(w, c, sms, stream, pdl);
+    if (w->group == 64) return few_group<64>(w, c, sms, stream, pdl);
+    return few_group<32>(w, c, sms, stream, pdl);
+}
+
+template <int GROUP>
+static cudaError_t planes_group(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl)
+{
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[1];
+    const int tt = w4_token_tiles(c->m);
+    cfg.gridDim = dim3((unsigned)w->units, (unsigned)tt);
+    cfg.blockDim = dim3(128);
+    cfg.stream = stream;
+    cfg.attrs = attr;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cfg.numAttrs = pdl ? 1 : 0;
+    return cudaLaunchKernelEx(&cfg, w4_planes_kernel<GROUP>, c->planes, c->scales, c->x, c->m, w->k, c->ldx, tt);
+}
+
+cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl)
+{
+    if (w->group == 128) return planes_group<128>(w, c, stream, pdl);
+    if (w->group == 64) return planes_group<64>(w, c, stream, pdl);
+    return planes_group<32>(w, c, stream, pdl);
+}
