@@ -202,7 +202,7 @@ convert_state convert_look(const convert *c, const char *path)
         state = strcmp(m.parent, weights_digest(c->src)) == 0 &&
                         strcmp(m.options, c->options) == 0 &&
                         strcmp(m.tool, "tmforge " TMF_VERSION) == 0 &&
-                        manifest_check_sizes(&m, path, &ignored) == OK
+                        manifest_verify(&m, path, c->j, &ignored) == OK
                     ? CONVERT_CURRENT
                     : CONVERT_STALE;
     manifest_free(&m);

@@ -30,7 +30,7 @@ uint64_t convert_bytes(const convert *c); /* of all weight files */
 size_t convert_memory(const convert *c);  /* what convert_write allocates at most */
 
 /* The state of an output path. CURRENT: a workspace of ours from the same parent, options and tool
- * version, with all files in their size. STALE: ours, but not that. FOREIGN: anything else there. */
+ * version, with every byte as its manifest says. STALE: ours, but not that. FOREIGN: anything else there. */
 typedef enum { CONVERT_ABSENT, CONVERT_CURRENT, CONVERT_STALE, CONVERT_FOREIGN } convert_state;
 convert_state convert_look(const convert *c, const char *path);
 

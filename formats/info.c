@@ -32,6 +32,17 @@ static void add_num(obj *x, const char *key, double v) { add(x, key, cJSON_Creat
 static void add_str(obj *x, const char *key, const char *v) { add(x, key, cJSON_CreateString(v)); }
 static void add_bool(obj *x, const char *key, bool v) { add(x, key, cJSON_CreateBool(v)); }
 
+/* A float in the digits that give it back: 1e-05, not 9.99999975e-06. */
+static void add_float(obj *x, const char *key, float v)
+{
+    char text[32];
+    for (int digits = 1; digits <= 9; digits++) {
+        (void)snprintf(text, sizeof text, "%.*g", digits, (double)v);
+        if (strtof(text, NULL) == v) break;
+    }
+    add_num(x, key, strtod(text, NULL));
+}
+
 static obj child(obj *x, const char *key)
 {
     obj c = {cJSON_CreateObject(), true};
@@ -160,9 +171,9 @@ static void add_model(obj *x, const model_desc *m)
     add_num(&o, "sliding_window", m->sliding_window);
     add_str(&o, "dtype", dtype_name(m->dt));
     add_num(&o, "w4_group", m->w4_group);
-    add_num(&o, "rope_theta", (double)m->rope_theta);
+    add_float(&o, "rope_theta", m->rope_theta);
     add_str(&o, "rope_scaling", rope_name(m->scaling.kind));
-    add_num(&o, "norm_eps", (double)m->norm_eps);
+    add_float(&o, "norm_eps", m->norm_eps);
     add_bool(&o, "qkv_bias", m->qkv_bias);
     add_bool(&o, "tied_embedding", m->tied_embed);
     add(&o, "stop_ids", cJSON_CreateIntArray(m->stop, m->n_stop));

@@ -19,10 +19,49 @@ import sys
 
 try:
     import numpy as np
-    from safetensors import safe_open
 except ImportError as missing:
     print(f"SKIP check_awq_numpy: {missing}")
     sys.exit(77)
+try:
+    from safetensors import safe_open
+except ImportError as missing:
+    print(f"note: {missing}; its file format is read by hand")
+    safe_open = None
+
+NUMPY_TYPE = {"F16": np.float16, "F32": np.float32, "I32": np.int32, "BF16": np.uint16}
+
+
+class ByHand:
+    """The few calls on a safetensors file that are needed here, for machines without the package."""
+
+    def __init__(self, path):
+        self.path = path
+        with open(path, "rb") as f:
+            self.base = 8 + int.from_bytes(f.read(8), "little")
+            self.header = json.loads(f.read(self.base - 8))
+        self.meta = self.header.pop("__metadata__", None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def keys(self):
+        return self.header.keys()
+
+    def metadata(self):
+        return self.meta
+
+    def get_tensor(self, name):
+        h = self.header[name]
+        count = int(np.prod(h["shape"]))
+        return np.fromfile(self.path, NUMPY_TYPE[h["dtype"]], count, offset=self.base + h["data_offsets"][0]).reshape(h["shape"])
+
+
+def open_file(path):
+    return safe_open(path, "np") if safe_open else ByHand(path)
+
 
 # Nibble p of an AWQ word holds column 8w + ORDER[p].
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -45,7 +84,7 @@ class Directory:
         self.where = {}
         for name in sorted(os.listdir(path)):
             if name.endswith(".safetensors"):
-                with safe_open(os.path.join(path, name), "np") as f:
+                with open_file(os.path.join(path, name)) as f:
                     for key in f.keys():
                         check(key not in self.where, f"{key} is in two files")
                         self.where[key] = name
@@ -58,11 +97,11 @@ class Directory:
         return name in self.where
 
     def get(self, name):
-        with safe_open(os.path.join(self.path, self.where[name]), "np") as f:
+        with open_file(os.path.join(self.path, self.where[name])) as f:
             return f.get_tensor(name)
 
     def metadata(self, name):
-        with safe_open(os.path.join(self.path, self.where[name]), "np") as f:
+        with open_file(os.path.join(self.path, self.where[name])) as f:
             return f.metadata()
 
 
@@ -310,18 +349,10 @@ def read_raw(path, name):
     for file in sorted(os.listdir(path)):
         if not file.endswith(".safetensors"):
             continue
-        with open(os.path.join(path, file), "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size))
-            if name not in header:
-                continue
-            begin, end = header[name]["data_offsets"]
-            f.seek(8 + size + begin)
-            data, dtype = f.read(end - begin), header[name]["dtype"]
-        array = {"BF16": lambda: bf16_to_f32(np.frombuffer(data, np.uint16)),
-                 "F16": lambda: np.frombuffer(data, np.float16).astype(np.float32),
-                 "F32": lambda: np.frombuffer(data, np.float32)}[dtype]()
-        return array.reshape(header[name]["shape"])
+        f = ByHand(os.path.join(path, file))
+        if name in f.keys():
+            t = f.get_tensor(name)
+            return bf16_to_f32(t) if f.header[name]["dtype"] == "BF16" else t.astype(np.float32)
     return None
 
 

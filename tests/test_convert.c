@@ -407,7 +407,7 @@ START_TEST(same_bytes_and_states)
     manifest a, b;
     err e;
     const convert_opts o = {0}, other = {.session_len = 77};
-    char second[600];
+    char second[600], path[700];
     open_awq(tiny_internlm2(), 128);
     (void)snprintf(second, sizeof second, "%s/second", root);
     MUST(convert_open(&c, src, &o, NULL, &e));
@@ -425,9 +425,15 @@ START_TEST(same_bytes_and_states)
     MUST(manifest_verify(&a, out_path, NULL, &e));
     manifest_free(&a);
     manifest_free(&b);
+    (void)snprintf(path, sizeof path, "%s/triton_models/weights/norm.weight", out_path);
+    FILE *f = fopen(path, "r+b");
+    ck_assert_ptr_nonnull(f);
+    (void)fputc(1, f);
+    ck_assert_int_eq(fclose(f), 0);
+    ck_assert_int_eq(convert_look(c, out_path), CONVERT_STALE); /* a changed byte */
     convert_close(&c);
     MUST(convert_open(&c, src, &other, NULL, &e));
-    ck_assert_int_eq(convert_look(c, out_path), CONVERT_STALE);
+    ck_assert_int_eq(convert_look(c, second), CONVERT_STALE); /* another option */
     convert_close(&c);
     close_all();
 }

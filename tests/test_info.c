@@ -77,6 +77,7 @@ START_TEST(directories)
     ck_assert(num(w, "bytes.ffn") == ffn / 2 + ffn / 128 * 4);
     ck_assert(num(w, "bytes.head") == 50 * 256 * 2 && num(w, "model.w4_group") == 128);
     ck_assert(num(h, "model.w4_group") == 0 && num(h, "model.layers") == 2);
+    ck_assert(num(w, "model.norm_eps") == 1e-5);
     ck_assert_str_eq(str(h, "model.dtype"), "BF16");
     ck_assert_str_eq(str(w, "workspace.lmdeploy"), "v0.6.4 .. v0.7.3");
     ck_assert_str_eq(str(w, "manifest.parent"), str(a, "digest"));
