@@ -15,7 +15,8 @@
 
 #define CHUNK       64  /* tokens unpacked at a time */
 #define SEGMENT     256 /* tokens of one running softmax; a multiple of CHUNK */
-#define TILE_V      32  /* query vectors of a work item; a multiple of 4 */
+#define TILE_V      32  /* query vectors of a work item; a multiple of GROUP_V */
+#define GROUP_V     4   /* of them share a load of a key or value */
 #define ATTN_PAD(d) (((d) + VL - 1) / VL * VL)
 #define SPLIT_V \
     256 /* up to this many query slots in all, segments become work items of their own */
@@ -41,6 +42,7 @@ typedef struct {
     int32_t window;
     int64_t dp;       /* head_dim up to whole vectors */
     int64_t groups;   /* query heads of a kv head */
+    int32_t limit;    /* sequences with more rows are left to another kernel */
     int64_t tiles;    /* work items of a sequence and head, at most */
     int64_t segments; /* partial results of a tile; 0: not split */
     int64_t slots;    /* query vectors of a partial result */
@@ -77,143 +79,224 @@ static attn_tile tile_at(void *scratch, int64_t dp)
     return t;
 }
 
-/* ---- unpacking ---- */
+/* ---- the cache as vectors ---- */
 
-/* Codes of two channels a byte, low nibble first, as bytes. */
-static inline void unpack_nibbles(uint8_t *dst, const uint8_t *src, int n_bytes)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* What rows of keys or values are: a cache format, or floats that were unpacked from one. */
+typedef enum { ROW_F16, ROW_U8, ROW_U4, ROW_F32 } row_kind;
+
+typedef struct {
+    const uint8_t *data;
+    size_t pitch; /* bytes from a token to the next */
+    row_kind kind;
+} attn_rows;
+
+/* Channels c.. of a row: values of f16 and f32, codes of the others. `kind` is constant at every call. */
+ALWAYS_INLINE vf row_vec(const uint8_t *row, int64_t c, const row_kind kind)
 {
-    const __m128i low = _mm_set1_epi8(15);
-    for (int i = 0; i < n_bytes; i += 8) {
-        uint64_t w = 0;
-        memcpy(&w, src + i, n_bytes - i < 8 ? (size_t)(n_bytes - i) : 8);
-        const __m128i b = _mm_cvtsi64_si128((long long)w);
-        const __m128i lo = _mm_and_si128(b, low), hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
-        _mm_storeu_si128((__m128i *)(void *)(dst + 2 * i), _mm_unpacklo_epi8(lo, hi));
+    if (kind == ROW_F16) return vf_f16((const f16 *)(const void *)row + c);
+    if (kind == ROW_U8) return vf_u8(row + c);
+    if (kind == ROW_U4) return vf_u4(row + c / 2);
+    return vf_load((const float *)(const void *)row + c);
+}
+
+ALWAYS_INLINE vf row_vec_n(const uint8_t *row, int64_t c, const row_kind kind, int64_t n)
+{
+    if (kind == ROW_F16) return vf_f16_n((const f16 *)(const void *)row + c, n);
+    if (kind == ROW_U8) return vf_u8_n(row + c, n);
+    return vf_u4_n(row + c / 2, n);
+}
+
+static row_kind kind_of(kv_format f) { return f == KV_16 ? ROW_F16 : f == KV_8 ? ROW_U8 : ROW_U4; }
+
+/* n tokens as floats, [n, dp]; dst is zero beyond d already. */
+ALWAYS_INLINE void unpack_as(float *dst, int64_t dp, const uint8_t *src, size_t pitch, int32_t n,
+                             int64_t d, const row_kind kind)
+{
+    for (int32_t t = 0; t < n; t++, dst += dp, src += pitch) {
+        int64_t c = 0;
+        for (; c + VL <= d; c += VL) vf_store(dst + c, row_vec(src, c, kind));
+        if (c < d) vf_store_n(dst + c, row_vec_n(src, c, kind, d - c), d - c);
     }
 }
 
-/* One token as floats: values of KV_16, codes of the others. dst is zero beyond head_dim already.
- */
-static inline void unpack_token(float *dst, const uint8_t *src, kv_format f, int d)
+static void unpack_tokens(float *dst, int64_t dp, const uint8_t *src, int32_t n, const kv_layer *kv)
 {
-    uint8_t codes[1024 + 16];
-    int c = 0;
-    if (f == KV_16) {
-        const f16 *h = (const f16 *)(const void *)src;
-        for (; c + VL <= d; c += VL) vf_store(dst + c, vf_f16(h + c));
-        if (c < d) vf_store_n(dst + c, vf_f16_n(h + c, d - c), d - c);
-        return;
-    }
-    if (f == KV_4) {
-        unpack_nibbles(codes, src, d / 2);
-        src = codes;
-    }
-    for (; c + VL <= d; c += VL) vf_store(dst + c, vf_u8(src + c));
-    if (c < d) vf_store_n(dst + c, vf_u8_n(src + c, d - c), d - c);
+    const size_t pitch = kv_token_bytes(kv);
+    if (kv->format == KV_16)
+        unpack_as(dst, dp, src, pitch, n, kv->head_dim, ROW_F16);
+    else if (kv->format == KV_8)
+        unpack_as(dst, dp, src, pitch, n, kv->head_dim, ROW_U8);
+    else
+        unpack_as(dst, dp, src, pitch, n, kv->head_dim, ROW_U4);
 }
 
-/* Tokens [t0, t0+n) of a head into dst [n, dp] and their scales and zeros into par [2, CHUNK]. */
-static void unpack_chunk(const attn_ctx *c, const int32_t *blocks, int32_t t0, int32_t n,
-                         int32_t head, int part, float *dst, float *par)
+/* n pairs {scale, zero} apart: scales at par, zeros at par + CHUNK. */
+static void unpack_params(float *par, const f16 *p, int32_t n)
+{
+    float pair[2 * CHUNK];
+    int32_t i = 0;
+    for (; i + VL <= 2 * n; i += VL) vf_store(pair + i, vf_f16(p + i));
+    if (i < 2 * n) vf_store(pair + i, vf_f16_n(p + i, 2 * n - i));
+    for (i = 0; i < n; i++) {
+        par[i] = pair[2 * i];
+        par[CHUNK + i] = pair[2 * i + 1];
+    }
+}
+
+/* Tokens [t0, t0+n) of a head and their scales and zeros (par [2, CHUNK]). Where they lie in one block
+ * and are read once (`once`) as whole vectors, they are used where they are, else unpacked to dst. */
+static attn_rows load_chunk(const attn_ctx *c, const int32_t *blocks, int32_t t0, int32_t n,
+                            int32_t head, int part, bool once, float *dst, float *par)
 {
     const kv_layer *kv = c->kv;
-    const size_t bytes = kv_token_bytes(kv);
+    attn_rows r = {(uint8_t *)dst, (size_t)c->dp * sizeof *dst, ROW_F32};
+    const bool direct = once && c->dp == kv->head_dim &&
+                        t0 % kv->block_tokens + CHUNK <= kv->block_tokens;
     for (int32_t i = n; i < CHUNK; i++) par[i] = par[CHUNK + i] = 0; /* masked, but never NaN */
     for (int32_t i = 0; i < n;) {
-        const int32_t slot = (t0 + i) % kv->block_tokens,
-                      block = blocks[(t0 + i) / kv->block_tokens];
+        const int32_t at = t0 + i, slot = at % kv->block_tokens;
+        const int32_t block = blocks[at / kv->block_tokens];
         const int32_t run = n - i < kv->block_tokens - slot ? n - i : kv->block_tokens - slot;
-        const uint8_t *src = kv_data(kv, block, head, part) + (size_t)slot * bytes;
-        for (int32_t j = 0; j < run; j++)
-            unpack_token(dst + (i + j) * c->dp, src + (size_t)j * bytes, kv->format, kv->head_dim);
-        if (kv->format != KV_16) {
-            const f16 *p = kv_param(kv, block, head, part) + 2 * slot;
-            for (int32_t j = 0; j < run; j++) {
-                par[i + j] = f16_to_f32(p[2 * j]);
-                par[CHUNK + i + j] = f16_to_f32(p[2 * j + 1]);
-            }
-        }
+        const uint8_t *src = kv_data(kv, block, head, part) + (size_t)slot * kv_token_bytes(kv);
+        if (direct)
+            r = (attn_rows){src, kv_token_bytes(kv), kind_of(kv->format)};
+        else
+            unpack_tokens(dst + i * c->dp, c->dp, src, run, kv);
+        if (kv->format != KV_16)
+            unpack_params(par + i, kv_param(kv, block, head, part) + 2 * slot, run);
         i += run;
     }
+    return r;
 }
 
 /* ---- the two products ---- */
 
-#define DOT_V 4        /* query vectors ... */
-#define DOT_T (VL / 4) /* ... by tokens of one tile of dot products */
-
-/* s[i][t] = q_i . k_t for DOT_V vectors and n tokens (k has whole DOT_T groups of rows to read) */
-static void dot_rows(float *s, const float *q, const float *k, int64_t dp, int32_t n)
+/* s[i][t] = q_i . k_t for nv vectors and n tokens; whole groups of VL / nv rows of k can be read. Each
+ * sum is the same whatever nv: VL lanes along the channels, then vf_sum. */
+ALWAYS_INLINE void dot_tile(float *s, const float *q, const attn_rows *k, int64_t dp, int32_t n,
+                            const int nv, const row_kind kind)
 {
-    for (int32_t t = 0; t < n; t += DOT_T) {
+    const int nt = VL / nv;
+    for (int32_t t = 0; t < n; t += nt) {
+        const uint8_t *row = k->data + (size_t)t * k->pitch;
         vf acc[VL];
         float out[VL];
 #pragma GCC unroll 16
         for (int i = 0; i < VL; i++) acc[i] = vf_zero();
         for (int64_t c = 0; c < dp; c += VL) {
-            vf kt[DOT_T];
+            vf qi[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < DOT_T; j++) kt[j] = vf_load(k + (t + j) * dp + c);
+            for (int i = 0; i < nv; i++) qi[i] = vf_load(q + i * dp + c);
+#pragma GCC unroll 16
+            for (int j = 0; j < nt; j++) {
+                const vf kt = vf_pin(row_vec(row + (size_t)j * k->pitch, c, kind));
 #pragma GCC unroll 4
-            for (int i = 0; i < DOT_V; i++) {
-                const vf qi = vf_load(q + i * dp + c);
-#pragma GCC unroll 4
-                for (int j = 0; j < DOT_T; j++)
-                    acc[i * DOT_T + j] = vf_fma(qi, kt[j], acc[i * DOT_T + j]);
+                for (int i = 0; i < nv; i++) acc[i * nt + j] = vf_fma(qi[i], kt, acc[i * nt + j]);
             }
         }
         vf_store(out, vf_sum_each(acc));
-        for (int i = 0; i < DOT_V; i++)
-            memcpy(s + i * CHUNK + t, out + i * DOT_T, sizeof *s * DOT_T);
+        for (int i = 0; i < nv; i++)
+            memcpy(s + i * CHUNK + t, out + i * nt, sizeof *s * (size_t)nt);
     }
 }
 
-#define MIX_C (VL / 4) /* vectors of channels of one tile of weighted sums */
-
-/* acc[i][c..] += sum over t of p[i][t] v[t][c..] for DOT_V vectors and `width` <= MIX_C vf of
- * channels */
-static inline __attribute__((always_inline)) void
-mix_tile(float *acc, const float *p, const float *v, int64_t dp, int32_t n, const int width)
+ALWAYS_INLINE void dot_kind(float *s, const float *q, const attn_rows *k, int64_t dp, int32_t n,
+                            int32_t nv, const row_kind kind)
 {
-    vf a[DOT_V * MIX_C];
+    if (nv == 1)
+        dot_tile(s, q, k, dp, n, 1, kind);
+    else if (nv == 2)
+        dot_tile(s, q, k, dp, n, 2, kind);
+    else
+        dot_tile(s, q, k, dp, n, 4, kind);
+}
+
+static void dot_rows(float *s, const float *q, const attn_rows *k, int64_t dp, int32_t n,
+                     int32_t nv)
+{
+    if (k->kind == ROW_F32)
+        dot_kind(s, q, k, dp, n, nv, ROW_F32);
+    else if (k->kind == ROW_F16)
+        dot_kind(s, q, k, dp, n, nv, ROW_F16);
+    else if (k->kind == ROW_U8)
+        dot_kind(s, q, k, dp, n, nv, ROW_U8);
+    else
+        dot_kind(s, q, k, dp, n, nv, ROW_U4);
+}
+
+/* acc[i][c..] += sum over t of p[i][t] v[t][c..] for nv vectors and `width` vf of channels */
+ALWAYS_INLINE void mix_tile(float *acc, const float *p, const attn_rows *v, int64_t c, int64_t dp,
+                            int32_t n, const int nv, const int width, const row_kind kind)
+{
+    vf a[VL];
 #pragma GCC unroll 4
-    for (int i = 0; i < DOT_V; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < width; j++) a[i * MIX_C + j] = vf_load(acc + i * dp + j * VL);
+    for (int i = 0; i < nv; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < width; j++) a[i * width + j] = vf_load(acc + i * dp + c + j * VL);
     }
-    for (int32_t t = 0; t < n; t++) {
-        vf vt[MIX_C];
+    const uint8_t *row = v->data;
+    for (int32_t t = 0; t < n; t++, row += v->pitch) {
+        vf pi[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < width; j++) vt[j] = vf_load(v + t * dp + j * VL);
+        for (int i = 0; i < nv; i++) pi[i] = vf_set(p[i * CHUNK + t]);
+#pragma GCC unroll 8
+        for (int j = 0; j < width; j++) {
+            const vf vt = vf_pin(row_vec(row, c + j * VL, kind));
 #pragma GCC unroll 4
-        for (int i = 0; i < DOT_V; i++) {
-            const vf pi = vf_set(p[i * CHUNK + t]);
-#pragma GCC unroll 4
-            for (int j = 0; j < width; j++) a[i * MIX_C + j] = vf_fma(pi, vt[j], a[i * MIX_C + j]);
+            for (int i = 0; i < nv; i++) a[i * width + j] = vf_fma(pi[i], vt, a[i * width + j]);
         }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < DOT_V; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < width; j++) vf_store(acc + i * dp + j * VL, a[i * MIX_C + j]);
+    for (int i = 0; i < nv; i++) {
+#pragma GCC unroll 8
+        for (int j = 0; j < width; j++) vf_store(acc + i * dp + c + j * VL, a[i * width + j]);
     }
 }
 
-static void mix_rows(float *acc, const float *p, const float *v, int64_t dp, int32_t n)
+/* Widths that keep nv * width sums in registers. */
+ALWAYS_INLINE void mix_all(float *acc, const float *p, const attn_rows *v, int64_t dp, int32_t n,
+                           const int nv, const row_kind kind)
 {
+    const int most = VL / nv < 8 ? VL / nv : 8;
     int64_t c = 0;
-    for (; c + MIX_C * VL <= dp; c += MIX_C * VL) mix_tile(acc + c, p, v + c, dp, n, MIX_C);
-    for (; c < dp; c += VL) mix_tile(acc + c, p, v + c, dp, n, 1);
+    for (; c + most * VL <= dp; c += most * VL) mix_tile(acc, p, v, c, dp, n, nv, most, kind);
+    for (; c + 4 * VL <= dp && most > 4; c += 4 * VL) mix_tile(acc, p, v, c, dp, n, nv, 4, kind);
+    for (; c < dp; c += VL) mix_tile(acc, p, v, c, dp, n, nv, 1, kind);
+}
+
+ALWAYS_INLINE void mix_kind(float *acc, const float *p, const attn_rows *v, int64_t dp, int32_t n,
+                            int32_t nv, const row_kind kind)
+{
+    if (nv == 1)
+        mix_all(acc, p, v, dp, n, 1, kind);
+    else if (nv == 2)
+        mix_all(acc, p, v, dp, n, 2, kind);
+    else
+        mix_all(acc, p, v, dp, n, 4, kind);
+}
+
+static void mix_rows(float *acc, const float *p, const attn_rows *v, int64_t dp, int32_t n,
+                     int32_t nv)
+{
+    if (v->kind == ROW_F32)
+        mix_kind(acc, p, v, dp, n, nv, ROW_F32);
+    else if (v->kind == ROW_F16)
+        mix_kind(acc, p, v, dp, n, nv, ROW_F16);
+    else if (v->kind == ROW_U8)
+        mix_kind(acc, p, v, dp, n, nv, ROW_U8);
+    else
+        mix_kind(acc, p, v, dp, n, nv, ROW_U4);
 }
 
 /* ---- softmax ---- */
 
 /* Scores of one vector in a chunk to weights; updates its running maximum and sum. Returns what the
  * sums so far are worth now. Tokens outside of [first, last] weigh 0. */
-static float softmax_row(float *s, int32_t n, int32_t from, int32_t to, float *max, float *sum)
+static float softmax_row(float *s, int32_t from, int32_t to, float *max, float *sum)
 {
     vf top = vf_set(-INFINITY), total = vf_zero();
-    if (to > n - 1) to = n - 1;
     if (to < -1) to = -1;
     for (int32_t t = 0; t < from && t < CHUNK; t++) s[t] = -INFINITY;
     for (int32_t t = to + 1; t < CHUNK; t++) s[t] = -INFINITY;
@@ -224,12 +307,12 @@ static float softmax_row(float *s, int32_t n, int32_t from, int32_t to, float *m
         return 1;
     }
     for (int t = 0; t < CHUNK; t += VL) {
-        const vf p = vf_exp(vf_sub(vf_load(s + t), vf_set(m)));
+        const vf p = vf_exp_neg(vf_sub(vf_load(s + t), vf_set(m)));
         total = vf_add(total, p);
         vf_store(s + t, p);
     }
     float keep[VL];
-    vf_store(keep, vf_exp(vf_set(*max - m)));
+    vf_store(keep, vf_exp_neg(vf_set(*max - m)));
     *max = m;
     *sum = *sum * keep[0] + vf_sum(total);
     return keep[0];
@@ -267,20 +350,23 @@ static void chunk_step(const attn_ctx *c, attn_tile *t, const int32_t *blocks, i
                        int32_t nv, int32_t t0, int32_t n)
 {
     const bool coded = c->kv->format != KV_16;
-    unpack_chunk(c, blocks, t0, n, head, KV_K, t->k, t->kp);
-    unpack_chunk(c, blocks, t0, n, head, KV_V, t->v, t->vp);
-    for (int32_t i = 0; i < nv; i += DOT_V) {
+    const bool once = nv <= GROUP_V;
+    const attn_rows k = load_chunk(c, blocks, t0, n, head, KV_K, once, t->k, t->kp);
+    const attn_rows v = load_chunk(c, blocks, t0, n, head, KV_V, once, t->v, t->vp);
+    for (int32_t i = 0; i < nv; i += GROUP_V) {
         float *s = t->s + i * CHUNK, *acc = t->acc + i * c->dp;
-        dot_rows(s, t->q + i * c->dp, t->k, c->dp, n);
-        for (int32_t j = i; j < i + DOT_V; j++) {
+        const int32_t group = nv - i < 3 ? nv - i : GROUP_V; /* 1, 2, or 4 with idle ones */
+        dot_rows(s, t->q + i * c->dp, &k, c->dp, n, group);
+        for (int32_t j = i; j < i + group; j++) {
             float *row = t->s + j * CHUNK, shift = 0;
             if (coded) scale_scores(row, t->kp, t->qsum[j]);
-            const float keep = softmax_row(row, n, t->first[j] - t0, t->last[j] - t0, t->max + j,
-                                           t->sum + j);
+            const float keep = softmax_row(row, t->first[j] - t0,
+                                           t->last[j] - t0 < n ? t->last[j] - t0 : n - 1,
+                                           t->max + j, t->sum + j);
             if (coded) shift = scale_weights(row, t->vp);
             rescale(t->acc + j * c->dp, c->dp, keep, shift);
         }
-        mix_rows(acc, s, t->v, c->dp, n);
+        mix_rows(acc, s, &v, c->dp, n, group);
     }
 }
 
@@ -302,8 +388,8 @@ static void segment_join(float *acc_all, float *max_all, float *sum_all, const f
     float keep[VL], take_in[VL];
     if (max == -INFINITY) return;
     const float m = fmaxf(*max_all, max);
-    vf_store(keep, vf_exp(vf_set(*max_all - m)));
-    vf_store(take_in, vf_exp(vf_set(max - m)));
+    vf_store(keep, vf_exp_neg(vf_set(*max_all - m)));
+    vf_store(take_in, vf_exp_neg(vf_set(max - m)));
     *max_all = m;
     *sum_all = *sum_all * keep[0] + sum * take_in[0];
     for (int64_t c = 0; c < dp; c += VL) {
@@ -380,7 +466,8 @@ static bool item_place(const attn_ctx *c, int64_t item, int32_t *s, int32_t *hea
     *s = (int32_t)(rest / c->kv->kv_heads);
     *head = (int32_t)(rest % c->kv->kv_heads);
     *v0 = tile * TILE_V;
-    return *v0 < (start[*s + 1] - start[*s]) * c->groups;
+    const int64_t rows = start[*s + 1] - start[*s];
+    return rows <= c->limit && *v0 < rows * c->groups;
 }
 
 static void whole_item(void *ctx, int64_t item, int worker)
@@ -454,14 +541,22 @@ static void join_item(void *ctx, int64_t place, int worker)
 
 /* ---- entry ---- */
 
-err_code CPU_FN(attn_cpu)(device *d, tensor *y, const tensor *q, const kv_layer *kv,
-                          const batch_rows *rows, float scale, int32_t window, err *e)
+err_code CPU_FN(attn_cpu_few)(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                              const batch_rows *rows, float scale, int32_t window, int32_t limit,
+                              err *e)
 {
-    attn_ctx c = {.d = d, .y = y, .q = q, .kv = kv, .rows = rows, .scale = scale, .window = window};
+    attn_ctx c = {.d = d,
+                  .y = y,
+                  .q = q,
+                  .kv = kv,
+                  .rows = rows,
+                  .scale = scale,
+                  .window = window,
+                  .limit = limit,
+                  .dp = ATTN_PAD(kv->head_dim),
+                  .groups = q->shape[2]};
     const int64_t segments = (rows->max_kv + SEGMENT - 1) / SEGMENT;
-    const int64_t vectors = rows->max_q * q->shape[2];
-    c.dp = ATTN_PAD(kv->head_dim);
-    c.groups = q->shape[2];
+    const int64_t vectors = (rows->max_q < limit ? rows->max_q : limit) * c.groups;
     c.tiles = (vectors + TILE_V - 1) / TILE_V;
     c.slots = vectors < TILE_V ? vectors : TILE_V;
     const int64_t places = c.tiles * kv->kv_heads * rows->seqs;
@@ -477,6 +572,12 @@ err_code CPU_FN(attn_cpu)(device *d, tensor *y, const tensor *q, const kv_layer 
     pool_run(d->workers, segment_item, &c, places * segments);
     pool_run(d->workers, join_item, &c, places);
     return OK;
+}
+
+err_code CPU_FN(attn_cpu)(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                          const batch_rows *rows, float scale, int32_t window, err *e)
+{
+    return CPU_FN(attn_cpu_few)(d, y, q, kv, rows, scale, window, INT32_MAX, e);
 }
 
 size_t CPU_FN(attn_cpu_scratch)(const op_limits *l)

@@ -18,10 +18,18 @@ size_t product_cpu_scratch_avx512(const op_limits *l);
 size_t gemm_amx_scratch(const op_limits *l);
 size_t product_amx_scratch(const op_limits *l);
 
+/* Calls of up to this many rows, and sequences with up to this many rows in attention, take the vector
+ * kernels on a CPU with AMX as well: memory limits there, and the tiles would stay mostly empty. */
+#define AMX_VECTOR_ROWS 4
 err_code gemm_cpu_avx512(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                          bool add, err *e);
 err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                   bool add, err *e);
+err_code attn_cpu_few_avx512(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                             const batch_rows *rows, float scale, int32_t window, int32_t limit,
+                             err *e);
+err_code attn_amx(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,
+                  float scale, int32_t window, err *e);
 err_code gram_amx(device *d, tensor *h, const tensor *x, err *e);
 err_code quad_amx(device *d, tensor *out, const tensor *x, const tensor *h, err *e);
 err_code matmul_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e);

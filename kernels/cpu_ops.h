@@ -15,6 +15,10 @@ err_code CPU_FN(rope_kv_cpu)(device *d, tensor *q, tensor *k, const tensor *v, c
                              const batch_rows *rows, const kv_layer *kv, err *e);
 err_code CPU_FN(attn_cpu)(device *d, tensor *y, const tensor *q, const kv_layer *kv,
                           const batch_rows *rows, float scale, int32_t window, err *e);
+/* Only the sequences with at most `limit` rows in this step. */
+err_code CPU_FN(attn_cpu_few)(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                              const batch_rows *rows, float scale, int32_t window, int32_t limit,
+                              err *e);
 err_code CPU_FN(nll_cpu)(device *d, tensor *nll, tensor *argmax, const tensor *logits,
                          const tensor *target, err *e);
 err_code CPU_FN(absstat_cpu)(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e);

@@ -1,12 +1,11 @@
 /* y (+)= x w^T + bias on AMX tiles (amx.h). Weights are the A side, packed a block of k at a time
  * from where they are mapped; x is the B side, packed once for all strips, at most CHUNK_M rows at
- * a time. The order of sums is the same for any number of rows above VECTOR_M; up to there memory
+ * a time. The order of sums is the same for any number of rows above AMX_VECTOR_ROWS; up to there memory
  * is what limits, splitting weights costs more than it gains (f16: 5 against 12 GB/s a core), and
  * the f32 product takes over. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
-#define VECTOR_M    4
 #define CHUNK_M     512 /* rows of x packed at a time: k * 2 KB of shared scratch */
 #define STRIP_N     256 /* weight rows of a work item; 64 where x is one tile wide */
 #define BLOCK_STEPS 16  /* 512 inputs: packed weights, x and sums of an item stay in 2 MB of L2 */
@@ -125,7 +124,7 @@ err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const 
     const int64_t m = x->shape[0], n = w->shape[0], k = x->shape[1];
     const op_limits need = {.rows = m < CHUNK_M ? (int32_t)m : CHUNK_M, .k = k};
     void *p;
-    if (m <= VECTOR_M) return gemm_cpu_avx512(d, y, x, w, bias, add, e);
+    if (m <= AMX_VECTOR_ROWS) return gemm_cpu_avx512(d, y, x, w, bias, add, e);
     TRY(dev_scratch(d, &p, gemm_amx_scratch(&need), "op_gemm", e));
     c.packed = p;
     c.steps = (k + AMX_STEP - 1) / AMX_STEP;

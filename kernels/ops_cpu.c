@@ -22,6 +22,7 @@ static size_t scratch_bytes_cpu(const device *d, const op_limits *l)
 static void fill_amx(op_table *t)
 {
     t->gemm = gemm_amx;
+    t->attn = attn_amx;
     t->gram = gram_amx;
     t->quad = quad_amx;
     t->matmul = matmul_amx;

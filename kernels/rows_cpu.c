@@ -169,7 +169,8 @@ static void nll_row(void *ctx, int64_t i, int worker)
         const int64_t end = n - b < 1024 ? n : b + 1024;
         vf s = vf_zero();
         int64_t k = b;
-        for (; k + VL <= end; k += VL) s = vf_add(s, vf_exp(vf_sub(vf_load(x + k), vf_set(top))));
+        for (; k + VL <= end; k += VL)
+            s = vf_add(s, vf_exp_neg(vf_sub(vf_load(x + k), vf_set(top))));
         float tail = vf_sum(s);
         for (; k < end; k++) tail += expf(x[k] - top);
         sum += tail;

@@ -42,6 +42,13 @@ static inline vf vf_u8(const uint8_t *p) /* codes as numbers */
     const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)p);
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(b));
 }
+static inline vf vf_u4(const uint8_t *p) /* VL codes, two a byte, low nibble first */
+{
+    const __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)p), low = _mm_set1_epi8(15);
+    const __m128i hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
+    const __m128i c = _mm_unpacklo_epi8(_mm_and_si128(b, low), hi);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(c));
+}
 static inline void vf_to_f16(f16 *p, vf a)
 {
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -58,6 +65,12 @@ static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
 static inline vf vf_round(vf a)
 {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* 2^n, n integral, -126..127 */
+static inline vf vf_pow2(vf n)
+{
+    const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(i, 23));
 }
 /* a * 2^n, n integral; saturates to infinity and 0 as it should */
 static inline vf vf_ldexp(vf a, vf n) { return _mm512_scalef_ps(a, n); }
@@ -122,6 +135,15 @@ static inline vf vf_u8(const uint8_t *p)
     const __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)p);
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b));
 }
+static inline vf vf_u4(const uint8_t *p)
+{
+    int32_t w;
+    memcpy(&w, p, 4);
+    const __m128i b = _mm_cvtsi32_si128(w), low = _mm_set1_epi8(15);
+    const __m128i hi = _mm_and_si128(_mm_srli_epi16(b, 4), low);
+    const __m128i c = _mm_unpacklo_epi8(_mm_and_si128(b, low), hi);
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(c));
+}
 static inline void vf_to_f16(f16 *p, vf a)
 {
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -138,6 +160,11 @@ static inline vf vf_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a
 static inline vf vf_round(vf a)
 {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline vf vf_pow2(vf n)
+{
+    const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(i, 23));
 }
 /* In two steps, so that results below the normal range and 2^128 come out right. |n| < 256 */
 static inline vf vf_ldexp(vf a, vf n)
@@ -205,6 +232,12 @@ static inline vf vf_u8_n(const uint8_t *p, int64_t n)
     memcpy(tmp, p, (size_t)n);
     return vf_u8(tmp);
 }
+static inline vf vf_u4_n(const uint8_t *p, int64_t n)
+{
+    uint8_t tmp[8] = {0};
+    memcpy(tmp, p, (size_t)n / 2);
+    return vf_u4(tmp);
+}
 static inline void vf_to_f16_n(f16 *p, vf a, int64_t n)
 {
     f16 tmp[VL];
@@ -234,15 +267,13 @@ static inline vf vf_any_n(const void *row, dtype dt, int64_t i, int64_t n)
     return vf_load_n((const float *)row + i, n);
 }
 
-/* e^x to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, Taylor to r^7 by Horner (remainder under 6e-9),
- * ln2 in two parts. Under -104 it is 0, above 89 infinity; a NaN stays one. */
-static inline vf vf_exp(vf x)
+/* e^r and the n of x = n ln2 + r, |r| <= ln2/2: Taylor to r^7 by Horner (remainder under 6e-9), ln2 in two
+ * parts. */
+static inline vf vf_exp_parts_(vf x, vf *n)
 {
-    /* min and max return their second operand for a NaN: it must pass through */
-    const vf c = vf_max(vf_set(-110.0f), vf_min(vf_set(100.0f), x));
-    const vf n = vf_round(vf_mul(c, vf_set(1.44269504089f)));
-    vf r = vf_fnma(n, vf_set(0x1.62e400p-1f), c);
-    r = vf_fnma(n, vf_set(0x1.7f7d1cp-20f), r);
+    *n = vf_round(vf_mul(x, vf_set(1.44269504089f)));
+    vf r = vf_fnma(*n, vf_set(0x1.62e400p-1f), x);
+    r = vf_fnma(*n, vf_set(0x1.7f7d1cp-20f), r);
     vf p = vf_set(1.0f / 5040);
     p = vf_fma(p, r, vf_set(1.0f / 720));
     p = vf_fma(p, r, vf_set(1.0f / 120));
@@ -250,8 +281,25 @@ static inline vf vf_exp(vf x)
     p = vf_fma(p, r, vf_set(1.0f / 6));
     p = vf_fma(p, r, vf_set(0.5f));
     p = vf_fma(p, r, vf_set(1.0f));
-    p = vf_fma(p, r, vf_set(1.0f));
+    return vf_fma(p, r, vf_set(1.0f));
+}
+
+/* e^x to about 1 ulp. Under -104 it is 0, above 89 infinity; a NaN stays one. */
+static inline vf vf_exp(vf x)
+{
+    vf n;
+    /* min and max return their second operand for a NaN: it must pass through */
+    const vf p = vf_exp_parts_(vf_max(vf_set(-110.0f), vf_min(vf_set(100.0f), x)), &n);
     return vf_ldexp(p, n);
+}
+
+/* The same for the weights of a softmax, x <= 0: 0 under -64 (1e-28 beside a largest of 1). So neither they
+ * nor what they are multiplied with becomes subnormal, which costs a hundred cycles a time. */
+static inline vf vf_exp_neg(vf x)
+{
+    vf n;
+    const vf p = vf_exp_parts_(vf_max(vf_set(-64.0f), x), &n);
+    return vf_select_gt(vf_set(-64.0f), x, vf_zero(), vf_mul(p, vf_pow2(n)));
 }
 
 #endif
