@@ -149,12 +149,6 @@ static void add_sizes(obj *x, const sizes *s)
 
 /* ---- model and tokenizer ---- */
 
-static const char *rope_name(rope_kind k)
-{
-    static const char *const names[] = {"none", "linear", "dynamic", "llama3", "yarn"};
-    return names[k];
-}
-
 static void add_model(obj *x, const model_desc *m)
 {
     obj o = child(x, "model");
@@ -172,7 +166,7 @@ static void add_model(obj *x, const model_desc *m)
     add_str(&o, "dtype", dtype_name(m->dt));
     add_num(&o, "w4_group", m->w4_group);
     add_float(&o, "rope_theta", m->rope_theta);
-    add_str(&o, "rope_scaling", rope_name(m->scaling.kind));
+    add_str(&o, "rope_scaling", tm_config_scaling(m->scaling.kind));
     add_float(&o, "norm_eps", m->norm_eps);
     add_bool(&o, "qkv_bias", m->qkv_bias);
     add_bool(&o, "tied_embedding", m->tied_embed);

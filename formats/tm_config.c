@@ -196,7 +196,7 @@ static const struct {
     {"dynamic", ROPE_DYNAMIC}, {"llama3", ROPE_LLAMA3}, {"yarn", ROPE_YARN},
 };
 
-static const char *scaling_name(rope_kind k)
+const char *tm_config_scaling(rope_kind k)
 {
     for (size_t i = 0; i < sizeof scaling_names / sizeof *scaling_names; i++)
         if (scaling_names[i].kind == k) return scaling_names[i].name;
@@ -315,7 +315,7 @@ static void print_attention(section *s, const tm_config *c)
     add_int(s, "original_max_position_embeddings",
             r->kind == ROPE_NONE ? 0 : r->original_max_positions);
     add_float(s, "rope_scaling_factor", r->kind == ROPE_NONE ? 0.0f : r->factor);
-    add_text(s, "rope_scaling_type", scaling_name(r->kind));
+    add_text(s, "rope_scaling_type", tm_config_scaling(r->kind));
     add_float(s, "rope_theta", m->rope_theta);
     add_int(s, "rotary_embedding", m->rope_dims);
     add_float(s, "softmax_scale", 0.0f);

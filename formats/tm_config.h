@@ -23,6 +23,8 @@ typedef struct {
     char model_name[128], chat_template[128], model_format[32];
 } tm_config;
 
+/* "linear", "llama3", ...; "" for none: how the yaml spells a rope scaling. */
+const char *tm_config_scaling(rope_kind k);
 /* Checks every number; E_INPUT names the key, E_UNSUPPORTED what no reader of ours handles (experts, MLA,
  * LoRA, logn). `yaml` as yaml_parse gives it. */
 err_code tm_config_read(tm_config *out, const cJSON *yaml, err *e);

@@ -187,6 +187,8 @@ END_TEST
 
 int main(void)
 {
+    (void)setenv("TMPDIR", "/dev/shm",
+                 0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("info");
     TCase *t = tcase_create("info");
     tcase_add_test(t, directories);

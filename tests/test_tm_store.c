@@ -16,6 +16,7 @@
 #include "base/mem.h"
 #include "formats/convert.h"
 #include "formats/yaml.h"
+#include "support/alloc_fail.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 
@@ -650,10 +651,58 @@ START_TEST(disk_full)
 }
 END_TEST
 
+/* ---- memory: every allocation fails once ---- */
+
+START_TEST(reading_out_of_memory)
+{
+    long k = 0;
+    make_workspace();
+    for (bool again = true; again; k++) {
+        weight_src *s;
+        linear_view v;
+        err e = {0};
+        alloc_fail_at(k + 1);
+        err_code rc = weights_open(&s, ws, &e);
+        if (rc == OK) rc = weights_linear(s, ROLE_QKV, 0, -1, &v, &e);
+        again = alloc_failed();
+        alloc_fail_at(0);
+        ck_assert_msg(rc == (again ? E_NOMEM : OK), "%ld: %s", k, e.msg);
+        weights_close(&s);
+    }
+    ck_assert_int_gt(k, 20);
+    tempdir_drop(root);
+}
+END_TEST
+
+START_TEST(writing_out_of_memory)
+{
+    char path[600];
+    long k = 0;
+    make_workspace();
+    (void)snprintf(path, sizeof path, "%s/again", root);
+    for (bool again = true; again; k++) {
+        err e = {0};
+        alloc_fail_at(k + 1);
+        const err_code rc = convert_to(path, &e);
+        again = alloc_failed();
+        alloc_fail_at(0);
+        /* a source whose manifest cannot be read for lack of memory is named by its content instead */
+        ck_assert_msg(rc == E_NOMEM || rc == OK, "%ld: %s", k, e.msg);
+        ck_assert(again || rc == OK);
+        ck_assert_int_eq(file_exists(path), rc == OK);
+        ck_assert_int_eq(dir_remove_tree(path, &e), OK);
+    }
+    ck_assert_int_gt(k, 60);
+    tempdir_drop(root);
+}
+END_TEST
+
 #define COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
 
 int main(void)
 {
+    (void)setenv("TMPDIR", "/dev/shm",
+                 0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("tm_store");
     TCase *t = tcase_create("tm_store");
     tcase_set_timeout(t, 60);
@@ -674,6 +723,8 @@ int main(void)
     tcase_add_test(t, wrong_manifest);
     tcase_add_test(t, unwritable);
     tcase_add_test(t, disk_full);
+    tcase_add_test(t, reading_out_of_memory);
+    tcase_add_test(t, writing_out_of_memory);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
