@@ -23,10 +23,10 @@
 
 enum {
     W4_TILE_N = 16,
-    W4_CHUNK_K = 32,      /* k of one line of activations and of four lines of codes */
-    W4_X_MAX = 2039,      /* 127*16 + 7 */
-    W4_ROWS = 8,          /* most rows of one block outside AMX */
-    W4_AMX_ROWS = 16      /* rows of an AMX tile */
+    W4_CHUNK_K = 32, /* k of one line of activations and of four lines of codes */
+    W4_X_MAX = 2039, /* 127*16 + 7 */
+    W4_ROWS = 8,     /* most rows of one block outside AMX */
+    W4_AMX_ROWS = 16 /* rows of an AMX tile */
 };
 
 typedef struct {
@@ -61,7 +61,7 @@ typedef struct {
 typedef struct {
     /* Rows of the block at `row` as stored; 0 < valid rows <= stored rows. */
     int (*block_rows)(const w4_call *c, int64_t row);
-    void (*quantize)(const w4_call *c, int64_t row, int stored); /* one block */
+    void (*quantize)(const w4_call *c, int64_t row, int stored);                /* one block */
     void (*compute)(const w4_call *c, int64_t tile, int64_t tiles, int worker); /* all rows */
 } w4_kernels;
 

@@ -14,22 +14,22 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-#define TILE_LOAD(t, p)                                                                            \
+#define TILE_LOAD(t, p) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #t : : "r"(p), "r"((int64_t)64) : "memory")
-#define TILE_STORE(t, p)                                                                           \
+#define TILE_STORE(t, p) \
     __asm__ volatile("tilestored %%tmm" #t ", (%0,%1,1)" : : "r"(p), "r"((int64_t)64) : "memory")
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t : : : "memory")
 /* c += a * b, a signed activations, b unsigned codes */
-#define TILE_DOT(c, a, b)                                                                          \
+#define TILE_DOT(c, a, b) \
     __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c : : : "memory")
 
 enum {
     TILE_BYTES = 1024,
     MAX_CHUNKS = 4, /* of a group */
     N = 2 * W4_TILE_N,
-    PASS_ROWS = 256,       /* most rows that share one unpacking */
-    PASS_BYTES = 1 << 20,  /* of activations: a part of the L2 cache that they stay in */
-    PAD_FROM = 9           /* rows from which a padded tile beats the vector kernel */
+    PASS_ROWS = 256,      /* most rows that share one unpacking */
+    PASS_BYTES = 1 << 20, /* of activations: a part of the L2 cache that they stay in */
+    PAD_FROM = 9          /* rows from which a padded tile beats the vector kernel */
 };
 
 typedef struct {
@@ -42,15 +42,15 @@ _Static_assert(sizeof(tile_config) == 64, "as the processor reads it");
 /* Of one worker. */
 typedef struct {
     _Alignas(64) uint8_t b[MAX_CHUNKS][2][TILE_BYTES]; /* one group, unpacked */
-    _Alignas(64) int32_t acc[2][4][TILE_BYTES / 4];    /* blocks alternate */
+    _Alignas(64) int32_t acc[4][TILE_BYTES / 4];
     _Alignas(64) float zs[2][4][W4_TILE_N]; /* groups alternate; zero, zero, scale, scale */
     _Alignas(64) float out[PASS_ROWS][N];
 } work;
 _Static_assert(sizeof(work) <= DEV_WORKER_BYTES, "fits the worker's scratch");
 
-/* A block whose integers wait to become floats. */
+/* A block whose integers, in work.acc, wait to become floats. They have become so when the next block's
+ * are stored there: a second buffer would only push the outputs out of the first cache. */
 typedef struct {
-    const int32_t *acc;
     const float *param; /* [tiles of rows][16]{scale, sum} */
     size_t param_step;  /* floats from one tile of rows to the next */
     const float (*zs)[W4_TILE_N];
@@ -76,11 +76,11 @@ static void unpack_params(const w4_tiles *w, const uint8_t *tile, int g, float *
     if (w->zeros_f16) {
         z = load_f16(tile + w->zeros_at + (size_t)g * 32);
     } else {
-        const __m128i b =
-            _mm_loadl_epi64((const __m128i *)(const void *)(tile + w->zeros_at + g * 8));
+        const __m128i b = _mm_loadl_epi64(
+            (const __m128i *)(const void *)(tile + w->zeros_at + g * 8));
         const __m128i m = _mm_set1_epi8(15);
-        const __m128i n =
-            _mm_unpacklo_epi8(_mm_and_si128(b, m), _mm_and_si128(_mm_srli_epi16(b, 4), m));
+        const __m128i n = _mm_unpacklo_epi8(_mm_and_si128(b, m),
+                                            _mm_and_si128(_mm_srli_epi16(b, 4), m));
         z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(n));
     }
     _mm512_store_ps(zero, z);
@@ -102,22 +102,27 @@ INLINE void unpack_chunk(uint8_t *b, const uint8_t *codes)
     }
 }
 
-/* Rows [from, to) of a pending block. */
-INLINE void finish_rows(const pending *p, int from, int to)
+/* Eights [from, to) of a pending block's rows. */
+INLINE void finish_rows(const pending *p, const int32_t *tiles, int from, int to)
 {
-    const __m512 z0 = _mm512_load_ps(p->zs[0]), z1 = _mm512_load_ps(p->zs[1]);
-    const __m512 s0 = _mm512_load_ps(p->zs[2]), s1 = _mm512_load_ps(p->zs[3]);
-    for (int r = from; r < to; r++) {
-        const int32_t *acc = p->acc + r / 16 * 512 + r % 16 * 16;
-        const float *param = p->param + (size_t)(r / 16) * p->param_step + r % 16 * 2;
-        const __m512 scale = _mm512_set1_ps(param[0]), sum = _mm512_set1_ps(param[1]);
-        __m512 f0 = _mm512_cvtepi32_ps(_mm512_load_si512(acc));
-        __m512 f1 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + 256));
-        f0 = _mm512_mul_ps(_mm512_fnmadd_ps(z0, sum, f0), scale);
-        f1 = _mm512_mul_ps(_mm512_fnmadd_ps(z1, sum, f1), scale);
-        float *out = p->out[r];
-        _mm512_store_ps(out, _mm512_fmadd_ps(f0, s0, _mm512_load_ps(out)));
-        _mm512_store_ps(out + 16, _mm512_fmadd_ps(f1, s1, _mm512_load_ps(out + 16)));
+    for (int u = from; u < to; u++) {
+        const __m512 z0 = _mm512_load_ps(p->zs[0]), z1 = _mm512_load_ps(p->zs[1]);
+        const __m512 s0 = _mm512_load_ps(p->zs[2]), s1 = _mm512_load_ps(p->zs[3]);
+        const int32_t *acc = tiles + u / 2 * 512 + u % 2 * 128;
+        const float *param = p->param + (size_t)(u / 2) * p->param_step + u % 2 * 16;
+        float *out = p->out[u * 8];
+        UNROLL for (int r = 0; r < 8; r++)
+        {
+            __m512 f0 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + 16 * r));
+            __m512 f1 = _mm512_cvtepi32_ps(_mm512_load_si512(acc + 256 + 16 * r));
+            const __m512 scale = _mm512_set1_ps(param[2 * r]),
+                         sum = _mm512_set1_ps(param[2 * r + 1]);
+            f0 = _mm512_mul_ps(_mm512_fnmadd_ps(z0, sum, f0), scale);
+            f1 = _mm512_mul_ps(_mm512_fnmadd_ps(z1, sum, f1), scale);
+            _mm512_store_ps(out + N * r, _mm512_fmadd_ps(f0, s0, _mm512_load_ps(out + N * r)));
+            _mm512_store_ps(out + N * r + 16,
+                            _mm512_fmadd_ps(f1, s1, _mm512_load_ps(out + N * r + 16)));
+        }
     }
 }
 
@@ -125,7 +130,7 @@ INLINE void finish_rows(const pending *p, int from, int to)
 INLINE void dot_32(int32_t *acc, const uint8_t *a0, const uint8_t *a1, uint8_t (*b)[2][TILE_BYTES],
                    int chunks, const pending *p)
 {
-    const int part = p->rows / chunks;
+    const int eights = p->rows / 8;
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
@@ -139,7 +144,7 @@ INLINE void dot_32(int32_t *acc, const uint8_t *a0, const uint8_t *a1, uint8_t (
         TILE_LOAD(5, a1 + c * TILE_BYTES);
         TILE_DOT(2, 5, 6);
         TILE_DOT(3, 5, 7);
-        finish_rows(p, c * part, (c + 1) * part);
+        finish_rows(p, acc, c * eights / chunks, (c + 1) * eights / chunks);
     }
     TILE_STORE(0, acc);
     TILE_STORE(1, acc + 256);
@@ -151,7 +156,7 @@ INLINE void dot_32(int32_t *acc, const uint8_t *a0, const uint8_t *a1, uint8_t (
 INLINE void dot_16(int32_t *acc, const uint8_t *a, uint8_t (*b)[2][TILE_BYTES], int chunks,
                    const pending *p)
 {
-    const int part = p->rows / chunks;
+    const int eights = p->rows / 8;
     TILE_ZERO(0);
     TILE_ZERO(1);
     for (int c = 0; c < chunks; c++) {
@@ -160,7 +165,7 @@ INLINE void dot_16(int32_t *acc, const uint8_t *a, uint8_t (*b)[2][TILE_BYTES], 
         TILE_DOT(0, 4, 6);
         TILE_LOAD(7, b[c][1]);
         TILE_DOT(1, 4, 7);
-        finish_rows(p, c * part, (c + 1) * part);
+        finish_rows(p, acc, c * eights / chunks, (c + 1) * eights / chunks);
     }
     TILE_STORE(0, acc);
     TILE_STORE(1, acc + 256);
@@ -189,26 +194,25 @@ static void pass(const w4_call *c, work *s, const uint8_t *const tile[2], int64_
     const size_t block_x = (size_t)w->k * 2 * W4_AMX_ROWS;
     const size_t param_step = (size_t)w->groups * 2 * W4_AMX_ROWS;
     pending p = {.rows = 0, .zs = (const float(*)[W4_TILE_N])s->zs[0]};
-    int turn = 0;
     memset(s->out, 0, (size_t)rows * sizeof s->out[0]);
     for (int g = 0; g < w->groups; g++) {
         const uint8_t *a = w4_block_x(c, row) + (size_t)(g * chunks) * TILE_BYTES;
         const float *param = w4_block_param(c, row) + g * 2 * W4_AMX_ROWS;
         unpack_group(s, w, tile, g);
-        for (int r = 0; r < rows; r += 32, turn ^= 1) {
-            int32_t *acc = s->acc[turn][0];
+        for (int r = 0; r < rows; r += 32) {
+            int32_t *acc = s->acc[0];
             const int now = rows - r < 32 ? 16 : 32;
             if (now == 32)
                 dot_32(acc, a, a + block_x, s->b, chunks, &p);
             else
                 dot_16(acc, a, s->b, chunks, &p);
-            p = (pending){acc, param, param_step, (const float(*)[W4_TILE_N])s->zs[g & 1],
-                          s->out + r, now};
+            p = (pending){param, param_step, (const float(*)[W4_TILE_N])s->zs[g & 1], s->out + r,
+                          now};
             a += 2 * block_x;
             param += 2 * param_step;
         }
     }
-    finish_rows(&p, 0, p.rows);
+    finish_rows(&p, s->acc[0], 0, p.rows / 8);
 }
 
 static void put_rows(const w4_call *c, const work *s, int64_t tile, int tiles, int64_t row,

@@ -89,7 +89,8 @@ INLINE __m512 load_zeros(const w4_tiles *w, const uint8_t *tile, int g)
     if (w->zeros_f16) return load_f16(tile + w->zeros_at + (size_t)g * 32);
     const __m128i b = _mm_loadl_epi64((const __m128i *)(const void *)(tile + w->zeros_at + g * 8));
     const __m128i m = _mm_set1_epi8(15);
-    const __m128i n = _mm_unpacklo_epi8(_mm_and_si128(b, m), _mm_and_si128(_mm_srli_epi16(b, 4), m));
+    const __m128i n = _mm_unpacklo_epi8(_mm_and_si128(b, m),
+                                        _mm_and_si128(_mm_srli_epi16(b, 4), m));
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(n));
 }
 
@@ -192,12 +193,12 @@ INLINE void rows_tiles(const w4_call *c, int64_t tile, int64_t apart, int64_t ro
 }
 
 /* Two streams, each through its half of the tiles, read faster than one. */
-#define ROWS_FN(R)                                                                                 \
-    static void rows_##R(const w4_call *c, int64_t tile, int64_t tiles, int64_t row)               \
-    {                                                                                              \
-        const int64_t half = tiles / 2;                                                            \
-        for (int64_t t = 0; t < half; t++) rows_tiles(c, tile + t, half, row, R, 2);               \
-        if (tiles % 2) rows_tiles(c, tile + tiles - 1, 0, row, R, 1);                              \
+#define ROWS_FN(R)                                                                   \
+    static void rows_##R(const w4_call *c, int64_t tile, int64_t tiles, int64_t row) \
+    {                                                                                \
+        const int64_t half = tiles / 2;                                              \
+        for (int64_t t = 0; t < half; t++) rows_tiles(c, tile + t, half, row, R, 2); \
+        if (tiles % 2) rows_tiles(c, tile + tiles - 1, 0, row, R, 1);                \
     }
 ROWS_FN(1)
 ROWS_FN(2)

@@ -60,10 +60,7 @@ typedef struct {
     int64_t out_n0;   /* in the fused weight */
 } upload_block;
 
-static int64_t block_count(const w4_weight *w)
-{
-    return (w->n + W4_BLOCK_N - 1) / W4_BLOCK_N;
-}
+static int64_t block_count(const w4_weight *w) { return (w->n + W4_BLOCK_N - 1) / W4_BLOCK_N; }
 
 static upload_block block_of(const upload *u, int64_t item)
 {
