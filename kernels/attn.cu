@@ -32,9 +32,14 @@ static err_code decode(device *d, tensor *y, const tensor *q, const kv_layer *kv
     c.block_tokens = kv->block_tokens, c.window = window, c.scale = scale;
     c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv, bits, s->sms);
     if ((int64_t)c.seqs * c.kv_heads * ((c.group + 7) / 8) > CUDA_COUNTERS) c.splits = 1;
-    TRY(dev_scratch(d, &work, attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim, c.splits), "attn", e));
+    const size_t planes = cuda_planes_bytes(y->shape[1]) + 128; /* at the other end */
+    const size_t bytes = attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim, c.splits);
+    TRY(dev_scratch(d, &work, bytes + planes, "attn", e));
     c.work = (float *)work;
-    return cuda_launched(d, "attn: decode", attn_decode(&c, kv->head_dim, bits, s->stream, s->sm >= 90), e);
+    if (kv->head_dim == 128) c.planes = cuda_planes_want(d, y->shape[0], y->shape[1]);
+    TRY(cuda_launched(d, "attn: decode", attn_decode(&c, kv->head_dim, bits, s->stream, s->sm >= 90), e));
+    cuda_planes_made(d, y, &c.planes);
+    return OK;
 }
 
 err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,

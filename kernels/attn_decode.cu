@@ -275,10 +275,36 @@ template <int D, int BITS> __device__ __forceinline__ int channel_of(int i, int 
     return (f / G::VD * 8 + g) * G::VD + f % G::VD;
 }
 
+/* Outputs of a block's heads: thread i holds (head i / D, channel i % D) of each NWARPS * 32. With planes a head is a
+ * unit of the product behind, which a warp makes of it. */
+template <int D> struct out_rows {
+    float v[8][D]; /* as f16 rounds them */
+};
+template <int D>
+__device__ void store_out(const attn_decode_call &c, out_rows<D> *rows, int seq, int head, int hg, int h, int d, float o)
+{
+    const __half r = __float2half_rn(o);
+    c.y[seq * c.y_row + ((size_t)head * c.group + hg * 8 + h) * D + d] = r;
+    if (D == 128 && c.planes.planes) rows->v[h][d] = __half2float(r);
+}
+template <int D>
+__device__ void store_out_planes(const attn_decode_call &c, const out_rows<D> *rows, int seq, int head, int hg, int heads)
+{
+    if (D != 128 || !c.planes.planes) return;
+    const int lane = threadIdx.x & 31;
+    __syncthreads();
+    for (int h = threadIdx.x >> 5; h < heads; h += NWARPS) {
+        const float4 f = *(const float4 *)&rows->v[h][lane * 4];
+        const float v[4] = {f.x, f.y, f.z, f.w};
+        w4_store_planes(c.planes, head * c.group + hg * 8 + h, seq, v, lane);
+    }
+}
+
 /* The last block adds up the splits, in their order: first how much each counts, then the channels, whose
  * loads do not wait for each other. */
 template <int D>
-__device__ void merge_splits(const attn_decode_call &c, const float *all, int seq, int head, int hg, int heads)
+__device__ void merge_splits(const attn_decode_call &c, const float *all, out_rows<D> *rows, int seq, int head, int hg,
+                             int heads)
 {
     constexpr int PART = geom<D, 16>::PART;
     __shared__ float weight[8][ATTN_MAX_SPLITS], norm[8];
@@ -308,8 +334,9 @@ __device__ void merge_splits(const attn_decode_call &c, const float *all, int se
         float o = 0.f;
 #pragma unroll 8
         for (int s = 0; s < c.splits; s++) o += weight[h][s] * __ldcg(all + (size_t)s * PART + h * (D + 2) + d);
-        c.y[seq * c.y_row + ((size_t)head * c.group + hg * 8 + h) * D + d] = __float2half_rn(o * norm[h]);
+        store_out<D>(c, rows, seq, head, hg, h, d, o * norm[h]);
     }
+    store_out_planes<D>(c, rows, seq, head, hg, heads);
 }
 
 template <int D, int BITS, int U>
@@ -317,13 +344,15 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
 {
     typedef geom<D, BITS> G;
     __shared__ float merged[NWARPS][8][D + 2];
+    __shared__ __align__(16) out_rows<D == 128 ? 128 : 1> outs;
+    out_rows<D> *rows = (out_rows<D> *)&outs; /* touched for head size 128 alone */
     __shared__ bool last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int head_groups = (c.group + 7) / 8;
     const int split = blockIdx.x, hg = blockIdx.y % head_groups, head = blockIdx.y / head_groups,
               seq = blockIdx.z;
-    pdl_wait();
     pdl_launch();
+    pdl_wait();
     const int len = c.kv_len[seq], from = c.window > 0 ? max(0, len - c.window) : 0;
     const int tiles = (len + U * TILE - 1) / (U * TILE), first = from / (U * TILE);
     const int lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
@@ -409,13 +438,16 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
             o += f * merged[w][h][d];
         }
         if (c.splits == 1)
-            c.y[seq * c.y_row + ((size_t)head * c.group + hg * 8 + h) * D + d] = __float2half_rn(o / sum);
+            store_out<D>(c, rows, seq, head, hg, h, d, o / sum);
         else {
             work[h * (D + 2) + d] = o;
             if (d == 0) work[h * (D + 2) + D] = m, work[h * (D + 2) + D + 1] = sum;
         }
     }
-    if (c.splits == 1) return;
+    if (c.splits == 1) {
+        store_out_planes<D>(c, rows, seq, head, hg, heads);
+        return;
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -426,7 +458,7 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     __syncthreads();
     if (!last) return;
     __threadfence();
-    merge_splits<D>(c, c.work + slot * c.splits * G::PART, seq, head, hg, heads);
+    merge_splits<D>(c, c.work + slot * c.splits * G::PART, rows, seq, head, hg, heads);
 }
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits)

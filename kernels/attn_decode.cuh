@@ -2,7 +2,7 @@
 #ifndef TMF_KERNELS_ATTN_DECODE_CUH
 #define TMF_KERNELS_ATTN_DECODE_CUH
 
-#include "kernels/cuda_util.cuh"
+#include "kernels/gemm_w4.cuh"
 
 typedef struct {
     const __half *q;         /* row s: [kv_heads, group, D] at q + s*q_row + h*q_head + r*q_sub */
@@ -17,6 +17,7 @@ typedef struct {
     int32_t seqs, kv_heads, group, table_stride, block_tokens;
     int32_t splits, window;
     float scale;
+    w4_planes_out planes;    /* of y, for head_dim 128 */
 } attn_decode_call;
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits);

@@ -41,6 +41,7 @@ static void cuda_release(device *d, void *p)
 static err_code cuda_copy(device *d, tensor *dst, const tensor *src, err *e)
 {
     if (!tensor_count(dst)) return OK;
+    state(d)->planes.x = NULL;
     CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault, state(d)->stream), e);
     return OK;
 }
@@ -127,6 +128,7 @@ static err_code cuda_record_end(device *d, void **graph, err *e)
 
 static err_code cuda_record_run(device *d, void *graph, err *e)
 {
+    state(d)->planes.x = NULL;
     CUDA_TRY(cudaGraphLaunch((cudaGraphExec_t)graph, state(d)->stream), e);
     return OK;
 }

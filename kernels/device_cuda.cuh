@@ -5,6 +5,7 @@
 #include <cublas_v2.h>
 
 #include "kernels/cuda_util.cuh"
+#include "kernels/gemm_w4.cuh"
 
 extern "C" {
 #include "base/mem.h"
@@ -14,12 +15,21 @@ extern "C" {
 #define CUDA_COUNTERS   (1 << 16)        /* arrival counters of split attention */
 #define CUDA_BLAS_BYTES ((size_t)32 << 20)
 
+/* The planes that lie at the end of the scratch: of these activations, until any op but a product is queued. */
+typedef struct {
+    const void *x;
+    int64_t m, k, ld;
+    int group;
+} cuda_planes;
+
 typedef struct {
     cudaStream_t stream;
     cublasHandle_t blas;
     void *blas_work;
     int32_t *counters;   /* [CUDA_COUNTERS] zero between ops */
     const char *last_op; /* for errors that surface later */
+    int w4_group;        /* of the weight uploaded last: what producers make planes for; 0 none */
+    cuda_planes planes;
     int sm, sms;
 } cuda_state;
 
@@ -32,6 +42,7 @@ static inline cuda_state *cuda_of(const device *d)
 static inline err_code cuda_launched(device *d, const char *op, cudaError_t rc, err *e)
 {
     cuda_of(d)->last_op = op;
+    cuda_of(d)->planes.x = NULL;
     if (rc == cudaSuccess) rc = cudaPeekAtLastError();
     if (rc == cudaSuccess) return OK;
     cudaGetLastError();
@@ -41,6 +52,7 @@ static inline err_code cuda_launched(device *d, const char *op, cudaError_t rc, 
 static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, err *e)
 {
     cuda_of(d)->last_op = op;
+    cuda_of(d)->planes.x = NULL;
     if (rc == CUBLAS_STATUS_SUCCESS) return OK;
     return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
 }
@@ -62,6 +74,13 @@ static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P..
     cfg.numAttrs = cuda_of(d)->sm >= 90 ? 1 : 0;
     return cuda_launched(d, op, cudaLaunchKernelEx(&cfg, kernel, P(args)...), e);
 }
+
+/* Where the op that makes activations [m,k] should leave their planes: planes NULL when no product will ask.
+ * Behind its launch the op calls cuda_planes_made. */
+w4_planes_out cuda_planes_want(device *d, int64_t m, int64_t k);
+void cuda_planes_made(device *d, const tensor *y, const w4_planes_out *o);
+/* Bytes at the end of the scratch that belong to planes. */
+size_t cuda_planes_bytes(int64_t k);
 
 /* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
 extern "C" {

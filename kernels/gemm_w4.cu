@@ -102,6 +102,38 @@ static w4_tiles tiles_of(const w4_weight *w)
     return t;
 }
 
+size_t cuda_planes_bytes(int64_t k)
+{
+    const int units = (int)((k + 127) / 128);
+    return (w4_planes_bytes(units, W4_FEW_MAX) + w4_scales_bytes(units, W4_FEW_MAX, 32) + 127) & ~(size_t)127;
+}
+
+/* Planes, then scales, at the end of the scratch: what other ops keep there lies in front. */
+static w4_planes_out planes_at(const device *d, int64_t m, int64_t k, int group)
+{
+    const int units = (int)((k + 127) / 128);
+    w4_planes_out o = {};
+    if (d->shared_bytes < cuda_planes_bytes(k)) return o;
+    o.planes = (uint8_t *)d->shared_scratch + (d->shared_bytes & ~(size_t)127) - cuda_planes_bytes(k);
+    o.scales = (float *)(o.planes + w4_planes_bytes(units, (int)m));
+    o.token_tiles = w4_token_tiles((int)m);
+    o.group = group;
+    return o;
+}
+
+w4_planes_out cuda_planes_want(device *d, int64_t m, int64_t k)
+{
+    const cuda_state *s = cuda_of(d);
+    if (s->sm < 90 || !s->w4_group || m > W4_FEW_MAX || k % 128) return w4_planes_out{};
+    return planes_at(d, m, k, s->w4_group);
+}
+
+void cuda_planes_made(device *d, const tensor *y, const w4_planes_out *o)
+{
+    if (!o->planes) return;
+    cuda_of(d)->planes = cuda_planes{y->data, y->shape[0], y->shape[1], y->stride[0], o->group};
+}
+
 extern "C" {
 
 size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
@@ -189,6 +221,7 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
     }
     memset(out, 0, sizeof *out);
     out->k = k, out->n = n, out->group = group, out->layout = W4_DEVICE;
+    cuda_of(d)->w4_group = group;
     out->q = tensor_1d(buf->data, DT_U8, (int64_t)buf->bytes);
     out->q.mem = MEM_CUDA;
     if (bias) {
@@ -201,23 +234,25 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
 size_t gemm_w4_scratch_cuda(const device *d, const op_limits *lim)
 {
     (void)d;
-    const int units = (int)((lim->k + 127) / 128);
-    const size_t few = w4_planes_bytes(units, W4_FEW_MAX) + w4_scales_bytes(units, W4_FEW_MAX, 32);
     const size_t dense = (size_t)lim->n * (size_t)lim->k * 2;
-    const size_t many = lim->rows <= STREAM_ROWS ? 0 : dense < DENSE_BYTES ? dense : DENSE_BYTES;
-    return few > many ? few : many;
+    return lim->rows <= STREAM_ROWS ? 0 : dense < DENSE_BYTES ? dense : DENSE_BYTES;
 }
 
 static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
 {
-    const cuda_state *s = cuda_of(d);
-    void *scratch;
-    TRY(dev_scratch(d, &scratch, w4_planes_bytes(w->units, c->m) + w4_scales_bytes(w->units, c->m, w->group),
-                    "gemm_w4", e));
-    c->planes = (uint8_t *)scratch;
-    c->scales = (float *)(c->planes + w4_planes_bytes(w->units, c->m));
-    TRY(cuda_launched(d, "gemm_w4: planes", gemm_w4_planes(w, c, s->stream, s->sm >= 90), e));
-    return cuda_launched(d, "gemm_w4", gemm_w4_few(w, c, s->sms, s->stream, s->sm >= 90), e);
+    cuda_state *s = cuda_of(d);
+    const w4_planes_out o = planes_at(d, c->m, w->k, w->group);
+    cuda_planes p = s->planes;
+    if (!o.planes) return err_set(e, E_LIMIT, "gemm_w4: ops_reserve was not told of %d inputs", w->k);
+    c->planes = o.planes;
+    c->scales = o.scales;
+    if (p.x != c->x || p.m != c->m || p.k != w->k || p.ld != c->ldx || p.group != w->group) {
+        TRY(cuda_launched(d, "gemm_w4: planes", gemm_w4_planes(w, c, s->stream, s->sm >= 90), e));
+        p.x = c->x, p.m = c->m, p.k = w->k, p.ld = c->ldx, p.group = w->group;
+    }
+    TRY(cuda_launched(d, "gemm_w4", gemm_w4_few(w, c, s->sms, s->stream, s->sm >= 90), e));
+    s->planes = p; /* the product changed neither x nor its planes */
+    return OK;
 }
 
 /* Slabs of outputs: unpack to f16, then a dense product. */

@@ -39,6 +39,47 @@ static inline size_t w4_scales_bytes(int units, int m, int group)
     return (size_t)units * w4_token_tiles(m) * 4 * (size_t)(1 + 128 / group) * sizeof(float);
 }
 
+/* Where a producer of activations leaves them as fixed point too; planes NULL: nowhere. */
+typedef struct {
+    uint8_t *planes;
+    float *scales;
+    int token_tiles, group;
+} w4_planes_out;
+
+#ifdef __CUDACC__
+/* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`. All lanes call.
+ * planes[unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
+ * plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k = 32*step + 8*t + 0..7 of the unit.
+ * scales[unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. Columns of
+ * tokens that nobody stored hold anything: they reach no output of another token. */
+__device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token, const float v[4], int lane)
+{
+    float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
+#pragma unroll
+    for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+    const float inv = top > 0.f ? 32512.f / top : 0.f;
+    int sum = 0;
+    uint32_t hi = 0, lo = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
+        hi |= (uint32_t)(h & 255) << (8 * i);
+        lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
+        sum += q;
+    }
+    for (int i = o.group / 8; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
+    const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
+    uint8_t *p = o.planes + (((size_t)unit * o.token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
+                 (col * 4 + t) * 16 + (step & 1) * 8 + (lane & 1) * 4;
+    *(uint32_t *)p = hi;
+    *(uint32_t *)(p + 64) = lo;
+    float *s = o.scales + ((size_t)unit * o.token_tiles * 4 + token) * per;
+    if (lane == 0) s[0] = top > 0.f ? top / 32512.f : 0.f;
+    if (lane % (o.group / 4) == 0) s[1 + lane / (o.group / 4)] = (float)sum;
+}
+#endif
+
 /* Activations of up to W4_FEW_MAX rows to fixed point, then the product. */
 cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl);
 cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl);

@@ -14,47 +14,20 @@
 #define STAGE_UNITS 16
 
 /* ---- activations ---- */
-/* planes[unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
- * plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k = 32*step + 8*t + 0..7 of the unit.
- * scales[unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. */
-template <int GROUP>
-__global__ void __launch_bounds__(128) w4_planes_kernel(uint8_t *planes, float *scales, const __half *x, int m,
-                                                        int k, int ldx, int token_tiles)
+__global__ void __launch_bounds__(128) w4_planes_kernel(w4_planes_out o, const __half *x, int m, int k, int ldx)
 {
     const int lane = threadIdx.x & 31, token = blockIdx.y * 4 + (threadIdx.x >> 5), unit = blockIdx.x;
+    const int at = unit * 128 + lane * 4;
     pdl_launch();
     pdl_wait();
-    const int at = unit * 128 + lane * 4;
+    if (token >= m) return;
     float v[4] = {};
-    if (token < m && at < k) {
+    if (at < k) {
         const uint2 raw = *(const uint2 *)(x + (size_t)token * ldx + at);
         const float2 a = __half22float2(*(const __half2 *)&raw.x), b = __half22float2(*(const __half2 *)&raw.y);
         v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
     }
-    float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-#pragma unroll
-    for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-    const float inv = top > 0.f ? 32512.f / top : 0.f;
-    int sum = 0;
-    uint32_t hi = 0, lo = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
-        hi |= (uint32_t)(h & 255) << (8 * i);
-        lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
-        sum += q;
-    }
-#pragma unroll
-    for (int i = GROUP / 8; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
-    /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
-    const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3);
-    uint8_t *p = planes + (((size_t)unit * token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
-                 (col * 4 + t) * 16 + (step & 1) * 8 + (lane & 1) * 4;
-    *(uint32_t *)p = hi;
-    *(uint32_t *)(p + 64) = lo;
-    float *s = scales + ((size_t)unit * token_tiles * 4 + token) * (1 + 128 / GROUP);
-    if (lane == 0) s[0] = top > 0.f ? top / 32512.f : 0.f;
-    if (lane % (GROUP / 4) == 0) s[1 + lane / (GROUP / 4)] = (float)sum;
+    w4_store_planes(o, unit, token, v, lane);
 }
 
 __device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
@@ -242,25 +215,17 @@ cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream
     return few_group<32>(w, c, sms, stream, pdl);
 }
 
-template <int GROUP>
-static cudaError_t planes_group(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl)
+cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    const int tt = w4_token_tiles(c->m);
-    cfg.gridDim = dim3((unsigned)w->units, (unsigned)tt);
+    const w4_planes_out o = {c->planes, c->scales, w4_token_tiles(c->m), w->group};
+    cfg.gridDim = dim3((unsigned)w->units, (unsigned)o.token_tiles);
     cfg.blockDim = dim3(128);
     cfg.stream = stream;
     cfg.attrs = attr;
     attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     cfg.numAttrs = pdl ? 1 : 0;
-    return cudaLaunchKernelEx(&cfg, w4_planes_kernel<GROUP>, c->planes, c->scales, c->x, c->m, w->k, c->ldx, tt);
-}
-
-cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl)
-{
-    if (w->group == 128) return planes_group<128>(w, c, stream, pdl);
-    if (w->group == 64) return planes_group<64>(w, c, stream, pdl);
-    return planes_group<32>(w, c, stream, pdl);
+    return cudaLaunchKernelEx(&cfg, w4_planes_kernel, o, c->x, c->m, w->k, c->ldx);
 }

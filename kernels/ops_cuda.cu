@@ -8,7 +8,8 @@ static size_t scratch_cuda(const device *d, const op_limits *lim)
     size_t most = attn_scratch_cuda(d, lim);
     const size_t w4 = gemm_w4_scratch_cuda(d, lim), quad = (size_t)lim->k * sizeof(float);
     if (w4 > most) most = w4;
-    return quad > most ? quad : most;
+    if (quad > most) most = quad;
+    return ((most + 127) & ~(size_t)127) + cuda_planes_bytes(lim->k) + 128;
 }
 
 void ops_init_cuda(op_table *t, int32_t sm)

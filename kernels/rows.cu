@@ -58,6 +58,84 @@ __global__ void rmsnorm_kernel(void *y, dtype ydt, int64_t ldy, const void *x, d
         store_f(y, row * ldy + i, ydt, load_f(x, row * ldx + i, xdt) * inv * load_f(w, i, wdt));
 }
 
+/* The step's norm: f32 in, f16 out, k a multiple of 128 up to 32 * NORM_UNITS * 128. A warp keeps whole units of
+ * 128 in registers, so x is read once and the planes of the product behind it cost no kernel. */
+#define NORM_UNITS 4
+__device__ __forceinline__ void load4(float v[4], const void *p, int64_t i, dtype dt)
+{
+    if (dt == DT_F32) {
+        const float4 f = *(const float4 *)((const float *)p + i);
+        v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = load_f(p, i + j, dt);
+}
+
+/* f16 values of four channels, in memory and back as what a reader of them gets. */
+__device__ __forceinline__ void store4(__half *y, float v[4])
+{
+    __half2 h[2];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = fminf(fmaxf(v[j], -65504.f), 65504.f);
+    h[0] = __floats2half2_rn(v[0], v[1]), h[1] = __floats2half2_rn(v[2], v[3]);
+    *(uint2 *)y = *(const uint2 *)h;
+    const float2 a = __half22float2(h[0]), b = __half22float2(h[1]);
+    v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+}
+
+__global__ void __launch_bounds__(1024) norm_units_kernel(__half *y, int64_t ldy, const float *x, int64_t ldx, const void *w,
+                                                         dtype wdt, float eps, int k, w4_planes_out o)
+{
+    __shared__ float part[32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, units = k / 128, row = blockIdx.x;
+    float v[NORM_UNITS][4], g[NORM_UNITS][4], sum = 0.f;
+    pdl_launch();
+#pragma unroll
+    for (int i = 0; i < NORM_UNITS; i++) /* weights belong to no earlier kernel */
+        if (warp + 32 * i < units) load4(g[i], w, (warp + 32 * i) * 128 + lane * 4, wdt);
+    pdl_wait();
+#pragma unroll
+    for (int i = 0; i < NORM_UNITS; i++)
+        if (warp + 32 * i < units) load4(v[i], x + row * ldx, (warp + 32 * i) * 128 + lane * 4, DT_F32);
+#pragma unroll
+    for (int i = 0; i < NORM_UNITS; i++)
+        if (warp + 32 * i < units) sum += v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    if (lane == 0) part[warp] = sum;
+    __syncthreads();
+    sum = part[lane];
+    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    const float inv = rsqrtf(sum / (float)k + eps);
+#pragma unroll
+    for (int i = 0; i < NORM_UNITS; i++) {
+        const int unit = warp + 32 * i;
+        if (unit >= units) break;
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[i][j] *= inv * g[i][j];
+        store4(y + row * ldy + unit * 128 + lane * 4, v[i]);
+        if (o.planes) w4_store_planes(o, unit, row, v[i], lane);
+    }
+}
+
+/* One warp 128 outputs of a row. */
+__global__ void __launch_bounds__(128) glu_units_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg,
+                                                        const __half *up, int64_t ldu, int units, w4_planes_out o)
+{
+    const int lane = threadIdx.x & 31, unit = blockIdx.x * 4 + (threadIdx.x >> 5), row = blockIdx.y;
+    pdl_launch();
+    pdl_wait();
+    if (unit >= units) return;
+    const int at = unit * 128 + lane * 4;
+    const uint2 graw = *(const uint2 *)(gate + row * ldg + at), uraw = *(const uint2 *)(up + row * ldu + at);
+    const float2 g0 = __half22float2(*(const __half2 *)&graw.x), g1 = __half22float2(*(const __half2 *)&graw.y);
+    const float2 u0 = __half22float2(*(const __half2 *)&uraw.x), u1 = __half22float2(*(const __half2 *)&uraw.y);
+    float v[4] = {g0.x / (1.f + __expf(-g0.x)) * u0.x, g0.y / (1.f + __expf(-g0.y)) * u0.y,
+                  g1.x / (1.f + __expf(-g1.x)) * u1.x, g1.y / (1.f + __expf(-g1.y)) * u1.y};
+    store4(y + row * ldy + at, v);
+    if (o.planes) w4_store_planes(o, unit, row, v, lane);
+}
+
 __global__ void add_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt, int64_t ldx, int64_t k)
 {
     pdl_launch();
@@ -152,8 +230,23 @@ err_code embed_cuda(device *d, tensor *y, const tensor *table, const tensor *ids
                        y->stride[0], (const void *)table->data, table->dt, (const int32_t *)ids->data, y->shape[1]);
 }
 
+static bool aligned4(const void *p, int64_t ld, size_t unit)
+{
+    return (uintptr_t)p % (4 * unit) == 0 && ld % 4 == 0;
+}
+
 err_code rmsnorm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, float eps, err *e)
 {
+    const int64_t k = x->shape[1];
+    if (x->dt == DT_F32 && y->dt == DT_F16 && k % 128 == 0 && k <= 32 * NORM_UNITS * 128 &&
+        aligned4(x->data, x->stride[0], 4) && aligned4(y->data, y->stride[0], 2)) {
+        const w4_planes_out o = cuda_planes_want(d, x->shape[0], k);
+        TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]), dim3(1024), 0, e,
+                        (__half *)y->data, y->stride[0], (const float *)x->data, x->stride[0], (const void *)w->data,
+                        w->dt, eps, (int)k, o));
+        cuda_planes_made(d, y, &o);
+        return OK;
+    }
     return cuda_launch(d, "rmsnorm", rmsnorm_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0, e, y->data, y->dt,
                        y->stride[0], (const void *)x->data, x->dt, x->stride[0], (const void *)w->data, w->dt, eps,
                        x->shape[1]);
@@ -167,6 +260,16 @@ err_code add_cuda(device *d, tensor *y, const tensor *x, err *e)
 
 err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, err *e)
 {
+    if (y->shape[1] % 128 == 0 && aligned4(y->data, y->stride[0], 2) && aligned4(gate->data, gate->stride[0], 2) &&
+        aligned4(up->data, up->stride[0], 2)) {
+        const int units = (int)(y->shape[1] / 128);
+        const w4_planes_out o = cuda_planes_want(d, y->shape[0], y->shape[1]);
+        TRY(cuda_launch(d, "glu", glu_units_kernel, dim3((unsigned)(units + 3) / 4, (unsigned)y->shape[0]), dim3(128), 0,
+                        e, (__half *)y->data, y->stride[0], (const __half *)gate->data, gate->stride[0],
+                        (const __half *)up->data, up->stride[0], units, o));
+        cuda_planes_made(d, y, &o);
+        return OK;
+    }
     const dim3 grid((unsigned)((y->shape[1] + THREADS - 1) / THREADS), (unsigned)y->shape[0]);
     return cuda_launch(d, "glu", glu_kernel, grid, dim3(THREADS), 0, e, (__half *)y->data, y->stride[0],
                        (const __half *)gate->data, gate->stride[0], (const __half *)up->data, up->stride[0],

@@ -1,11 +1,11 @@
 /* Timing of prefill and decode, and of plain reading for the share of the roof. */
 #include "runtime/bench.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/mem.h"
 #include "runtime/clock.h"
-#include "runtime/sampler.h"
 
 /* ---- reading ---- */
 
@@ -67,8 +67,10 @@ done:
 /* ---- prefill and decode ---- */
 
 typedef struct {
-    int32_t *prompt; /* [prompt_tokens] */
-    float *logits;   /* [vocab] */
+    int32_t *prompt; /* [batch, prompt_tokens] */
+    int32_t *ids;    /* [batch] */
+    float *nll;      /* [batch] of the ids: not a number when no logit is */
+    step_seq *seqs;  /* [batch] */
     double prompt_s[BENCH_MAX_ROUNDS], new_s[BENCH_MAX_ROUNDS];
 } bench_work;
 
@@ -76,7 +78,9 @@ static void work_free(bench_work **w)
 {
     if (!*w) return;
     mem_free((*w)->prompt);
-    mem_free((*w)->logits);
+    mem_free((*w)->ids);
+    mem_free((*w)->nll);
+    mem_free((*w)->seqs);
     mem_free(*w);
     *w = NULL;
 }
@@ -89,12 +93,16 @@ static err_code work_make(bench_work **out, const model *m, const bench_opts *o,
     err_code rc;
     TRY(mem_alloc(&p, 1, sizeof(bench_work), "bench", e));
     bench_work *w = p;
-    if ((rc = mem_alloc(&p, (size_t)o->prompt_tokens, sizeof(int32_t), "bench prompt", e)) != OK)
-        goto done;
+    const size_t n = (size_t)o->batch, all = n * (size_t)o->prompt_tokens;
+    if ((rc = mem_alloc(&p, all, sizeof(int32_t), "bench prompt", e)) != OK) goto done;
     w->prompt = p;
-    if ((rc = mem_alloc(&p, vocab, sizeof(float), "logits", e)) != OK) goto done;
-    w->logits = p;
-    for (int32_t i = 0; i < o->prompt_tokens; i++) {
+    if ((rc = mem_alloc(&p, n, sizeof(int32_t), "bench ids", e)) != OK) goto done;
+    w->ids = p;
+    if ((rc = mem_alloc(&p, n, sizeof(float), "bench losses", e)) != OK) goto done;
+    w->nll = p;
+    if ((rc = mem_alloc(&p, n, sizeof(step_seq), "bench sequences", e)) != OK) goto done;
+    w->seqs = p;
+    for (size_t i = 0; i < all; i++) {
         x = x * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX generator */
         w->prompt[i] = (int32_t)((x >> 33) % vocab);
     }
@@ -105,30 +113,37 @@ done:
     return rc;
 }
 
+/* One step of all sequences; the best ids come back, not the logits. */
+static err_code run_step(model *m, bench_work *w, const bench_opts *o, const int32_t *tokens,
+                         int32_t n, const job *j, err *e)
+{
+    for (int32_t i = 0; i < o->batch; i++)
+        w->seqs[i] = (step_seq){.slot = i,
+                                .tokens = tokens + (size_t)i * (size_t)n,
+                                .n_tokens = n,
+                                .n_out = 1,
+                                .argmax = &w->ids[i],
+                                .nll = &w->nll[i],
+                                .targets = w->prompt};
+    TRY(model_step(m, w->seqs, o->batch, j, e));
+    for (int32_t i = 0; i < o->batch; i++) {
+        if (!isfinite(w->nll[i])) return err_set(e, E_DEVICE, "bench: no finite logit");
+    }
+    return OK;
+}
+
 /* One round; the first of new_tokens falls out of the prompt's step, as in chat. */
 static err_code run_round(model *m, bench_work *w, const bench_opts *o, double *prompt_s,
                           double *new_s, int32_t *last, const job *j, err *e)
 {
-    const int32_t vocab = model_desc_of(m)->vocab;
-    int32_t id = 0;
-    step_seq s = {
-        .tokens = w->prompt, .n_tokens = o->prompt_tokens, .n_out = 1, .logits = w->logits};
-    model_seq_end(m, 0);
+    for (int32_t i = 0; i < o->batch; i++) model_seq_end(m, i);
     double begin = clock_s();
-    TRY(model_step(m, &s, 1, j, e));
-    if ((id = sample_argmax(w->logits, vocab)) < 0)
-        return err_set(e, E_DEVICE, "bench: no finite logit");
+    TRY(run_step(m, w, o, w->prompt, o->prompt_tokens, j, e));
     *prompt_s = clock_s() - begin;
     begin = clock_s();
-    s.tokens = &id;
-    s.n_tokens = 1;
-    for (int32_t i = 0; i < o->new_tokens; i++) {
-        TRY(model_step(m, &s, 1, j, e));
-        if ((id = sample_argmax(w->logits, vocab)) < 0)
-            return err_set(e, E_DEVICE, "bench: no finite logit");
-    }
+    for (int32_t i = 0; i < o->new_tokens; i++) TRY(run_step(m, w, o, w->ids, 1, j, e));
     *new_s = clock_s() - begin;
-    *last = id;
+    *last = w->ids[0];
     return OK;
 }
 
@@ -155,6 +170,9 @@ static err_code check(const model *m, const bench_opts *o, err *e)
         return err_set(e, E_USAGE,
                        "bench: %d + %d tokens: expected 1 or more of each, at most %d together",
                        o->prompt_tokens, o->new_tokens, room);
+    if (o->batch < 1 || o->batch > model_plan_of(m)->max_seqs)
+        return err_set(e, E_USAGE, "bench: batch: expected 1 to %d, got %d",
+                       model_plan_of(m)->max_seqs, o->batch);
     if (o->rounds < 1 || o->rounds > BENCH_MAX_ROUNDS)
         return err_set(e, E_USAGE, "bench: rounds: expected 1 to %d, got %d", BENCH_MAX_ROUNDS,
                        o->rounds);
@@ -173,7 +191,7 @@ err_code bench_run(bench_result *r, model *m, const bench_opts *o, const job *j,
         rc = run_round(m, w, o, &w->prompt_s[at], &w->new_s[at], &r->last_id, j, e);
         job_step(j, "bench", "round", i + 1, o->rounds);
     }
-    model_seq_end(m, 0);
+    for (int32_t i = 0; i < o->batch; i++) model_seq_end(m, i);
     if (rc == OK) {
         sort(w->prompt_s, o->rounds);
         sort(w->new_s, o->rounds);
@@ -181,8 +199,8 @@ err_code bench_run(bench_result *r, model *m, const bench_opts *o, const job *j,
         r->new_s = median(w->new_s, o->rounds);
         r->prompt_best_s = w->prompt_s[0];
         r->new_best_s = w->new_s[0];
-        r->prompt_tps = o->prompt_tokens / r->prompt_s;
-        r->new_tps = o->new_tokens / r->new_s;
+        r->prompt_tps = (double)o->batch * o->prompt_tokens / r->prompt_s;
+        r->new_tps = (double)o->batch * o->new_tokens / r->new_s;
         r->token_bytes = model_token_bytes(m, o->prompt_tokens + o->new_tokens / 2);
     }
     work_free(&w);

@@ -1,4 +1,4 @@
-/* Speed of the step that chat runs: a prompt in one step, then one token a step, greedy. */
+/* Speed of the step that chat runs: prompts in one step, then one token a sequence and step, greedy. */
 #ifndef TMF_RUNTIME_BENCH_H
 #define TMF_RUNTIME_BENCH_H
 
@@ -8,6 +8,7 @@
 
 typedef struct {
     int32_t prompt_tokens, new_tokens; /* 1 or more; together within the session */
+    int32_t batch;                     /* sequences of equal length, one slot each; 1 or more */
     int32_t rounds;                    /* timed, after one that is not */
     uint64_t seed;                     /* of the prompt's ids */
 } bench_opts;
@@ -15,11 +16,11 @@ typedef struct {
 typedef struct {
     double prompt_s, new_s; /* medians over the rounds */
     double prompt_best_s, new_best_s;
-    double prompt_tps, new_tps; /* tokens a second, of the medians */
-    size_t token_bytes;         /* read for a new token, at the middle of the answer */
-    int32_t last_id;            /* greedy end: equal over runs, threads and batch sizes */
+    double prompt_tps, new_tps; /* tokens a second of all sequences together, of the medians */
+    size_t token_bytes; /* read for a new token of one sequence, at the middle of the answer */
+    int32_t last_id;    /* greedy end of the first: equal over runs, threads and batch sizes */
 } bench_result;
-/* Uses slot 0 and ends it. */
+/* Uses slots 0..batch-1 and ends them. Sequences differ from each other; the first is the same in any batch. */
 err_code bench_run(bench_result *r, model *m, const bench_opts *o, const job *j, err *e);
 
 /* Bytes a second that all threads of `d` together read from a block of `bytes` of its memory: best of

@@ -8,6 +8,8 @@
 #include "runtime/model_internal.h"
 
 #define MODEL_DEFAULT_ROWS  512
+#define MODEL_DEVICE_ROWS   2048 /* on devices of their own memory: fewer passes over the weights */
+#define MODEL_LOGIT_SEQS    256  /* a head over so many sequences stays one product */
 #define MODEL_DEFAULT_BLOCK 64
 #define MODEL_DEFAULT_SHARE 0.8
 #define MODEL_MAX_ROWS      65536
@@ -143,10 +145,14 @@ err_code model_plan_make(model_plan *p, device *d, weight_src *src, const model_
     p->session_len = o->session_len ? o->session_len : m->max_tokens;
     p->max_seqs = o->max_seqs ? o->max_seqs : 1;
     p->block_tokens = o->block_tokens ? o->block_tokens : MODEL_DEFAULT_BLOCK;
-    p->max_rows = o->max_rows ? o->max_rows : MODEL_DEFAULT_ROWS;
+    p->max_rows = o->max_rows              ? o->max_rows
+                  : dev_mem(d) == MEM_HOST ? MODEL_DEFAULT_ROWS
+                                           : MODEL_DEVICE_ROWS;
     p->max_rows = min32(p->max_rows, (int64_t)p->session_len * p->max_seqs);
     p->logit_rows = min32((int64_t)(MODEL_LOGIT_BYTES / (4 * (size_t)m->vocab)), p->max_rows);
     if (p->logit_rows < 8) p->logit_rows = min32(8, p->max_rows);
+    const int32_t seqs = min32(p->max_seqs, MODEL_LOGIT_SEQS);
+    if (p->logit_rows < seqs) p->logit_rows = min32(seqs, p->max_rows);
     if (p->session_len > m->max_tokens && m->scaling.kind != ROPE_DYNAMIC)
         job_log(j, LOG_WARN, "session length %d is beyond the model's context of %d",
                 p->session_len, m->max_tokens);
@@ -331,6 +337,7 @@ void model_close(model **mp)
 {
     if (!mp || !*mp) return;
     model *m = *mp;
+    for (int i = 0; i < MODEL_RECORDINGS; i++) dev_graph_free(&m->recordings[i].work);
     for (int32_t l = 0; m->blocks && l < m->m->layers; l++) block_free(&m->blocks[l]);
     mem_free(m->blocks);
     block_scratch_close(&m->scratch);

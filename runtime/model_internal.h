@@ -19,6 +19,15 @@ typedef struct {
     dev_buf dev;
 } model_stage;
 
+/* The work of a decode pass, on devices that can record. */
+#define MODEL_RECORDINGS 32
+typedef struct {
+    int32_t n, max_kv; /* sequences; attention is laid out for contexts up to max_kv */
+    bool score;        /* with losses and best ids */
+    uint64_t used;     /* recording_clock at its last use, 0: empty */
+    dev_graph *work;
+} model_recording;
+
 struct model {
     device *d;
     weight_src *src;
@@ -40,6 +49,9 @@ struct model {
     float *logits_host; /* [logit_rows, vocab]; NULL where the device's memory is the host's */
     float *nll_host;    /* [logit_rows] likewise */
     int32_t *best_host;
+
+    model_recording recordings[MODEL_RECORDINGS];
+    uint64_t recording_clock;
 
     rope_spec rope;
     float *inv_freq; /* [rope_dims/2] host */

@@ -19,16 +19,17 @@ typedef struct {
     int32_t max_q, max_kv;
 } pass;
 
-/* A view of staged integers on the device, copied there first when it is not the host. */
+/* A view of staged integers on the device, copied there first when it is not the host and they are not
+ * `there` already. */
 static err_code staged(model *m, tensor *out, int32_t *host, int ndim, int64_t n0, int64_t n1,
-                       err *e)
+                       bool there, err *e)
 {
     *out = ndim == 1 ? tensor_1d(host, DT_I32, n0) : tensor_2d(host, DT_I32, n0, n1);
     if (dev_mem(m->d) == MEM_HOST) return OK;
     const tensor src = *out;
     out->data = (int32_t *)m->stage.dev.data + (host - m->stage.base);
     out->mem = dev_mem(m->d);
-    return dev_copy(m->d, out, &src, e);
+    return there ? OK : dev_copy(m->d, out, &src, e);
 }
 
 /* Hidden states: `rows` rows from byte row `at_row` of rows as wide as the residual stream's. */
@@ -142,15 +143,23 @@ static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
     return p;
 }
 
-static err_code run_blocks(model *m, const pass *p, const job *j, err *e)
+/* The pass's tables as the device sees them; copied there before unless `there`. */
+static err_code stage_rows(model *m, const pass *p, bool there, tensor *ids, batch_rows *rows,
+                           err *e)
 {
-    batch_rows rows = {.seqs = p->n, .max_q = p->max_q, .max_kv = p->max_kv};
+    *rows = (batch_rows){.seqs = p->n, .max_q = p->max_q, .max_kv = p->max_kv};
+    TRY(staged(m, ids, m->stage.ids, 1, p->rows, 0, there, e));
+    TRY(staged(m, &rows->pos, m->stage.pos, 1, p->rows, 0, there, e));
+    TRY(staged(m, &rows->seq_start, m->stage.start, 1, p->n + 1, 0, there, e));
+    TRY(staged(m, &rows->kv_len, m->stage.kv_len, 1, p->n, 0, there, e));
+    return staged(m, &rows->block_table, m->stage.table, 2, p->n, m->seq_blocks, there, e);
+}
+
+static err_code run_blocks(model *m, const pass *p, bool there, const job *j, err *e)
+{
+    batch_rows rows;
     tensor ids, x = hidden_2d(m, &m->x_buf, 0, p->rows, dev_resid(m->d));
-    TRY(staged(m, &ids, m->stage.ids, 1, p->rows, 0, e));
-    TRY(staged(m, &rows.pos, m->stage.pos, 1, p->rows, 0, e));
-    TRY(staged(m, &rows.seq_start, m->stage.start, 1, p->n + 1, 0, e));
-    TRY(staged(m, &rows.kv_len, m->stage.kv_len, 1, p->n, 0, e));
-    TRY(staged(m, &rows.block_table, m->stage.table, 2, p->n, m->seq_blocks, e));
+    TRY(stage_rows(m, p, there, &ids, &rows, e));
     TRY(op_embed(m->d, &x, &m->embed, &ids, e));
     for (int32_t l = 0; l < m->m->layers; l++) {
         const kv_layer kv = kv_layer_view(m->cache, l);
@@ -195,19 +204,52 @@ static bool out_next(out_iter *it, wanted *w)
     return false;
 }
 
-/* Losses and best ids of the first n rows of the logits. */
-static err_code run_nll(model *m, const tensor *logits, int32_t n, err *e)
+/* What somebody wants of the rows of a head. */
+typedef struct {
+    bool logits, nll, best;
+} needs;
+
+static needs needs_of(needs had, const step_seq *s)
 {
-    tensor nll = tensor_1d(m->nll_buf.data, DT_F32, n),
-           best = tensor_1d(m->best_buf.data, DT_I32, n), target;
-    nll.mem = best.mem = dev_mem(m->d);
-    TRY(staged(m, &target, m->stage.target, 1, n, 0, e));
-    TRY(op_nll(m->d, &nll, &best, logits, &target, e));
+    return (needs){had.logits || s->logits, had.nll || s->nll, had.best || s->argmax};
+}
+
+static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n)
+{
+    tensor t = tensor_1d(buf->data, dt, n);
+    t.mem = dev_mem(m->d);
+    return t;
+}
+
+/* Head over the picked rows: logits, then losses and best ids when `score`. */
+static err_code head_ops(model *m, int32_t n, bool score, bool there, tensor *logits, err *e)
+{
+    const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
+    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick, target;
+    tensor normed = hidden_2d(m, &m->pick_buf, m->plan.logit_rows, n, dev_act(m->d));
+    tensor nll = outputs_1d(m, &m->nll_buf, DT_F32, n),
+           best = outputs_1d(m, &m->best_buf, DT_I32, n);
+    *logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
+    logits->mem = dev_mem(m->d);
+    TRY(staged(m, &pick, m->stage.pick, 1, n, 0, there, e));
+    TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
+    TRY(op_rmsnorm(m->d, &normed, &rows, &m->final_norm, m->m->norm_eps, e));
+    TRY(op_gemm(m->d, logits, &normed, &m->head, NULL, false, e));
+    if (!score) return OK;
+    TRY(staged(m, &target, m->stage.target, 1, n, 0, there, e));
+    return op_nll(m->d, &nll, &best, logits, &target, e);
+}
+
+/* Losses and best ids of the first n rows to the host. */
+static err_code fetch_scores(model *m, int32_t n, needs want, err *e)
+{
     if (dev_mem(m->d) == MEM_HOST) return OK;
+    const tensor nll = outputs_1d(m, &m->nll_buf, DT_F32, n),
+                 best = outputs_1d(m, &m->best_buf, DT_I32, n);
     tensor nll_host = tensor_1d(m->nll_host, DT_F32, n),
            best_host = tensor_1d(m->best_host, DT_I32, n);
-    TRY(dev_copy(m->d, &nll_host, &nll, e));
-    return dev_copy(m->d, &best_host, &best, e);
+    if (want.nll) TRY(dev_copy(m->d, &nll_host, &nll, e));
+    return want.best ? dev_copy(m->d, &best_host, &best, e) : OK;
 }
 
 /* Brings logits to the host if some row needs them there; *host points at row 0. */
@@ -229,45 +271,133 @@ static void deliver(const model *m, const wanted *w, int32_t i, const float *log
     if (w->s->nll) w->s->nll[w->out] = m->nll_host[i];
 }
 
-/* Head over the picked rows: the next n of `it`, which are handed out at the end. */
-static err_code run_head(model *m, out_iter it, int32_t n, bool need_logits, bool need_nll, err *e)
+/* What head_ops left, handed out to the next n rows of `it`. */
+static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t n, needs want,
+                            err *e)
 {
     const float *host = NULL;
-    const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
-    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick;
-    tensor normed = hidden_2d(m, &m->pick_buf, m->plan.logit_rows, n, dev_act(m->d));
-    tensor logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
     wanted w;
-    logits.mem = dev_mem(m->d);
-    TRY(staged(m, &pick, m->stage.pick, 1, n, 0, e));
-    TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
-    TRY(op_rmsnorm(m->d, &normed, &rows, &m->final_norm, m->m->norm_eps, e));
-    TRY(op_gemm(m->d, &logits, &normed, &m->head, NULL, false, e));
-    if (need_nll) TRY(run_nll(m, &logits, n, e));
-    if (need_logits) TRY(fetch_logits(m, &logits, &host, e));
+    TRY(fetch_scores(m, n, want, e));
+    if (want.logits) TRY(fetch_logits(m, logits, &host, e));
     TRY(dev_sync(m->d, e));
     for (int32_t i = 0; i < n && out_next(&it, &w); i++) deliver(m, &w, i, host);
     return OK;
 }
 
+static err_code run_head(model *m, out_iter it, int32_t n, needs want, err *e)
+{
+    tensor logits;
+    TRY(head_ops(m, n, want.nll || want.best, false, &logits, e));
+    return finish_head(m, it, &logits, n, want, e);
+}
+
 static err_code run_outputs(model *m, const step_seq *seqs, const pass *p, err *e)
 {
     out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start}, begin = it;
-    bool need_logits = false, need_nll = false;
+    needs want = {0};
     int32_t n = 0;
     wanted w;
     while (out_next(&it, &w)) {
         m->stage.pick[n] = w.row;
         m->stage.target[n++] = w.s->nll ? w.s->targets[w.out] : 0;
-        need_logits = need_logits || w.s->logits;
-        need_nll = need_nll || w.s->nll || w.s->argmax;
+        want = needs_of(want, w.s);
         if (n < m->plan.logit_rows) continue;
-        TRY(run_head(m, begin, n, need_logits, need_nll, e));
+        TRY(run_head(m, begin, n, want, e));
         begin = it;
         n = 0;
-        need_logits = need_nll = false;
+        want = (needs){0};
     }
-    return n ? run_head(m, begin, n, need_logits, need_nll, e) : OK;
+    return n ? run_head(m, begin, n, want, e) : OK;
+}
+
+/* ---- recorded decode passes ---- */
+
+/* One token and one output a sequence: the same work every time but for what the tables hold, so it is
+ * recorded once and run again. */
+static bool decodes(const model *m, const step_seq *seqs, const pass *p)
+{
+    if (!dev_can_record(m->d) || p->max_q != 1 || p->rows != p->n || p->n > m->plan.logit_rows)
+        return false;
+    for (int i = 0; i < p->n; i++) {
+        const step_seq *s = &seqs[p->first + i];
+        if (s->n_tokens != 1 || s->n_out != 1) return false;
+    }
+    return true;
+}
+
+/* Attention is cut by the longest sequence: recordings are kept for lengths up to an eighth apart. */
+static int32_t kv_step_up(int32_t kv)
+{
+    int32_t step = 256;
+    while (step * 8 < kv) step *= 2;
+    return (kv + step - 1) / step * step;
+}
+
+static err_code record(model *m, model_recording *r, const pass *p, const job *j, err *e)
+{
+    pass longest = *p;
+    tensor logits;
+    err ignored;
+    longest.max_kv = r->max_kv;
+    TRY(dev_record_begin(m->d, e));
+    err_code rc = run_blocks(m, &longest, true, j, e);
+    if (rc == OK) rc = head_ops(m, p->n, r->score, true, &logits, e);
+    const err_code end = dev_record_end(m->d, &r->work, rc == OK ? e : &ignored);
+    if (rc == OK) rc = end;
+    if (rc != OK) dev_graph_free(&r->work);
+    return rc;
+}
+
+static err_code recorded(model *m, dev_graph **out, const pass *p, bool score, const job *j, err *e)
+{
+    const int32_t max_kv = kv_step_up(p->max_kv);
+    model_recording *r = &m->recordings[0];
+    m->recording_clock++;
+    for (int i = 0; i < MODEL_RECORDINGS; i++) {
+        model_recording *o = &m->recordings[i];
+        if (o->work && o->n == p->n && o->max_kv == max_kv && o->score == score) {
+            o->used = m->recording_clock;
+            *out = o->work;
+            return OK;
+        }
+        if (o->used < r->used) r = o; /* the one unused for longest makes room */
+    }
+    dev_graph_free(&r->work);
+    *r = (model_recording){.n = p->n, .max_kv = max_kv, .score = score};
+    TRY(record(m, r, p, j, e));
+    r->used = m->recording_clock;
+    *out = r->work;
+    return OK;
+}
+
+/* All tables in one copy. */
+static err_code stage_all(model *m, const pass *p, err *e)
+{
+    const int64_t n = m->stage.table - m->stage.base + (int64_t)p->n * m->seq_blocks;
+    const tensor src = tensor_1d(m->stage.base, DT_I32, n);
+    tensor dst = tensor_1d(m->stage.dev.data, DT_I32, n);
+    dst.mem = dev_mem(m->d);
+    return dev_copy(m->d, &dst, &src, e);
+}
+
+static err_code run_decode(model *m, const step_seq *seqs, const pass *p, const job *j, err *e)
+{
+    const out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start};
+    tensor logits = tensor_2d(m->logits_buf.data, DT_F32, p->n, m->m->vocab);
+    needs want = {0};
+    dev_graph *work;
+    logits.mem = dev_mem(m->d);
+    for (int i = 0; i < p->n; i++) {
+        const step_seq *s = &seqs[p->first + i];
+        m->stage.pick[i] = i;
+        m->stage.target[i] = s->nll ? s->targets[0] : 0;
+        want = needs_of(want, s);
+    }
+    TRY(job_check(j, e));
+    TRY(stage_all(m, p, e));
+    TRY(recorded(m, &work, p, want.nll || want.best, j, e));
+    TRY(dev_graph_run(work, e));
+    return finish_head(m, it, &logits, p->n, want, e);
 }
 
 /* ---- the step ---- */
@@ -282,7 +412,11 @@ err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e)
         const int32_t key = rope_key(m, seqs[c.i].slot);
         const pass p = next_pass(m, seqs, n, &c);
         if ((rc = model_rope_set(m, key, e)) != OK) break;
-        if ((rc = run_blocks(m, &p, j, e)) != OK) break;
+        if (decodes(m, seqs, &p)) {
+            rc = run_decode(m, seqs, &p, j, e);
+            continue;
+        }
+        if ((rc = run_blocks(m, &p, false, j, e)) != OK) break;
         rc = run_outputs(m, seqs, &p, e);
     }
     if (rc == OK) rc = dev_sync(m->d, e);

@@ -5,10 +5,11 @@
 #include "tools/tm_run.h"
 
 static struct {
-    int64_t prompt_tokens, new_tokens, rounds, probe;
+    int64_t prompt_tokens, new_tokens, batch, rounds, probe;
     run_model_opts model;
 } opt = {.prompt_tokens = 128,
          .new_tokens = 32,
+         .batch = 1,
          .rounds = 5,
          .probe = 512 << 20,
          .model = RUN_MODEL_DEFAULTS};
@@ -18,6 +19,7 @@ static const cli_option options[] = {
      .hi = 1 << 20},
     {"new-tokens", 0, CLI_I64, &opt.new_tokens, "N", "tokens of the answer [32]", .lo = 1,
      .hi = 1 << 20},
+    {"batch", 0, CLI_I64, &opt.batch, "N", "sequences at once [1]", .lo = 1, .hi = 4096},
     {"rounds", 0, CLI_I64, &opt.rounds, "N", "timed rounds, behind one that is not [5]", .lo = 1,
      .hi = BENCH_MAX_ROUNDS},
     {"probe", 0, CLI_BYTES, &opt.probe, "BYTES",
@@ -28,7 +30,7 @@ static const cli_option options[] = {
 static err_code report(const tool_ctx *t, const run_ctx *r, const bench_result *b, double rate,
                        err *e)
 {
-    const double read = (double)b->token_bytes * b->new_tps;
+    const double read = (double)b->token_bytes * b->new_tps / (double)opt.batch;
     const model_plan *plan = model_plan_of(r->m);
     if (!t->json) {
         (void)printf("%s\nprompt %8.2f tokens/s (%lld tokens, median of %lld)\nanswer %8.2f "
@@ -47,6 +49,7 @@ static err_code report(const tool_ctx *t, const run_ctx *r, const bench_result *
                   cJSON_AddNumberToObject(o, "decode_tokens_per_second", b->new_tps) &&
                   cJSON_AddNumberToObject(o, "prompt_tokens", (double)opt.prompt_tokens) &&
                   cJSON_AddNumberToObject(o, "new_tokens", (double)opt.new_tokens) &&
+                  cJSON_AddNumberToObject(o, "batch", (double)opt.batch) &&
                   cJSON_AddNumberToObject(o, "rounds", (double)opt.rounds) &&
                   cJSON_AddNumberToObject(o, "prefill_seconds", b->prompt_s) &&
                   cJSON_AddNumberToObject(o, "decode_seconds", b->new_s) &&
@@ -68,12 +71,12 @@ static err_code measure(run_ctx *r, const tool_ctx *t, err *e)
 {
     bench_result b;
     double rate = 0;
-    const bench_opts o = {(int32_t)opt.prompt_tokens, (int32_t)opt.new_tokens, (int32_t)opt.rounds,
-                          (uint64_t)t->seed};
+    const bench_opts o = {(int32_t)opt.prompt_tokens, (int32_t)opt.new_tokens, (int32_t)opt.batch,
+                          (int32_t)opt.rounds, (uint64_t)t->seed};
     /* Before the model is there: the block read is not on top of it. */
     if (opt.probe && !t->dry_run && dev_kind_of(r->d) == DEV_CPU)
         TRY(bench_read_rate(&rate, r->d, (size_t)opt.probe, 5, &t->job, e));
-    TRY(run_model(r, t, &opt.model, opt.prompt_tokens + opt.new_tokens, 1, e));
+    TRY(run_model(r, t, &opt.model, opt.prompt_tokens + opt.new_tokens, (int32_t)opt.batch, e));
     if (!r->m) return OK;
     TRY(bench_run(&b, r->m, &o, &t->job, e));
     return report(t, r, &b, rate, e);

@@ -24,6 +24,8 @@ typedef struct {
     double theta;
 } shape;
 
+#define W4_GROUP 128
+
 #define LLAMA     "llama", "LlamaForCausalLM", "llama"
 #define INTERNLM2 "internlm2", "InternLM2ForCausalLM", "internlm2"
 static const shape shapes[] = {
@@ -52,6 +54,7 @@ typedef struct {
     shape s;
     dtype dt;
     int64_t seed, shards;
+    bool w4; /* linears as an AWQ directory has them */
     const char *dir;
     model_desc m;    /* what our own reader makes of the config */
     uint16_t *table; /* [65536] normal quantiles in dt; f32 in table32 */
@@ -122,6 +125,14 @@ static cJSON *make_config(const plan *p)
     (void)cJSON_AddNumberToObject(o, "max_position_embeddings", s->max_tokens);
     (void)cJSON_AddBoolToObject(o, "tie_word_embeddings", is_qwen(p));
     add_family_keys(p, o);
+    if (p->w4) {
+        cJSON *q = cJSON_AddObjectToObject(o, "quantization_config");
+        (void)cJSON_AddStringToObject(q, "quant_method", "awq");
+        (void)cJSON_AddNumberToObject(q, "bits", 4);
+        (void)cJSON_AddNumberToObject(q, "group_size", W4_GROUP);
+        (void)cJSON_AddBoolToObject(q, "zero_point", true);
+        (void)cJSON_AddStringToObject(q, "version", "gemm");
+    }
     (void)cJSON_AddStringToObject(o, "torch_dtype", dtypes[p->dt]);
     (void)cJSON_AddNumberToObject(o, "bos_token_id", bos_id(p));
     (void)cJSON_AddNumberToObject(o, "eos_token_id", eos_id(p));
@@ -340,12 +351,40 @@ static void fill(const plan *p, rng *r, float mean, void *out, int64_t n)
     }
 }
 
+typedef enum {
+    AS_NORMAL,
+    AS_CODES,
+    AS_ZEROS,
+    AS_SCALES
+} filling; /* the last three: AWQ's tensors */
+
+#define W4_SCALE 0.00433f /* codes are even over 0..15: a deviation of 4.61 times this is 0.02 */
+
+/* Codes from 0 to 15, zeros of 7 or 8, scales within a quarter of W4_SCALE. */
+static void fill_packed(filling how, rng *r, void *out, int64_t n)
+{
+    const int per = how == AS_SCALES ? 4 : 2;
+    for (int64_t i = 0; i < n; i += per) {
+        uint64_t u = rng_next(r);
+        if (how == AS_ZEROS) u = (u & 0x1111111111111111u) + 0x7777777777777777u;
+        for (int64_t k = i; k < i + per && k < n; k++, u >>= 64 / per) {
+            if (how == AS_SCALES)
+                ((uint16_t *)out)[k] = f32_to_f16(W4_SCALE *
+                                                  (0.75f + (float)(u & 0xffff) * (0.5f / 65536)));
+            else
+                ((uint32_t *)out)[k] = (uint32_t)u;
+        }
+    }
+}
+
 typedef struct {
     char name[160];
     int ndim;
     int64_t shape[2];
     float mean;
     int shard;
+    filling how;
+    dtype dt;
 } entry;
 typedef struct {
     entry *e;
@@ -364,7 +403,22 @@ static err_code add_entry(const plan *p, entries *l, tensor_role r, int32_t laye
     t->shape[0] = n;
     t->shape[1] = k;
     t->mean = mean;
+    t->dt = p->dt;
     l->n++;
+    return OK;
+}
+
+/* A linear as AWQ packs it: codes and zeros 8 a word along the outputs, groups of W4_GROUP inputs. */
+static err_code add_packed(const plan *p, entries *l, tensor_role r, int32_t layer, int64_t n,
+                           int64_t k, err *e)
+{
+    static const char *const suffix[] = {".qweight", ".qzeros", ".scales"};
+    static const filling how[] = {AS_CODES, AS_ZEROS, AS_SCALES};
+    for (int i = 0; i < 3; i++) {
+        TRY(add_entry(p, l, r, layer, suffix[i], 2, i ? k / W4_GROUP : k, i < 2 ? n / 8 : n, 0, e));
+        l->e[l->n - 1].how = how[i];
+        l->e[l->n - 1].dt = i < 2 ? DT_I32 : DT_F16;
+    }
     return OK;
 }
 
@@ -379,8 +433,11 @@ static err_code list_layer(const plan *p, entries *l, int32_t layer, err *e)
         const tensor_role r = linears[i];
         const bool bias = m->qkv_bias &&
                           (r == ROLE_Q || r == ROLE_K || r == ROLE_V || r == ROLE_QKV);
-        TRY(add_entry(p, l, r, layer, ".weight", 2, model_linear_n(m, r), model_linear_k(m, r), 0,
-                      e));
+        if (p->w4)
+            TRY(add_packed(p, l, r, layer, model_linear_n(m, r), model_linear_k(m, r), e));
+        else
+            TRY(add_entry(p, l, r, layer, ".weight", 2, model_linear_n(m, r), model_linear_k(m, r),
+                          0, e));
         if (bias) TRY(add_entry(p, l, r, layer, ".bias", 1, model_linear_n(m, r), 1, 0, e));
     }
     return OK;
@@ -389,7 +446,7 @@ static err_code list_layer(const plan *p, entries *l, int32_t layer, err *e)
 static err_code list_tensors(const plan *p, entries *l, err *e)
 {
     const model_desc *m = &p->m;
-    l->cap = 3 + (int64_t)m->layers * 16;
+    l->cap = 3 + (int64_t)m->layers * 40;
     TRY(mem_alloc((void **)&l->e, (size_t)l->cap, sizeof *l->e, "tensor list", e));
     TRY(add_entry(p, l, ROLE_EMBED, -1, ".weight", 2, m->vocab, m->hidden, 0, e));
     for (int32_t i = 0; i < m->layers; i++) TRY(list_layer(p, l, i, e));
@@ -399,16 +456,21 @@ static err_code list_tensors(const plan *p, entries *l, err *e)
     return OK;
 }
 
+static int64_t entry_bytes(const entry *t)
+{
+    return t->shape[0] * t->shape[1] * (int64_t)dtype_bytes(t->dt);
+}
+
 /* Consecutive tensors share a shard; returns the bytes of all. */
 static int64_t spread(const plan *p, entries *l)
 {
     int64_t total = 0, before = 0;
-    for (int64_t i = 0; i < l->n; i++) total += l->e[i].shape[0] * l->e[i].shape[1];
+    for (int64_t i = 0; i < l->n; i++) total += entry_bytes(&l->e[i]);
     for (int64_t i = 0; i < l->n; i++) {
         l->e[i].shard = (int)(before * p->shards / total);
-        before += l->e[i].shape[0] * l->e[i].shape[1];
+        before += entry_bytes(&l->e[i]);
     }
-    return total * (int64_t)dtype_bytes(p->dt);
+    return total;
 }
 
 static void shard_name(const plan *p, int shard, char *buf, size_t cap)
@@ -430,7 +492,7 @@ static err_code write_shard(const plan *p, const entries *l, int shard, void *bu
     if ((rc = st_writer_open(&w, path, meta, true, e)) != OK) goto done;
     for (int64_t i = 0; i < l->n; i++)
         if (l->e[i].shard == shard &&
-            (rc = st_writer_add(w, l->e[i].name, p->dt, l->e[i].ndim, l->e[i].shape, e)) != OK)
+            (rc = st_writer_add(w, l->e[i].name, l->e[i].dt, l->e[i].ndim, l->e[i].shape, e)) != OK)
             goto done;
     for (int64_t i = 0; i < l->n; i++) {
         const entry *t = &l->e[i];
@@ -439,7 +501,10 @@ static err_code write_shard(const plan *p, const entries *l, int shard, void *bu
         if (t->shard != shard) continue;
         for (int64_t at = 0; at < count; at += CHUNK) {
             const int64_t n = count - at < CHUNK ? count - at : CHUNK;
-            fill(p, &r, t->mean, buf, n);
+            if (t->how == AS_NORMAL)
+                fill(p, &r, t->mean, buf, n);
+            else
+                fill_packed(t->how, &r, buf, n);
             if ((rc = st_writer_part(w, t->name, at, buf, n, e)) != OK) goto done;
         }
     }
@@ -497,6 +562,8 @@ static const cli_option options[] = {
     {"seed", 0, CLI_I64, &the_plan.seed, "N", "of the weights [0]", 0, 1e9, NULL, NULL},
     {"dtype", 0, CLI_CHOICE, &dtype_text, "TYPE", "of tensors [bf16]", 0, 0, "bf16|f16|f32", NULL},
     {"shards", 0, CLI_I64, &the_plan.shards, "N", "safetensors files [1]", 1, 999, NULL, NULL},
+    {"w4", 0, CLI_FLAG, &the_plan.w4, NULL, "an AWQ directory: linears of 4 bits", 0, 0, NULL,
+     NULL},
     {"layers", 0, CLI_I64, &layers, "N", "in place of the shape's", 1, 1024, NULL, NULL},
     {"vocab", 0, CLI_I64, &vocab, "N", "in place of the shape's", 264, 1e6, NULL, NULL},
     {"head-dim", 0, CLI_I64, &head_dim, "N", "in place of the shape's", 2, 1024, NULL, NULL},
