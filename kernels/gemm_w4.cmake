@@ -1,9 +1,17 @@
-# W4 products on the CPU: plain C, and one file for each instruction set.
+# W4 products on the CPU: plain C, and variants by instruction set. gemm_w4_vnni.c is compiled twice.
 set(KERNELS_W4_C gemm_w4_ref.c gemm_w4_cpu.c w4_upload_cpu.c)
+set(KERNELS_W4_VNNI)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|amd64|AMD64")
-    list(APPEND KERNELS_W4_C gemm_w4_avx2.c gemm_w4_avx512.c gemm_w4_amx.c)
+    list(APPEND KERNELS_W4_C gemm_w4_avx2.c gemm_w4_amx.c)
     set_source_files_properties(gemm_w4_avx2.c PROPERTIES COMPILE_OPTIONS "${KERNELS_AVX2_FLAGS}")
-    set_source_files_properties(gemm_w4_avx512.c PROPERTIES
-        COMPILE_OPTIONS "${KERNELS_AVX512_FLAGS};-mavx512vnni")
     set_source_files_properties(gemm_w4_amx.c PROPERTIES COMPILE_OPTIONS "${KERNELS_AMX_FLAGS}")
+    add_library(tmf_kernels_w4_avx512 OBJECT gemm_w4_vnni.c)
+    target_compile_options(tmf_kernels_w4_avx512 PRIVATE ${KERNELS_AVX512_FLAGS} -mavx512vnni)
+    add_library(tmf_kernels_w4_avxvnni OBJECT gemm_w4_vnni.c)
+    target_compile_options(tmf_kernels_w4_avxvnni PRIVATE ${KERNELS_AVX2_FLAGS} -mavxvnni)
+    foreach(isa avx512 avxvnni)
+        target_link_libraries(tmf_kernels_w4_${isa} PRIVATE tmf_flags)
+        target_compile_definitions(tmf_kernels_w4_${isa} PRIVATE CPU_SUFFIX=${isa})
+        list(APPEND KERNELS_W4_C $<TARGET_OBJECTS:tmf_kernels_w4_${isa}>)
+    endforeach()
 endif()

@@ -25,7 +25,7 @@ enum {
     W4_TILE_N = 16,
     W4_CHUNK_K = 32, /* k of one line of activations and of four lines of codes */
     W4_X_MAX = 2039, /* 127*16 + 7 */
-    W4_ROWS = 8,     /* most rows of one block outside AMX */
+
     W4_AMX_ROWS = 16 /* rows of an AMX tile */
 };
 
@@ -89,8 +89,11 @@ static inline float *w4_block_param(const w4_call *c, int64_t row)
 }
 
 #if defined(__x86_64__)
-extern const w4_kernels w4_kernels_avx2, w4_kernels_avx512, w4_kernels_amx;
-/* What the AMX variant uses of the AVX-512 one. */
+/* avx512 and avxvnni are gemm_w4_vnni.c at two widths. */
+extern const w4_kernels w4_kernels_avx2, w4_kernels_avxvnni, w4_kernels_avx512, w4_kernels_amx;
+void w4_quantize_avxvnni(const w4_call *c, int64_t row, int stored);
+void w4_rows_avxvnni(const w4_call *c, int64_t tile, int64_t tiles, int64_t row, int rows);
+/* The AMX variant uses these for what is left of the rows. */
 void w4_quantize_avx512(const w4_call *c, int64_t row, int stored);
 void w4_rows_avx512(const w4_call *c, int64_t tile, int64_t tiles, int64_t row, int rows);
 #endif

@@ -61,8 +61,7 @@ typedef struct {
 static int block_rows(const w4_call *c, int64_t row)
 {
     const int64_t left = c->m - row;
-    if (left >= PAD_FROM) return W4_AMX_ROWS;
-    return left < W4_ROWS ? (int)left : W4_ROWS;
+    return left >= PAD_FROM ? W4_AMX_ROWS : (int)left;
 }
 
 INLINE __m512 load_f16(const uint8_t *p)

@@ -1,7 +1,7 @@
 /* Times op_gemm_w4 on the linears of whole models, random weights: each layer has its own copy, so that
  * decode reads far more than the caches hold. Prints the rate of bytes against a plain read by the same
  * pool, and prefill operations a second.
- * usage: bench_w4 [isa] [threads] [group] [rounds] [most rows] [shape]; not a test, not installed. */
+ * usage: bench_w4 [isa] [threads] [group] [rounds] [most rows] [shape] [least rows]; not a test, not installed. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,9 +10,9 @@
 
 #include "base/half.h"
 #include "base/mem.h"
-#include "kernels/ops.h"
+#include "kernels/device_internal.h"
 
-enum { LINEARS = 4, MAX_LAYERS = 24, PREFILL = 128 };
+enum { LINEARS = 4, MAX_LAYERS = 24, PREFILL = 128, READ_PARTS = 8 };
 
 typedef struct {
     const char *name;
@@ -121,17 +121,34 @@ typedef struct {
     uint64_t sums[1024];
 } reader;
 
-/* The roof: every byte of the weights, eight words at a time. */
+typedef uint64_t lane __attribute__((vector_size(32)));
+
+/* Two streams, as the kernels read. */
+#if defined(__x86_64__)
+__attribute__((target("avx2")))
+#endif
+static uint64_t
+read_bytes(const uint8_t *p, size_t half)
+{
+    lane a = {0}, b = {0}, c = {0}, d = {0};
+    for (size_t i = 0; i < half; i += 64) {
+        a ^= *(const lane *)(const void *)(p + i);
+        b ^= *(const lane *)(const void *)(p + i + 32);
+        c ^= *(const lane *)(const void *)(p + half + i);
+        d ^= *(const lane *)(const void *)(p + half + i + 32);
+    }
+    a ^= b ^ c ^ d;
+    return a[0] ^ a[1] ^ a[2] ^ a[3];
+}
+
+/* The roof: every byte of the weights once, in items of an eighth of a matrix. */
 static void read_item(void *ctx, int64_t item, int worker)
 {
     reader *r = ctx;
-    const dev_buf *b = &r->mo->buf[item / 64 / LINEARS][item / 64 % LINEARS];
-    const size_t part = b->bytes / 64 / 64 * 64;
-    const uint64_t *p = (const uint64_t *)((const uint8_t *)b->data + part * (size_t)(item % 64));
-    typedef uint64_t v8 __attribute__((vector_size(64)));
-    v8 sum = {0};
-    for (size_t i = 0; i < part / 64; i++) sum ^= *(const v8 *)(const void *)(p + 8 * i);
-    for (int i = 0; i < 8; i++) r->sums[worker] ^= sum[i];
+    const dev_buf *b = &r->mo->buf[item / READ_PARTS / LINEARS][item / READ_PARTS % LINEARS];
+    const size_t part = b->bytes / READ_PARTS / 128 * 128;
+    r->sums[worker] ^= read_bytes((const uint8_t *)b->data + part * (size_t)(item % READ_PARTS),
+                                  part / 2);
 }
 
 static double read_all(device *d, const shape *s, const model *mo)
@@ -139,7 +156,7 @@ static double read_all(device *d, const shape *s, const model *mo)
     static reader r;
     r.mo = mo;
     const double t = now();
-    pool_run(dev_pool(d), read_item, &r, (int64_t)s->layers * LINEARS * 64);
+    pool_run(dev_pool(d), read_item, &r, (int64_t)s->layers * LINEARS * READ_PARTS);
     return now() - t;
 }
 
@@ -155,7 +172,7 @@ static double median(double *v, int n)
     return v[n / 2];
 }
 
-static void bench(device *d, const shape *s, int32_t group, int rounds, int64_t most)
+static void bench(device *d, const shape *s, int32_t group, int rounds, int64_t least, int64_t most)
 {
     static model mo;
     static const int64_t rows[] = {1, 2, 4, 8, 16, 32, PREFILL, 4 * PREFILL};
@@ -182,6 +199,7 @@ static void bench(device *d, const shape *s, int32_t group, int rounds, int64_t 
     printf("  plain read       %6.2f ms  %5.1f GB/s (best %.1f)\n", rd * 1e3,
            (double)mo.bytes / rd * 1e-9, (double)mo.bytes / read[0] * 1e-9);
     for (int i = 0; i < SIZES && rows[i] <= most; i++) {
+        if (rows[i] < least) continue;
         const double med = median(t[i], rounds), best = t[i][0];
         printf("  rows %4" PRId64
                "  %8.2f ms (best %8.2f)  %5.1f GB/s %3.0f %% of read  %7.1f rows/s "
@@ -197,22 +215,26 @@ static void bench(device *d, const shape *s, int32_t group, int rounds, int64_t 
 
 int main(int argc, char **argv)
 {
-    const dev_opts o = {.isa = argc > 1 ? argv[1] : "auto",
-                        .threads = argc > 2 ? atoi(argv[2]) : 0};
+    const char *isa = argc > 1 ? argv[1] : "auto";
+    const bool narrow = strcmp(isa, "avxvnni") == 0; /* avx512 without its dot product */
+    const dev_opts o = {.isa = narrow ? "avx512" : isa, .threads = argc > 2 ? atoi(argv[2]) : 0};
     const int32_t group = argc > 3 ? atoi(argv[3]) : 128;
     int rounds = argc > 4 ? atoi(argv[4]) : 5;
     const int most = argc > 5 ? atoi(argv[5]) : 4 * PREFILL, only = argc > 6 ? atoi(argv[6]) : -1;
+    const int least = argc > 7 ? atoi(argv[7]) : 1;
     const op_limits lim = {.rows = 4 * PREFILL, .k = 8192, .n = 16384};
     device *d;
     err e;
     if (rounds < 1 || rounds > 64) rounds = 5;
     check(dev_open(&d, &o, &e), &e);
     if (pool_threads(dev_pool(d)) == 1) bench_clock = CLOCK_PROCESS_CPUTIME_ID;
+    if (narrow) d->cpu_flags &= ~(uint32_t)CPU_AVX512VNNI;
     check(ops_reserve(d, &lim, &e), &e);
-    printf("%s, group %d, median of %d\n", dev_name(d), group, rounds);
+    printf("%s%s, group %d, median of %d\n", narrow ? "avxvnni on " : "", dev_name(d), group,
+           rounds);
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (int i = 0; i < (int)(sizeof shapes / sizeof *shapes); i++)
-        if (only < 0 || i == only) bench(d, &shapes[i], group, rounds, most);
+        if (only < 0 || i == only) bench(d, &shapes[i], group, rounds, least, most);
     dev_close(&d);
     return 0;
 }
