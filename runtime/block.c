@@ -384,30 +384,46 @@ static err_code heads_norm(device *d, const tensor *t, const tensor *w, float ep
     return OK;
 }
 
+/* Norm, q, k, v, rotation, and keys and values into the cache. *v: where q lies afterwards. */
+static err_code attention_in(const block *b, device *d, block_scratch *s, const rope_spec *rope,
+                             const tensor *x, tensor *qkv, qkv_view *v, const kv_layer *kv,
+                             const batch_rows *rows, tap_fn tap, void *tap_ctx, err *e)
+{
+    const model_desc *m = b->m;
+    tensor h = tensor_2d(s->narrow.data, dev_act(d), x->shape[0], m->hidden);
+    *qkv = tensor_2d(s->wide.data, dev_act(d), x->shape[0], q_cols(m) + 2 * kv_cols(m));
+    h.mem = qkv->mem = x->mem;
+    TRY(op_rmsnorm(d, &h, x, &b->attn_norm, m->norm_eps, e));
+    if (tap) TRY(tap(tap_ctx, ROLE_QKV, b->layer, &h, e));
+    TRY(linears_run(b->qkv, b->n_qkv, d, qkv, &h, e));
+    *v = qkv_split(m, qkv);
+    if (m->qk_norm) {
+        TRY(heads_norm(d, &v->q, &b->q_norm, m->norm_eps, e));
+        TRY(heads_norm(d, &v->k, &b->k_norm, m->norm_eps, e));
+    }
+    return op_rope_kv(d, &v->q, &v->k, &v->v, rope, rows, kv, e);
+}
+
+/* Attention of rotated q and the projection behind it, added to x. `a` act [m, heads*D] is its scratch. */
+static err_code attention_out(const block *b, device *d, tensor *x, const tensor *q, tensor *a,
+                              const kv_layer *kv, const batch_rows *rows, tap_fn tap, void *tap_ctx,
+                              err *e)
+{
+    const model_desc *m = b->m;
+    TRY(op_attn(d, a, q, kv, rows, 1.0f / sqrtf((float)m->head_dim), model_window(m, b->layer), e));
+    if (tap) TRY(tap(tap_ctx, ROLE_O, b->layer, a, e));
+    return linear_run(&b->o, d, x, a, true, e);
+}
+
 static err_code attention(const block *b, device *d, block_scratch *s, const rope_spec *rope,
                           tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
                           void *tap_ctx, err *e)
 {
-    const model_desc *m = b->m;
-    const int64_t n_rows = x->shape[0];
-    tensor h = tensor_2d(s->narrow.data, dev_act(d), n_rows, m->hidden);
-    tensor a = tensor_2d(s->narrow.data, dev_act(d), n_rows, q_cols(m));
-    tensor qkv = tensor_2d(s->wide.data, dev_act(d), n_rows, q_cols(m) + 2 * kv_cols(m));
-    h.mem = a.mem = qkv.mem = x->mem;
-
-    TRY(op_rmsnorm(d, &h, x, &b->attn_norm, m->norm_eps, e));
-    if (tap) TRY(tap(tap_ctx, ROLE_QKV, b->layer, &h, e));
-    TRY(linears_run(b->qkv, b->n_qkv, d, &qkv, &h, e));
-    qkv_view v = qkv_split(m, &qkv);
-    if (m->qk_norm) {
-        TRY(heads_norm(d, &v.q, &b->q_norm, m->norm_eps, e));
-        TRY(heads_norm(d, &v.k, &b->k_norm, m->norm_eps, e));
-    }
-    TRY(op_rope_kv(d, &v.q, &v.k, &v.v, rope, rows, kv, e));
-    TRY(op_attn(d, &a, &v.q, kv, rows, 1.0f / sqrtf((float)m->head_dim), model_window(m, b->layer),
-                e));
-    if (tap) TRY(tap(tap_ctx, ROLE_O, b->layer, &a, e));
-    return linear_run(&b->o, d, x, &a, true, e);
+    tensor qkv, a = tensor_2d(s->narrow.data, dev_act(d), x->shape[0], q_cols(b->m));
+    qkv_view v;
+    a.mem = x->mem;
+    TRY(attention_in(b, d, s, rope, x, &qkv, &v, kv, rows, tap, tap_ctx, e));
+    return attention_out(b, d, x, &v.q, &a, kv, rows, tap, tap_ctx, e);
 }
 
 static err_code feed_forward(const block *b, device *d, block_scratch *s, tensor *x, tap_fn tap,
@@ -436,5 +452,33 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
            wide_cols(b->m) <= s->wide_cols);
     err_code rc = attention(b, d, s, rope, x, kv, rows, tap, tap_ctx, e);
     if (rc == OK) rc = feed_forward(b, d, s, x, tap, tap_ctx, e);
+    return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
+}
+
+/* The picked rows of q|k|v lie in `narrow`, which holds rows of at least q's width. */
+int32_t block_tail_rows(const model_desc *m, int32_t rows)
+{
+    return (int32_t)(rows * narrow_cols(m) / (q_cols(m) + 2 * kv_cols(m)));
+}
+
+err_code block_forward_tail(const block *b, device *d, block_scratch *s, const rope_spec *rope,
+                            const tensor *x, tensor *out, const tensor *picks, const kv_layer *kv,
+                            const batch_rows *rows, const batch_rows *picked, err *e)
+{
+    const model_desc *m = b->m;
+    const int64_t n = picks->shape[0];
+    tensor all, few = tensor_2d(s->narrow.data, dev_act(d), n, q_cols(m) + 2 * kv_cols(m));
+    tensor a = tensor_2d(s->wide.data, dev_act(d), n, q_cols(m));
+    qkv_view v;
+    few.mem = a.mem = x->mem;
+    assert(x->shape[0] <= s->rows && n <= block_tail_rows(m, s->rows));
+    err_code rc = attention_in(b, d, s, rope, x, &all, &v, kv, rows, NULL, NULL, e);
+    if (rc == OK && n > 0) {
+        rc = op_embed(d, &few, &all, picks, e); /* a gather of rows, as the next */
+        if (rc == OK) rc = op_embed(d, out, x, picks, e);
+        v = qkv_split(m, &few);
+        if (rc == OK) rc = attention_out(b, d, out, &v.q, &a, kv, picked, NULL, NULL, e);
+        if (rc == OK) rc = feed_forward(b, d, s, out, NULL, NULL, e);
+    }
     return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
 }

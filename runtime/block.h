@@ -52,4 +52,12 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
                        tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
                        void *tap_ctx, err *e);
 
+/* The last block where few rows are wanted, or none: keys and values of all rows of x go into the cache, the
+ * rest runs on the rows `picks` (i32 [n], ascending; n 0: nothing else) alone, into out res [n, hidden].
+ * `picked` describes them as `rows` does x. At most block_tail_rows of them. */
+err_code block_forward_tail(const block *b, device *d, block_scratch *s, const rope_spec *rope,
+                            const tensor *x, tensor *out, const tensor *picks, const kv_layer *kv,
+                            const batch_rows *rows, const batch_rows *picked, err *e);
+int32_t block_tail_rows(const model_desc *m, int32_t rows);
+
 #endif

@@ -63,7 +63,7 @@ static err_code plan_weights(model_plan *p, device *d, weight_src *src, err *e)
 static size_t stage_count(const model_plan *p)
 {
     const size_t seq_blocks = (size_t)(p->session_len / p->block_tokens + 1);
-    return 2 * (size_t)p->max_rows + 2 * (size_t)p->max_seqs + 1 + 2 * (size_t)p->logit_rows +
+    return 2 * (size_t)p->max_rows + 3 * (size_t)p->max_seqs + 2 + 3 * (size_t)p->logit_rows +
            (size_t)p->max_seqs * seq_blocks;
 }
 
@@ -221,7 +221,9 @@ static err_code open_stage(model *m, err *e)
     s->kv_len = s->start + p->max_seqs + 1;
     s->pick = s->kv_len + p->max_seqs;
     s->target = s->pick + p->logit_rows;
-    s->table = s->target + p->logit_rows;
+    s->tail_pos = s->target + p->logit_rows;
+    s->tail_start = s->tail_pos + p->logit_rows;
+    s->table = s->tail_start + p->max_seqs + 1;
     if (dev_mem(m->d) == MEM_HOST) return OK;
     return dev_alloc(&s->dev, m->d, s->count * sizeof(int32_t), "step tables", e);
 }

@@ -8,13 +8,15 @@
 /* Integers that a pass needs on the device. Host arrays; `dev` mirrors them at equal offsets where the
  * device has memory of its own. */
 typedef struct {
-    int32_t *ids, *pos; /* [max_rows] */
-    int32_t *start;     /* [max_seqs+1] */
-    int32_t *kv_len;    /* [max_seqs] */
-    int32_t *pick;      /* [logit_rows] rows of the pass whose logits are wanted */
-    int32_t *target;    /* [logit_rows] */
-    int32_t *table;     /* [max_seqs, seq_blocks] */
-    int32_t *base;      /* all of them, one block */
+    int32_t *ids, *pos;  /* [max_rows] */
+    int32_t *start;      /* [max_seqs+1] */
+    int32_t *kv_len;     /* [max_seqs] */
+    int32_t *pick;       /* [logit_rows] rows of the pass whose logits are wanted */
+    int32_t *target;     /* [logit_rows] */
+    int32_t *tail_pos;   /* [logit_rows] positions of the picked rows */
+    int32_t *tail_start; /* [max_seqs+1] */
+    int32_t *table;      /* [max_seqs, seq_blocks] */
+    int32_t *base;       /* all of them, one block */
     size_t count;
     dev_buf dev;
 } model_stage;

@@ -17,6 +17,8 @@ typedef struct {
     int first, n;
     int32_t off, rows;
     int32_t max_q, max_kv;
+    int32_t tail;   /* rows that go through all of the last block; -1: every one */
+    int32_t tail_q; /* most of them of one sequence */
 } pass;
 
 /* A view of staged integers on the device, copied there first when it is not the host and they are not
@@ -127,7 +129,7 @@ static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t t
 /* Fills the tables with the next rows and moves the cursor behind them. */
 static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
 {
-    pass p = {.first = c->i, .off = c->off};
+    pass p = {.first = c->i, .off = c->off, .tail = -1};
     const int32_t key = rope_key(m, seqs[c->i].slot);
     while (c->i < n && p.rows < m->plan.max_rows) {
         const step_seq *s = &seqs[c->i];
@@ -153,21 +155,6 @@ static err_code stage_rows(model *m, const pass *p, bool there, tensor *ids, bat
     TRY(staged(m, &rows->seq_start, m->stage.start, 1, p->n + 1, 0, there, e));
     TRY(staged(m, &rows->kv_len, m->stage.kv_len, 1, p->n, 0, there, e));
     return staged(m, &rows->block_table, m->stage.table, 2, p->n, m->seq_blocks, there, e);
-}
-
-static err_code run_blocks(model *m, const pass *p, bool there, const job *j, err *e)
-{
-    batch_rows rows;
-    tensor ids, x = hidden_2d(m, &m->x_buf, 0, p->rows, dev_resid(m->d));
-    TRY(stage_rows(m, p, there, &ids, &rows, e));
-    TRY(op_embed(m->d, &x, &m->embed, &ids, e));
-    for (int32_t l = 0; l < m->m->layers; l++) {
-        const kv_layer kv = kv_layer_view(m->cache, l);
-        TRY(job_check(j, e));
-        TRY(block_forward(&m->blocks[l], m->d, m->scratch, &m->rope, &x, &kv, &rows, NULL, NULL,
-                          e));
-    }
-    return OK;
 }
 
 /* ---- outputs of a pass ---- */
@@ -204,6 +191,65 @@ static bool out_next(out_iter *it, wanted *w)
     return false;
 }
 
+/* ---- the last block ---- */
+
+/* Where few rows of a pass are wanted, only those go through the attention, projection and feed-forward of
+ * the last block: of a prompt that is one row. Fills the tables of the tail when it pays. */
+static void plan_tail(model *m, const step_seq *seqs, pass *p)
+{
+    const int32_t fit = block_tail_rows(m->m, m->plan.max_rows), most = p->rows / 2;
+    out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start};
+    int32_t n = 0, at = 0;
+    wanted w;
+    m->stage.tail_start[0] = 0;
+    while (out_next(&it, &w)) {
+        if (n == fit || n == most || n == m->plan.logit_rows) return;
+        for (; at < it.at; at++) m->stage.tail_start[at + 1] = n;
+        m->stage.pick[n] = w.row;
+        m->stage.tail_pos[n++] = m->stage.pos[w.row];
+    }
+    for (; at < p->n; at++) m->stage.tail_start[at + 1] = n;
+    p->tail_q = 0;
+    for (at = 0; at < p->n; at++) {
+        const int32_t q = m->stage.tail_start[at + 1] - m->stage.tail_start[at];
+        if (q == 0 && n > 0) return; /* kernels see sequences with rows only */
+        if (q > p->tail_q) p->tail_q = q;
+    }
+    p->tail = n;
+}
+
+/* The last block for the rows of the tail, which land in pick_buf. */
+static err_code run_tail(model *m, const pass *p, const tensor *x, const batch_rows *rows,
+                         bool there, err *e)
+{
+    const int32_t last = m->m->layers - 1;
+    const kv_layer kv = kv_layer_view(m->cache, last);
+    tensor out = hidden_2d(m, &m->pick_buf, 0, p->tail, dev_resid(m->d)), pick;
+    batch_rows picked = *rows;
+    picked.max_q = p->tail_q;
+    TRY(staged(m, &pick, m->stage.pick, 1, p->tail, 0, there, e));
+    TRY(staged(m, &picked.pos, m->stage.tail_pos, 1, p->tail, 0, there, e));
+    TRY(staged(m, &picked.seq_start, m->stage.tail_start, 1, p->n + 1, 0, there, e));
+    return block_forward_tail(&m->blocks[last], m->d, m->scratch, &m->rope, x, &out, &pick, &kv,
+                              rows, &picked, e);
+}
+
+static err_code run_blocks(model *m, const pass *p, bool there, const job *j, err *e)
+{
+    batch_rows rows;
+    tensor ids, x = hidden_2d(m, &m->x_buf, 0, p->rows, dev_resid(m->d));
+    const int32_t whole = m->m->layers - (p->tail >= 0 ? 1 : 0);
+    TRY(stage_rows(m, p, there, &ids, &rows, e));
+    TRY(op_embed(m->d, &x, &m->embed, &ids, e));
+    for (int32_t l = 0; l < whole; l++) {
+        const kv_layer kv = kv_layer_view(m->cache, l);
+        TRY(job_check(j, e));
+        TRY(block_forward(&m->blocks[l], m->d, m->scratch, &m->rope, &x, &kv, &rows, NULL, NULL,
+                          e));
+    }
+    return p->tail >= 0 ? run_tail(m, p, &x, &rows, there, e) : OK;
+}
+
 /* What somebody wants of the rows of a head. */
 typedef struct {
     bool logits, nll, best;
@@ -221,8 +267,10 @@ static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n
     return t;
 }
 
-/* Head over the picked rows: logits, then losses and best ids when `score`. */
-static err_code head_ops(model *m, int32_t n, bool score, bool there, tensor *logits, err *e)
+/* Head over n rows: those in pick_buf (`picked`), else those that stage.pick names. Logits, then losses and
+ * best ids when `score`. */
+static err_code head_ops(model *m, int32_t n, bool picked, bool score, bool there, tensor *logits,
+                         err *e)
 {
     const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
     tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick, target;
@@ -231,8 +279,10 @@ static err_code head_ops(model *m, int32_t n, bool score, bool there, tensor *lo
            best = outputs_1d(m, &m->best_buf, DT_I32, n);
     *logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
     logits->mem = dev_mem(m->d);
-    TRY(staged(m, &pick, m->stage.pick, 1, n, 0, there, e));
-    TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
+    if (!picked) {
+        TRY(staged(m, &pick, m->stage.pick, 1, n, 0, there, e));
+        TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
+    }
     TRY(op_rmsnorm(m->d, &normed, &rows, &m->final_norm, m->m->norm_eps, e));
     TRY(op_gemm(m->d, logits, &normed, &m->head, NULL, false, e));
     if (!score) return OK;
@@ -287,7 +337,7 @@ static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t
 static err_code run_head(model *m, out_iter it, int32_t n, needs want, err *e)
 {
     tensor logits;
-    TRY(head_ops(m, n, want.nll || want.best, false, &logits, e));
+    TRY(head_ops(m, n, it.p->tail >= 0, want.nll || want.best, false, &logits, e));
     return finish_head(m, it, &logits, n, want, e);
 }
 
@@ -341,7 +391,7 @@ static err_code record(model *m, model_recording *r, const pass *p, const job *j
     longest.max_kv = r->max_kv;
     TRY(dev_record_begin(m->d, e));
     err_code rc = run_blocks(m, &longest, true, j, e);
-    if (rc == OK) rc = head_ops(m, p->n, r->score, true, &logits, e);
+    if (rc == OK) rc = head_ops(m, p->n, false, r->score, true, &logits, e);
     const err_code end = dev_record_end(m->d, &r->work, rc == OK ? e : &ignored);
     if (rc == OK) rc = end;
     if (rc != OK) dev_graph_free(&r->work);
@@ -410,12 +460,13 @@ err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e)
     TRY(prepare(m, seqs, n, e));
     while (c.i < n && rc == OK) {
         const int32_t key = rope_key(m, seqs[c.i].slot);
-        const pass p = next_pass(m, seqs, n, &c);
+        pass p = next_pass(m, seqs, n, &c);
         if ((rc = model_rope_set(m, key, e)) != OK) break;
         if (decodes(m, seqs, &p)) {
             rc = run_decode(m, seqs, &p, j, e);
             continue;
         }
+        plan_tail(m, seqs, &p);
         if ((rc = run_blocks(m, &p, false, j, e)) != OK) break;
         rc = run_outputs(m, seqs, &p, e);
     }

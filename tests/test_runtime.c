@@ -404,6 +404,48 @@ END_TEST
 
 /* ---- outputs ---- */
 
+/* Few wanted rows take the short way through the last block; none at all ends it at the cache. Both must leave
+ * the logits of a whole run. */
+START_TEST(test_few_outputs)
+{
+    static float all[2][80 * 50], few[2][10 * 50], next[2][50], want[2][50];
+    model_desc m = tiny_desc();
+    err e;
+    for (int form = 0; form < 3; form++) {
+        m.qkv = (qkv_form)form;
+        m.kv_heads = form == 1 ? 4 : 2;
+        weight_src *src = tiny(&m, 0);
+        model *a = open_model(src, &(model_opts){.session_len = 100, .max_seqs = 2});
+        model *b = open_model(src,
+                              &(model_opts){.session_len = 100, .max_seqs = 2, .max_rows = 48});
+        for (int s = 0; s < 2; s++) run(a, s, s, 80, all[s]);
+        for (int s = 0; s < 2; s++) run(a, s, 90, 1, want[s]);
+        step_seq q[2];
+        for (int s = 0; s < 2; s++)
+            q[s] = (step_seq){.slot = s, .tokens = ids + s, .n_tokens = 70, .n_out = s};
+        q[1].logits = few[1];
+        ck_assert_int_eq(model_step(b, q, 2, NULL, &e), OK);
+        equal_logits(all[1] + 69 * 50, few[1], 50, "the last row of one sequence");
+        for (int s = 0; s < 2; s++)
+            q[s] = (step_seq){.slot = s,
+                              .tokens = ids + s + 70,
+                              .n_tokens = 10,
+                              .n_out = 2 + s,
+                              .logits = few[s]};
+        ck_assert_int_eq(model_step(b, q, 2, NULL, &e), OK);
+        for (int s = 0; s < 2; s++)
+            equal_logits(all[s] + (80 - 2 - s) * 50, few[s], (size_t)(2 + s) * 50, "the last rows");
+        for (int s = 0; s < 2; s++) { /* and the cache is complete */
+            run(b, s, 90, 1, next[s]);
+            equal_logits(want[s], next[s], 50, "the token behind");
+        }
+        model_close(&a);
+        model_close(&b);
+        weights_close(&src);
+    }
+}
+END_TEST
+
 START_TEST(test_outputs)
 {
     static float all[60 * 50], nll[20];
@@ -939,6 +981,7 @@ static TCase *cases(const char *name, void (*setup)(void))
     tcase_add_test(t, test_truncate_and_replay);
     tcase_add_test(t, test_dynamic_ntk);
     tcase_add_test(t, test_quantized_cache);
+    tcase_add_test(t, test_few_outputs);
     tcase_add_test(t, test_outputs);
     tcase_add_test(t, test_taps);
     tcase_add_test(t, test_step_refuses);
