@@ -239,7 +239,8 @@ static err_code editor_open(chat_terminal *t, err *e)
     (void)el_set(t->el, EL_GETCFN, get_char);
     (void)el_set(t->el, EL_PROMPT, prompt);
     (void)el_set(t->el, EL_HIST, history, t->history);
-    (void)el_set(t->el, EL_ADDFN, "tmf-complete", "completes commands and paths", complete);
+    /* The narrow form of this call would leak copies of the two strings. */
+    (void)el_wset(t->el, EL_ADDFN, L"tmf-complete", L"completes commands and paths", complete);
     (void)el_set(t->el, EL_BIND, "^I", "tmf-complete", NULL);
     (void)el_source(t->el, NULL); /* the user's .editrc */
     history_load(t);
