@@ -23,27 +23,26 @@ typedef struct {
         "0", 0.8, 0, 0     \
     }
 /* Rows of an option table; o is a static run_model_opts. */
-#define RUN_MODEL_OPTIONS(o)                                                                       \
-    {"quant-policy",    0,      CLI_CHOICE,                                                        \
-     &(o).quant_policy, "BITS", "keys and values in the cache: 0 (16 bit), 8 or 4 bit [0]",        \
-     .choices = "0|4|8"},                                                                          \
-        {"cache-max-entry-count",                                                                  \
-         0,                                                                                        \
-         CLI_F64,                                                                                  \
-         &(o).cache_share,                                                                         \
-         "SHARE",                                                                                  \
-         "share of the memory free after weights that the cache may take [0.8]",                   \
-         .lo = 0.001,                                                                              \
-         .hi = 1},                                                                                 \
-        {"kv-mem",    0,           CLI_BYTES,                                                      \
-         &(o).kv_mem, "BYTES",     "cache memory, instead of a share (K, M, G)",                   \
-         .lo = 0,     .hi = 0x1p50},                                                               \
-    {                                                                                              \
-        "session-len", 0, CLI_I64, &(o).session_len, "N",                                          \
-            "most tokens of a sequence [0: as needed, at most the model's context]", .lo = 0,      \
-                                                                                     .hi = 1 << 24 \
+#define RUN_MODEL_OPTIONS(o)                                                                \
+    {"quant-policy",    0,      CLI_CHOICE,                                                 \
+     &(o).quant_policy, "BITS", "keys and values in the cache: 0 (16 bit), 8 or 4 bit [0]", \
+     .choices = "0|4|8"},                                                                   \
+        {"cache-max-entry-count",                                                           \
+         0,                                                                                 \
+         CLI_F64,                                                                           \
+         &(o).cache_share,                                                                  \
+         "SHARE",                                                                           \
+         "share of the memory free after weights that the cache may take [0.8]",            \
+         .lo = 0.001,                                                                       \
+         .hi = 1},                                                                          \
+        {"kv-mem",    0,           CLI_BYTES,                                               \
+         &(o).kv_mem, "BYTES",     "cache memory, instead of a share (K, M, G)",            \
+         .lo = 0,     .hi = 0x1p50},                                                        \
+    {                                                                                       \
+        "session-len", 0, CLI_I64, &(o).session_len, "N",                                   \
+            "most tokens of a sequence [0: as needed; chat: 8192 or the model's context]",  \
+            .lo = 0, .hi = 1 << 24                                                          \
     }
-#define RUN_MODEL_ROWS 4
 
 /* ---- sampling options ---- */
 typedef struct {
@@ -83,7 +82,6 @@ typedef struct {
     {                                                                                              \
         "logit-bias", 0, CLI_LIST, &(o).bias, "ID=X", "adds X to the logit of a token; repeatable" \
     }
-#define RUN_SAMPLE_ROWS 9
 #define RUN_MAX_BIAS    64
 /* bias [RUN_MAX_BIAS] is the caller's and must outlive *out. */
 err_code run_sample(sample_opts *out, const run_sample_opts *o, uint64_t seed, logit_bias *bias,

@@ -10,6 +10,8 @@
 #include "tools/chat_app.h"
 
 #define INTERRUPT_S 2.0 /* Ctrl-C twice within this at the prompt leaves */
+#define CHAT_SESSION \
+    8192 /* tokens by default: models of long contexts would plan gigabytes of cache */
 
 static struct {
     const char *prompt, *load;
@@ -242,7 +244,10 @@ static err_code run(tool_ctx *t, err *e)
     chat_app a = {.t = t};
     err_code rc = run_open(&a.r, t, true, e);
     if (rc == OK) rc = run_chat_open(&a.c, &a.r, &opt.chat, t, e);
-    if (rc == OK) rc = run_model(&a.r, t, &opt.model, 0, 1, e);
+    if (rc == OK) {
+        const int32_t context = weights_desc(a.r.src)->max_tokens;
+        rc = run_model(&a.r, t, &opt.model, context < CHAT_SESSION ? context : CHAT_SESSION, 1, e);
+    }
     if (rc == OK && a.r.m) rc = converse(&a, e);
     chat_terminal_close(&a.term);
     chat_session_close(&a.s);
