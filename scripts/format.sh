@@ -5,8 +5,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 check=0
 [ "${1:-}" != --check ] || { check=1; shift; }
-[ $# -gt 0 ] || mapfile -t files < <(git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cc')
-[ $# -eq 0 ] || files=("$@")
+list() { # tracked files; in an unpacked archive all of them
+    git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cc' 2>/dev/null || find . -path ./build -prune -o -name '*.[ch]' -print -o -name '*.cu*' -print -o -name '*.cc' -print
+}
+if [ $# -gt 0 ]; then files=("$@"); else mapfile -t files < <(list); fi
 command -v clang-format >/dev/null || { echo 'format: no clang-format here' >&2; exit 1; }
 if [ $check -eq 0 ]; then
     exec clang-format -i "${files[@]}"
