@@ -156,7 +156,7 @@ err_code tokenizer_encode_part(const tokenizer *t, const char *text, size_t n, b
 
 size_t tokenizer_cut(const tokenizer *t, const char *text, size_t n)
 {
-    if (!t->ops->can_cut || t->added.spaces || n < 2) return 0;
+    if (!t->ops->can_cut || t->added.no_cuts || n < 2) return 0;
     for (size_t at = n < 4 ? 0 : n - 4; at > 0; at--) /* the character at the cut is whole */
         if (t->ops->can_cut(t->self, text, n, at, true)) return at;
     return 0;

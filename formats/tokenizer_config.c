@@ -28,6 +28,12 @@ err_code tok_add_token(tokenizer *t, const char *s, size_t n, added_token a, err
     return added_put(&t->added, s, n, a, e);
 }
 
+/* Tokens that are found in any text, hold white space or take it from their neighbours. */
+static bool crosses_cuts(const added_token *a, const char *s)
+{
+    return !a->special && (a->lstrip || a->rstrip || memchr(s, ' ', a->len) || memchr(s, '\n', a->len));
+}
+
 err_code tok_finish(tokenizer *t, err *e)
 {
     added_set *a = &t->added;
@@ -35,6 +41,7 @@ err_code tok_finish(tokenizer *t, err *e)
     err_code rc = OK;
     for (int32_t i = 0; i < a->n && rc == OK; i++) {
         const char *s = a->blob.p + a->tok[i].at;
+        a->no_cuts |= crosses_cuts(&a->tok[i], s);
         if (!a->tok[i].normalized || !t->ops->normalize) {
             rc = trie_put(&raw, s, a->tok[i].len, i, e);
             continue;

@@ -81,7 +81,7 @@ typedef struct {
     int32_t n, cap;
     added_trie all;       /* every content: lookups */
     added_trie raw, norm; /* those to match in text as it is, and in normalized text (tok_finish) */
-    bool spaces;          /* some content has white space inside: no cuts before encoding */
+    bool no_cuts;         /* some token may reach across a place where text would be cut (tok_finish) */
 } added_set;
 /* Adds or, where the content is known, changes. */
 err_code added_put(added_set *a, const char *s, size_t n, added_token t, err *e);
@@ -199,7 +199,7 @@ typedef err_code (*tok_word_fn)(void *ctx, const char *word, size_t n, err *e);
 err_code tok_normal_open(tok_normal **out, const cJSON *spec, err *e); /* tokenizer.json's "normalizer", may be null */
 err_code tok_normal_nfc(tok_normal **out, err *e);
 err_code tok_normal_run(const tok_normal *s, const char *text, size_t n, frag_kind kind, tok_buf *out, err *e);
-bool tok_normal_can_cut(const tok_normal *s); /* a cut before a space or behind a line end changes nothing */
+bool tok_normal_can_cut(const tok_normal *s); /* a cut before a space or behind a line end changes nothing else */
 void tok_normal_close(tok_normal **s);
 
 err_code tok_split_open(tok_split **out, const cJSON *spec, err *e);  /* "pre_tokenizer", may be null */

@@ -116,8 +116,8 @@ bool tok_normal_can_cut(const tok_normal *s)
 {
     for (int i = 0; s && i < s->n; i++) {
         const step *st = &s->st[i];
-        if (st->kind == STEP_STRIP || (st->kind == STEP_REPLACE && (st->regex || strcmp(st->text, " ") != 0)))
-            return false;
+        const bool mark = st->kind == STEP_REPLACE && !st->regex && !strcmp(st->text, " ") && !strcmp(st->with, "\xe2\x96\x81");
+        if (st->kind == STEP_STRIP || (st->kind == STEP_REPLACE && !mark)) return false;
     }
     return true;
 }

@@ -333,7 +333,8 @@ bool tok_split_can_cut(const tok_split *s, const char *text, size_t n, size_t at
     const bool regex_bytes = (s->n == 2 && s->st[0].known && s->st[1].kind == STAGE_BYTES && !s->st[1].regex &&
                               !s->st[1].prefix_space) ||
                              (s->n == 1 && s->st[0].kind == STAGE_BYTES && s->st[0].known);
-    if (s->n == 1 && s->st[0].kind == STAGE_METASPACE) return true; /* the vocabulary's rules decide */
+    if (s->n == 1 && s->st[0].kind == STAGE_METASPACE) /* the vocabulary's rules decide, which know this mark */
+        return !strcmp(s->st[0].mark, "\xe2\x96\x81");
     if (!regex_bytes || at < 4 || at + 4 > n) return false;
     const size_t x = text[at - 1] == '\n' ? at - 1 : at;          /* x ends here */
     const size_t y = text[at - 1] == '\n' ? at : at + 1;          /* y begins here */
@@ -349,29 +350,41 @@ static bool bit(const uint8_t *set, uint8_t c)
 
 /* ---- cuts of models that do not split words ---- */
 
+static const char u2581[] = "\xe2\x96\x81"; /* a space in vocabularies and normalized text */
+
+static bool space_at(const char *s, size_t n, size_t at)
+{
+    return s[at] == ' ' || (n - at >= 3 && memcmp(s + at, u2581, 3) == 0);
+}
+
+static bool space_before(const char *s, size_t at)
+{
+    return s[at - 1] == ' ' || (at >= 3 && memcmp(s + at - 3, u2581, 3) == 0);
+}
+
 void cut_rules_of(cut_rules *c, const vocab *v)
 {
+    static const char line[] = "<0x0A>"; /* a line end that only byte fallback knows */
     memset(c, 0, sizeof *c);
-    const bool space = vocab_find(v, "\xe2\x96\x81", 3) >= 0;
-    const bool line = vocab_find(v, "\n", 1) >= 0 || vocab_find(v, "<0x0A>", 6) >= 0;
-    c->off = !space || !line; /* unknown ones would join their neighbours */
+    const int32_t fallback = vocab_find(v, line, 6);
+    c->off = vocab_find(v, u2581, 3) < 0 || (vocab_find(v, "\n", 1) < 0 && fallback < 0); /* unknown ones join */
     for (int32_t id = 0; id < v->n; id++) {
         const vocab_piece *p = &v->piece[id];
         if (!(p->flags & PIECE_SET)) continue;
-        const uint8_t *t = (const uint8_t *)vocab_text(v, id);
-        for (uint32_t i = 1; i < p->text_len; i++) {
-            if (t[i] == ' ' && t[i - 1] != ' ') c->space[t[i - 1] >> 3] |= (uint8_t)(1 << (t[i - 1] & 7));
-            if (t[i - 1] == '\n' && t[i] != '\n') c->line[t[i] >> 3] |= (uint8_t)(1 << (t[i] & 7));
+        const char *t = vocab_raw(v, id);
+        if (id != fallback && p->raw_len > 6 && memmem(t, p->raw_len, line, 6)) c->off = true;
+        for (uint32_t i = 1; i < p->raw_len; i++) {
+            const uint8_t before = (uint8_t)t[i - 1], here = (uint8_t)t[i];
+            if (space_at(t, p->raw_len, i) && !space_before(t, i)) c->space[before >> 3] |= (uint8_t)(1 << (before & 7));
+            if (before == '\n' && here != '\n') c->line[here >> 3] |= (uint8_t)(1 << (here & 7));
         }
     }
 }
 
 bool cut_rules_ok(const cut_rules *c, const char *s, size_t n, size_t at)
 {
-    static const char mark[] = "\xe2\x96\x81"; /* a space in text that was normalized */
-    if (c->off) return false;
     const uint8_t before = (uint8_t)s[at - 1], here = (uint8_t)s[at];
-    if (here == ' ' || (n - at >= 3 && memcmp(s + at, mark, 3) == 0))
-        return before != ' ' && !(at >= 3 && memcmp(s + at - 3, mark, 3) == 0) && !bit(c->space, before);
+    if (c->off) return false;
+    if (space_at(s, n, at)) return !space_before(s, at) && !bit(c->space, before);
     return before == '\n' && here != '\n' && !bit(c->line, here);
 }

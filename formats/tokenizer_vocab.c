@@ -360,8 +360,6 @@ err_code added_put(added_set *a, const char *s, size_t n, added_token t, err *e)
     }
     t.len = (uint32_t)n;
     a->tok[i] = t;
-    for (size_t k = 0; k < n; k++)
-        if (s[k] == ' ' || s[k] == '\n') a->spaces = true;
     return OK;
 }
 
