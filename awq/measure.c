@@ -8,63 +8,72 @@
 #include "kernels/quant_group.h"
 
 #define TILE_ELEMS ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
-#define MIN_ROWS   64
+#define MIN_ROWS   64 /* op_quad runs at half its speed on fewer */
+#define MAX_ROWS   8192
 #define MIN_GROUP  32
 #define ROWS_MAX   8192
 
-static int64_t widest(const model_desc *m)
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t tile_rows(const quant_scratch *s, int64_t k) { return least(s->elems / k, s->rows_max); }
+
+quant_scratch quant_scratch_shape(const model_desc *m, bool searches)
 {
-    const calib_block b = calib_shape(m);
-    int64_t k = 0;
-    for (int i = 0; i < b.n_taps; i++) k = b.tap[i].k > k ? b.tap[i].k : k;
-    return k;
+    tensor_role roles[PLAN_LINEARS];
+    const int n = model_block_linears(m, roles);
+    quant_scratch s = {.searches = searches};
+    for (int i = 0; i < n; i++) {
+        const int64_t rows = model_linear_n(m, roles[i]), k = model_linear_k(m, roles[i]);
+        const int64_t tile = least(rows, least(most(TILE_ELEMS / k, MIN_ROWS), MAX_ROWS));
+        s.elems = most(s.elems, tile * k);
+        s.rows_max = most(s.rows_max, tile);
+        s.widest = most(s.widest, k);
+    }
+    s.groups = s.elems / MIN_GROUP;
+    return s;
 }
 
-static int64_t elems_of(const model_desc *m)
+/* Every part with its size, in the order of the arena. */
+typedef struct {
+    void **out;
+    size_t bytes;
+} scratch_part;
+
+static int parts_of(quant_scratch *s, scratch_part out[8])
 {
-    const int64_t least = MIN_ROWS * widest(m);
-    return least > TILE_ELEMS ? least : TILE_ELEMS;
+    const size_t elems = (size_t)s->elems, groups = (size_t)s->groups, widest = (size_t)s->widest;
+    const size_t searched = s->searches ? groups : 0;
+    int n = 0;
+    out[n++] = (scratch_part){(void **)&s->w, elems * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->x, (s->searches ? elems : widest) * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->m0, searched * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->limit, searched * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->best, searched * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->scale, groups * sizeof(f16)};
+    out[n++] = (scratch_part){(void **)&s->zero, groups > widest ? groups : widest};
+    out[n++] = (scratch_part){(void **)&s->sum, (searched > widest ? searched : widest) * sizeof(double)};
+    return n;
 }
 
-int64_t tile_rows(const quant_scratch *s, int64_t k)
+size_t quant_scratch_bytes(const quant_scratch *s)
 {
-    const int64_t n = s->elems / k;
-    return n < s->rows_max ? n : s->rows_max;
+    quant_scratch copy = *s;
+    scratch_part p[8];
+    const int n = parts_of(&copy, p);
+    size_t sum = arena_need((size_t)s->rows_max * sizeof(double));
+    for (int i = 0; i < n; i++) sum += arena_need(p[i].bytes);
+    return sum;
 }
 
-size_t quant_scratch_bytes(const model_desc *m)
+err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches, err *e)
 {
-    const size_t n = (size_t)elems_of(m), groups = n / MIN_GROUP;
-    return 2 * arena_need(n * sizeof(float)) + 3 * arena_need(groups * sizeof(float)) +
-           arena_need(groups * sizeof(f16)) + arena_need(groups) +
-           arena_need(ROWS_MAX * sizeof(double)) + arena_need(groups * sizeof(double));
-}
-
-quant_scratch quant_scratch_shape(const model_desc *m)
-{
-    return (quant_scratch){.elems = elems_of(m), .rows_max = ROWS_MAX};
-}
-
-err_code quant_scratch_init(quant_scratch *s, const model_desc *m, err *e)
-{
-    const size_t n = (size_t)elems_of(m), groups = n / MIN_GROUP;
-    *s = quant_scratch_shape(m);
-    struct {
-        void **out;
-        size_t bytes;
-    } const parts[] = {{(void **)&s->w, n * sizeof(float)},
-                       {(void **)&s->x, n * sizeof(float)},
-                       {(void **)&s->m0, groups * sizeof(float)},
-                       {(void **)&s->limit, groups * sizeof(float)},
-                       {(void **)&s->best, groups * sizeof(float)},
-                       {(void **)&s->scale, groups * sizeof(f16)},
-                       {(void **)&s->zero, groups},
-                       {(void **)&s->row, ROWS_MAX * sizeof(double)},
-                       {(void **)&s->sum, groups * sizeof(double)}};
-    TRY(arena_init(&s->mem, quant_scratch_bytes(m), "search scratch", e));
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-        TRY(arena_get(&s->mem, parts[i].out, parts[i].bytes, e));
-    return OK;
+    scratch_part p[8];
+    *s = quant_scratch_shape(m, searches);
+    const int n = parts_of(s, p);
+    TRY(arena_init(&s->mem, quant_scratch_bytes(s), "search scratch", e));
+    for (int i = 0; i < n; i++) TRY(arena_get(&s->mem, p[i].out, p[i].bytes, e));
+    return arena_get(&s->mem, (void **)&s->row, (size_t)s->rows_max * sizeof(double), e);
 }
 
 void quant_scratch_free(quant_scratch *s) { arena_free(&s->mem); }

@@ -14,18 +14,21 @@ typedef struct {
 err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e);
 
 struct quant_scratch {
-    float *w, *x;             /* two tiles of `elems` */
-    float *m0, *limit, *best; /* [elems/32]: per row and group */
-    f16 *scale;               /* [elems/32] */
-    uint8_t *zero;            /* [elems/32] */
-    double *row;              /* [rows_max] */
-    double *sum;              /* [elems/32] */
+    float *w;                /* [elems] a tile of weights */
+    float *x;                /* [elems], [widest input] where nothing is searched: candidates, errors */
+    float *m0, *limit, *best; /* [groups]: per row and group; NULL where nothing is searched */
+    f16 *scale;              /* [groups] */
+    uint8_t *zero;           /* [groups] and at least [widest input] */
+    double *row;             /* [rows_max] */
+    double *sum;             /* [groups] where something is searched, and at least [widest input] */
     arena mem;
-    int64_t elems, rows_max;
+    int64_t elems, groups, widest, rows_max;
+    bool searches;
 };
-size_t quant_scratch_bytes(const model_desc *m);
-quant_scratch quant_scratch_shape(const model_desc *m); /* sizes without memory */
-err_code quant_scratch_init(quant_scratch *s, const model_desc *m, err *e);
+/* Sizes without memory: what tile_rows and quant_scratch_bytes look at. */
+quant_scratch quant_scratch_shape(const model_desc *m, bool searches);
+size_t quant_scratch_bytes(const quant_scratch *s);
+err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches, err *e);
 void quant_scratch_free(quant_scratch *s);
 /* Rows of a tile of a linear with k inputs: fixed by k alone. */
 int64_t tile_rows(const quant_scratch *s, int64_t k);

@@ -136,23 +136,12 @@ static size_t plan_bytes(const search *s)
     return n;
 }
 
-/* What the search asks of the ops, beside the forward pass. */
+/* What the search asks of the ops beside the forward pass, whose own reserve covers op_gram: op_quad alone, and
+ * its scratch does not depend on the rows of a call. */
 static op_limits search_limits(const search *s)
 {
-    const calib_block taps = calib_shape(s->m);
-    int64_t k = 0, rows = 0;
-    for (int i = 0; i < taps.n_taps; i++) k = taps.tap[i].k > k ? taps.tap[i].k : k;
-    for (int i = 0; i < taps.n_taps; i++) {
-        const int64_t r = tile_rows(&s->scratch, taps.tap[i].k);
-        rows = r > rows ? r : rows;
-    }
-    return (op_limits){.rows = (int32_t)rows,
-                       .k = k,
-                       .n = k,
-                       .heads = s->m->heads,
-                       .head_dim = s->m->head_dim,
-                       .max_kv = 1,
-                       .seqs = 1};
+    const int64_t k = walks(s) ? s->scratch.widest : 128;
+    return (op_limits){.rows = 1, .k = k, .n = k, .heads = 1, .head_dim = s->m->head_dim, .max_kv = 1, .seqs = 1};
 }
 
 static bool all_moments(const search *s)
@@ -166,10 +155,10 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
     *p = (memory_plan){0};
     err_code rc = open_inputs(&s, e);
     if (rc == OK) {
-        s.scratch = quant_scratch_shape(s.m);
+        s.scratch = quant_scratch_shape(s.m, s.method->searches);
         const op_limits lim = search_limits(&s);
         memory_plan_add(p, "program", memory_plan_process_bytes());
-        memory_plan_add(p, "search scratch", quant_scratch_bytes(s.m) + ops_reserve_bytes(d, &lim));
+        memory_plan_add(p, "search scratch", quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
         memory_plan_add(p, "plan of a block", plan_bytes(&s));
     }
     if (rc == OK && walks(&s)) {
@@ -320,7 +309,7 @@ static err_code open_spool(search *s, search_summary *out, err *e)
 static err_code open_work(search *s, err *e)
 {
     TRY(arena_init(&s->plan_mem, plan_bytes(s), "plan of a block", e));
-    TRY(quant_scratch_init(&s->scratch, s->m, e));
+    TRY(quant_scratch_init(&s->scratch, s->m, s->method->searches, e));
     const op_limits lim = search_limits(s);
     TRY(ops_reserve(s->d, &lim, e));
     if (!walks(s)) return OK;

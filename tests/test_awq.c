@@ -233,7 +233,7 @@ static void open_block(one_block *b)
         c->abssum = tensor_1d(values(b, "abssum", 8, 64), DT_F64, 64);
         c->blocks = tensor_of(values(b, "h", 4, 64 * 64), DT_F32, 3, (const int64_t[]){1, 64, 64});
     }
-    MUST(quant_scratch_init(&b->scratch, &b->m, &e));
+    MUST(quant_scratch_init(&b->scratch, &b->m, true, &e));
     MUST(arena_init(&b->mem, plan_factors_bytes(&b->m, false), "test", &e));
     b->plan = plan_shape(&b->m, b->o.group);
     for (int i = 0; i < b->plan.n_linears; i++) {
@@ -564,7 +564,7 @@ START_TEST(module_loss_against_plain)
     const tensor tokens = tensor_2d(ids, DT_I32, WINDOWS, SEQLEN);
     MUST(layer_walk_open(&walk, dev, src, &tokens, &e));
     MUST(layer_walk_bind(walk, 0, &e));
-    MUST(quant_scratch_init(&scratch, &m, &e));
+    MUST(quant_scratch_init(&scratch, &m, true, &e));
     const quant_block b = {.d = dev,
                            .src = src,
                            .m = &m,
