@@ -10,8 +10,8 @@
 #include "runtime/generate.h"
 #include "runtime/model.h"
 #include "runtime/score.h"
-#include "tests/support/alloc_count.h"
-#include "tests/support/tiny_weights.h"
+#include "support/alloc_count.h"
+#include "support/tiny_weights.h"
 
 #define MAX_N 200
 

@@ -1,4 +1,4 @@
-#include "tests/support/alloc_count.h"
+#include "support/alloc_count.h"
 
 #include <stdatomic.h>
 #include <stddef.h>

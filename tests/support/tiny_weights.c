@@ -1,4 +1,4 @@
-#include "tests/support/tiny_weights.h"
+#include "support/tiny_weights.h"
 
 #include <assert.h>
 #include <math.h>
