@@ -1,7 +1,8 @@
 /* The op table and the checked entry points that all callers use. Entry points check shape, dtype and
  * space once, then call the table; ops neither allocate nor sync. <op>_ref.c is the definition of right.
  * m rows (tokens), n outputs, k inputs, g group. "act" is dev_act(d), "res" dev_resid(d) or act. Rows of x and y may be strided
- * (stride[ndim-1] == 1). Reductions have a fixed order: results do not depend on threads or on m's split. */
+ * (stride[ndim-1] == 1). Reductions have a fixed order: results do not depend on threads or on m's split
+ * (with AMX a call of up to 4 rows rounds differently from a longer one: docs/numerics.md). */
 #ifndef TMF_KERNELS_OPS_H
 #define TMF_KERNELS_OPS_H
 
@@ -67,6 +68,14 @@ err_code op_attn(device *d, tensor *y, const tensor *q, const kv_layer *kv, cons
                  float scale, int32_t window, err *e);
 /* y act [m, heads*D]; q as above; row at position p sees cached positions max(0,p-window+1)..p (window 0:
  * from 0); softmax in f32 */
+/* ---- two or three ops at once, where a device has a kernel for it; else one after the other ---- */
+err_code op_norm_gemm_w4(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm, float eps,
+                         const w4_weight *w, bool glu, err *e);
+/* h act [m,k] = rmsnorm(x res [m,k]); y act [m,n] = h * w^T; with glu, columns 0..n/2 of y then become silu of
+ * themselves times columns n/2..n. A device may leave h, and with glu the upper columns, as they were. */
+err_code op_rope_attn(device *d, tensor *y, tensor *q, tensor *k, const tensor *v, const rope_spec *r,
+                      const batch_rows *rows, const kv_layer *kv, float scale, int32_t window, err *e);
+/* op_rope_kv, then op_attn; a device may leave q and k as they were */
 err_code op_nll(device *d, tensor *nll, tensor *argmax, const tensor *logits, const tensor *target,
                 err *e);
 /* nll f32 [m] = logsumexp(logits row) - logits[target]; argmax i32 [m] or NULL; logits f32 [m,v] */
@@ -115,6 +124,11 @@ typedef struct op_table {
     err_code (*gram_finish)(device *, tensor *, err *);
     err_code (*quad)(device *, tensor *, const tensor *, const tensor *, err *);
     err_code (*matmul)(device *, tensor *, const tensor *, const tensor *, err *);
+    /* NULL: the ops in turn */
+    err_code (*norm_gemm_w4)(device *, tensor *, tensor *, const tensor *, const tensor *, float,
+                             const w4_weight *, bool, err *);
+    err_code (*rope_attn)(device *, tensor *, tensor *, tensor *, const tensor *, const rope_spec *,
+                          const batch_rows *, const kv_layer *, float, int32_t, err *);
     err_code (*w4_upload)(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
     size_t (*w4_upload_bytes)(int64_t, int64_t, int32_t);
     size_t (*scratch_bytes)(const device *, const op_limits *);
