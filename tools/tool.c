@@ -19,6 +19,7 @@
 static struct {
     atomic_bool stop;
     volatile sig_atomic_t signal_number;
+    const char *name;
     double start; /* seconds on the monotonic clock */
 } tool;
 
@@ -69,14 +70,16 @@ static void tool_on_status(int signal_number)
     tool_meter_status_wanted();
 }
 
-/* A mapped input that another process cuts short cannot be read on, and no library code can
- * tell. */
+/* A mapped input that another process cuts short cannot be read on, and no library code can tell.
+ * Only calls that are safe in a signal handler. */
 static void tool_on_bus_error(int signal_number)
 {
-    static const char text[] = "tool: an input file shrank while it was read, or its disk failed\n";
+    static const char text[] = ": an input file shrank while it was read, or its disk failed\n";
     (void)signal_number;
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
-    _exit(6);
+    if (write(STDERR_FILENO, tool.name, strlen(tool.name)) < 0 ||
+        write(STDERR_FILENO, text, sizeof text - 1) < 0)
+        _exit(1);
+    _exit(tool_exit_code(E_IO, 0, false));
 }
 
 /* No SA_RESTART: a read from a terminal comes back when the user interrupts it. */
@@ -367,6 +370,7 @@ int tool_main(int argc, char **argv, const tool_spec *s)
     err e = {OK, ""}, close_error;
     char help[64];
     tool.start = tool_clock();
+    tool.name = s->tool;
     tool_signals();
     tool_meter_init(s->tool, "auto", false);
     const bool named = argc > 1 && s->commands[0].name && tool_find(s, argv[1]);
