@@ -1,4 +1,5 @@
-/* Calibration windows: cut from token streams, or drawn from documents without holding more than are kept. */
+/* Calibration windows: cut from token streams, or drawn from documents without holding more than
+ * are kept. */
 #include "datasets/corpus.h"
 
 #include <string.h>
@@ -6,27 +7,29 @@
 #include "base/mem.h"
 #include "datasets/corpus_internal.h"
 
-#define STREAM_MAX_TOKENS ((int64_t)64 << 20) /* of one run with random windows: 256 MiB */
-#define PILEVAL_MAX_TOKENS 512                /* of one document */
-#define DOCUMENT_MAX_TOKENS (1 << 20)         /* of a c4 document: the rest cannot be drawn */
+#define STREAM_MAX_TOKENS   ((int64_t)64 << 20) /* of one run with random windows: 256 MiB */
+#define PILEVAL_MAX_TOKENS  512                 /* of one document */
+#define DOCUMENT_MAX_TOKENS (1 << 20)           /* of a c4 document: the rest cannot be drawn */
 
 /* ---- windows of streams ---- */
 
 static err_code too_few(const corpus_opts *o, int64_t found, err *e)
 {
-    return err_set(e, E_INPUT, "%s%s: expected at least %lld tokens (%d windows of %d), found %lld", o->paths[0],
-                   o->n_paths > 1 ? " and the other files" : "", (long long)o->samples * o->seqlen, o->samples,
-                   o->seqlen, (long long)found);
+    return err_set(e, E_INPUT, "%s%s: expected at least %lld tokens (%d windows of %d), found %lld",
+                   o->paths[0], o->n_paths > 1 ? " and the other files" : "",
+                   (long long)o->samples * o->seqlen, o->samples, o->seqlen, (long long)found);
 }
 
-static err_code windows_first(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c, const job *j,
-                              err *e)
+static err_code windows_first(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c,
+                              const job *j, err *e)
 {
     const int64_t need = (int64_t)o->samples * o->seqlen;
-    token_list all = { 0 };
+    token_list all = {0};
     err_code rc = OK;
     for (int i = 0; i < o->n_paths && all.n < need && rc == OK; i++) {
-        const corpus_read r = { .dataset = o->dataset, .meta_instruction = o->meta_instruction, .max_tokens = need - all.n };
+        const corpus_read r = {.dataset = o->dataset,
+                               .meta_instruction = o->meta_instruction,
+                               .max_tokens = need - all.n};
         rc = corpus_tokens(&all, o->paths[i], &r, t, c, j, e);
     }
     if (rc == OK && all.n < need) rc = too_few(o, all.n, e);
@@ -36,12 +39,10 @@ static err_code windows_first(int32_t *ids, const corpus_opts *o, const tokenize
 }
 
 /* r as a place in [0,n); n is below 2^32, so that the bias stays below n / 2^32. */
-static int64_t scaled(uint64_t r, int64_t n)
-{
-    return (int64_t)((r >> 32) * (uint64_t)n >> 32);
-}
+static int64_t scaled(uint64_t r, int64_t n) { return (int64_t)((r >> 32) * (uint64_t)n >> 32); }
 
-/* Where the k-th window begins among all places of all files; ends[] are the ends of the files' tokens. */
+/* Where the k-th window begins among all places of all files; ends[] are the ends of the files'
+ * tokens. */
 static int64_t place_of(const int64_t *ends, int n_files, int32_t seqlen, int64_t k)
 {
     int64_t begin = 0;
@@ -54,27 +55,30 @@ static int64_t place_of(const int64_t *ends, int n_files, int32_t seqlen, int64_
     return -1;
 }
 
-static err_code windows_random(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c, const job *j,
-                               err *e)
+static err_code windows_random(int32_t *ids, const corpus_opts *o, const tokenizer *t,
+                               const chat *c, const job *j, err *e)
 {
-    token_list all = { 0 };
+    token_list all = {0};
     int64_t *ends = NULL, places = 0;
     err_code rc = mem_alloc((void **)&ends, (size_t)o->n_paths, sizeof *ends, "corpus", e);
     for (int i = 0; i < o->n_paths && rc == OK; i++) {
         const int64_t begin = all.n;
-        const corpus_read r = { .dataset = o->dataset, .meta_instruction = o->meta_instruction,
-                                .max_tokens = STREAM_MAX_TOKENS - all.n };
+        const corpus_read r = {.dataset = o->dataset,
+                               .meta_instruction = o->meta_instruction,
+                               .max_tokens = STREAM_MAX_TOKENS - all.n};
         if (all.n < STREAM_MAX_TOKENS) rc = corpus_tokens(&all, o->paths[i], &r, t, c, j, e);
         if (all.n == STREAM_MAX_TOKENS && begin < all.n)
-            job_log(j, LOG_WARN, "%s: windows are drawn from the first %lld tokens", o->paths[i], (long long)STREAM_MAX_TOKENS);
+            job_log(j, LOG_WARN, "%s: windows are drawn from the first %lld tokens", o->paths[i],
+                    (long long)STREAM_MAX_TOKENS);
         ends[i] = all.n;
         if (all.n - begin >= o->seqlen) places += all.n - begin - o->seqlen + 1;
     }
     if (rc == OK && places == 0)
-        rc = err_set(e, E_INPUT, "%s: expected a file with at least %d tokens, found %lld", o->paths[0], o->seqlen,
-                     (long long)all.n);
+        rc = err_set(e, E_INPUT, "%s: expected a file with at least %d tokens, found %lld",
+                     o->paths[0], o->seqlen, (long long)all.n);
     if (rc == OK && all.n < (int64_t)o->samples * o->seqlen)
-        job_log(j, LOG_WARN, "%d windows of %d from %lld tokens: they overlap", o->samples, o->seqlen, (long long)all.n);
+        job_log(j, LOG_WARN, "%d windows of %d from %lld tokens: they overlap", o->samples,
+                o->seqlen, (long long)all.n);
     for (int32_t i = 0; i < o->samples && rc == OK; i++) {
         const uint64_t r = corpus_random(o->seed, (uint64_t)i);
         const int64_t k = scaled(r, places);
@@ -86,7 +90,8 @@ static err_code windows_random(int32_t *ids, const corpus_opts *o, const tokeniz
     return rc;
 }
 
-/* ---- documents drawn at random: those with the smallest keys, a key being random of seed and number ---- */
+/* ---- documents drawn at random: those with the smallest keys, a key being random of seed and
+ * number ---- */
 
 typedef struct {
     uint64_t key, number;
@@ -102,8 +107,8 @@ typedef struct {
     bool pile;
     drawn *heap; /* [cap] largest key on top */
     int64_t n, cap;
-    int64_t tokens;   /* held in all */
-    uint64_t number;  /* of the document at hand */
+    int64_t tokens;  /* held in all */
+    uint64_t number; /* of the document at hand */
     int64_t seen, fit;
 } draw;
 
@@ -142,10 +147,7 @@ static bool top_is_spare(const draw *d)
     return d->n && (d->pile ? d->tokens - d->heap[0].n >= wanted(d) : d->n - 1 >= wanted(d));
 }
 
-static bool enough(const draw *d)
-{
-    return d->pile ? d->tokens >= wanted(d) : d->n >= wanted(d);
-}
+static bool enough(const draw *d) { return d->pile ? d->tokens >= wanted(d) : d->n >= wanted(d); }
 
 static err_code hold(draw *d, uint64_t key, token_list *ids, err *e)
 {
@@ -159,10 +161,11 @@ static err_code hold(draw *d, uint64_t key, token_list *ids, err *e)
         d->cap = cap;
     }
     int64_t i = d->n++;
-    const drawn x = { key, d->number, ids->ids, ids->n };
-    *ids = (token_list){ 0 };
+    const drawn x = {key, d->number, ids->ids, ids->n};
+    *ids = (token_list){0};
     d->tokens += x.n;
-    for (; i > 0 && drawn_before(&d->heap[(i - 1) / 2], &x); i = (i - 1) / 2) d->heap[i] = d->heap[(i - 1) / 2];
+    for (; i > 0 && drawn_before(&d->heap[(i - 1) / 2], &x); i = (i - 1) / 2)
+        d->heap[i] = d->heap[(i - 1) / 2];
     d->heap[i] = x;
     while (top_is_spare(d)) drop_top(d);
     return OK;
@@ -177,7 +180,7 @@ static err_code draw_row(void *ctx, const corpus_row *row, bool *stop, err *e)
 {
     draw *d = ctx;
     corpus_row doc = *row;
-    token_list ids = { 0 };
+    token_list ids = {0};
     const bool first = d->o->pick == PICK_FIRST;
     const uint64_t key = first ? d->number : corpus_random(d->o->seed, d->number);
     d->seen++;
@@ -204,9 +207,11 @@ static err_code windows_of_pile(int32_t *ids, const draw *d, err *e)
     const int64_t need = wanted(d);
     int64_t at = 0;
     if (d->tokens < need)
-        return err_set(e, E_INPUT, "%s: expected documents of 1 to %d tokens with %lld tokens in all, found %lld in %lld of %lld documents",
-                       d->o->paths[0], PILEVAL_MAX_TOKENS, (long long)need, (long long)d->tokens, (long long)d->fit,
-                       (long long)d->seen);
+        return err_set(e, E_INPUT,
+                       "%s: expected documents of 1 to %d tokens with %lld tokens in all, found "
+                       "%lld in %lld of %lld documents",
+                       d->o->paths[0], PILEVAL_MAX_TOKENS, (long long)need, (long long)d->tokens,
+                       (long long)d->fit, (long long)d->seen);
     for (int64_t i = 0; i < d->n && at < need; i++) {
         const int64_t n = d->heap[i].n < need - at ? d->heap[i].n : need - at;
         memcpy(ids + at, d->heap[i].ids, (size_t)n * sizeof *ids);
@@ -221,10 +226,12 @@ static err_code windows_of_crops(int32_t *ids, const draw *d, const job *j, err 
     const corpus_opts *o = d->o;
     const bool first = o->pick == PICK_FIRST;
     if (d->n == 0 || (first && d->n < o->samples))
-        return err_set(e, E_INPUT, "%s: expected %d documents with at least %d tokens, found %lld of %lld", o->paths[0],
-                       first ? o->samples : 1, o->seqlen, (long long)d->n, (long long)d->seen);
+        return err_set(
+            e, E_INPUT, "%s: expected %d documents with at least %d tokens, found %lld of %lld",
+            o->paths[0], first ? o->samples : 1, o->seqlen, (long long)d->n, (long long)d->seen);
     if (d->n < o->samples)
-        job_log(j, LOG_WARN, "%lld documents with at least %d tokens for %d windows: some are used again",
+        job_log(j, LOG_WARN,
+                "%lld documents with at least %d tokens for %d windows: some are used again",
                 (long long)d->n, o->seqlen, o->samples);
     for (int32_t i = 0; i < o->samples; i++) {
         const drawn *x = &d->heap[i % d->n];
@@ -235,14 +242,15 @@ static err_code windows_of_crops(int32_t *ids, const draw *d, const job *j, err 
     return OK;
 }
 
-err_code corpus_document_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c,
-                                 const job *j, err *e)
+err_code corpus_document_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t,
+                                 const chat *c, const job *j, err *e)
 {
-    const corpus_read r = { .meta_instruction = o->meta_instruction };
-    draw d = { .o = o, .r = &r, .t = t, .c = c, .pile = strcmp(o->dataset, "pileval") == 0 };
+    const corpus_read r = {.meta_instruction = o->meta_instruction};
+    draw d = {.o = o, .r = &r, .t = t, .c = c, .pile = strcmp(o->dataset, "pileval") == 0};
     err_code rc = OK;
     for (int i = 0; i < o->n_paths && rc == OK; i++)
-        if (!(o->pick == PICK_FIRST && enough(&d))) rc = corpus_each_row(o->paths[i], draw_row, NULL, &d, j, e);
+        if (!(o->pick == PICK_FIRST && enough(&d)))
+            rc = corpus_each_row(o->paths[i], draw_row, NULL, &d, j, e);
     for (int64_t n = d.n; n > 1 && rc == OK;) { /* the heap becomes a list by key */
         const drawn top = d.heap[0];
         d.heap[0] = d.heap[--n];
@@ -255,13 +263,16 @@ err_code corpus_document_windows(int32_t *ids, const corpus_opts *o, const token
     return rc;
 }
 
-err_code corpus_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c, const job *j, err *e)
+err_code corpus_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c,
+                        const job *j, err *e)
 {
     corpus_join join;
     TRY(corpus_join_of(&join, o->dataset, e));
     if (o->n_paths < 1) return err_set(e, E_USAGE, "expected at least one data file");
     if (o->samples < 1 || o->seqlen < 1)
-        return err_set(e, E_USAGE, "expected positive samples and seqlen, got %d and %d", o->samples, o->seqlen);
+        return err_set(e, E_USAGE, "expected positive samples and seqlen, got %d and %d",
+                       o->samples, o->seqlen);
     if (join == JOIN_DOCS) return corpus_document_windows(ids, o, t, c, j, e);
-    return o->pick == PICK_FIRST ? windows_first(ids, o, t, c, j, e) : windows_random(ids, o, t, c, j, e);
+    return o->pick == PICK_FIRST ? windows_first(ids, o, t, c, j, e)
+                                 : windows_random(ids, o, t, c, j, e);
 }

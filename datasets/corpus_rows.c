@@ -34,13 +34,10 @@ err_code corpus_buf_add(corpus_buf *b, const char *s, size_t n, err *e)
 void corpus_buf_free(corpus_buf *b)
 {
     mem_free(b->p);
-    *b = (corpus_buf){ 0 };
+    *b = (corpus_buf){0};
 }
 
-static bool blank(char c)
-{
-    return c == ' ' || (c >= 9 && c <= 13);
-}
+static bool blank(char c) { return c == ' ' || (c >= 9 && c <= 13); }
 
 void corpus_strip(const char **s, size_t *n)
 {
@@ -66,8 +63,8 @@ static bool is_jsonl(const char *name)
 
 static const char *role_name_of(const char *from)
 {
-    static const char *const pairs[][2] = { { "human", "user" }, { "gpt", "assistant" }, { "bot", "assistant" },
-                                            { "model", "assistant" } };
+    static const char *const pairs[][2] = {
+        {"human", "user"}, {"gpt", "assistant"}, {"bot", "assistant"}, {"model", "assistant"}};
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
         if (!strcmp(from, pairs[i][0])) return pairs[i][1];
     return from;
@@ -81,7 +78,7 @@ static err_code one_message(chat_message *m, const cJSON *o, int64_t i, err *e)
     if (!text) text = cJSON_GetObjectItemCaseSensitive(o, "value");
     if (!cJSON_IsString(role) || !cJSON_IsString(text))
         return err_set(e, E_INPUT, "message %d: expected strings role and content", (int)i + 1);
-    *m = (chat_message){ role_name_of(role->valuestring), text->valuestring };
+    *m = (chat_message){role_name_of(role->valuestring), text->valuestring};
     return OK;
 }
 
@@ -93,10 +90,12 @@ err_code corpus_messages(chat_message **m, int64_t *n, const cJSON *o, err *e)
     if (!list) list = cJSON_GetObjectItemCaseSensitive(o, "conversations");
     if (!list) return OK;
     const int count = cJSON_GetArraySize(list);
-    if (!cJSON_IsArray(list) || count == 0) return err_set(e, E_INPUT, "messages: expected an array of messages");
+    if (!cJSON_IsArray(list) || count == 0)
+        return err_set(e, E_INPUT, "messages: expected an array of messages");
     TRY(mem_alloc((void **)m, (size_t)count, sizeof **m, "messages", e));
     err_code rc = OK;
-    cJSON_ArrayForEach(c, list) {
+    cJSON_ArrayForEach(c, list)
+    {
         if ((rc = one_message(*m + *n, c, *n, e)) != OK) break;
         ++*n;
     }
@@ -114,16 +113,19 @@ typedef struct {
     corpus_buf block; /* bytes read, from `at` on not given out */
     size_t at;
     bool ended;
-    int64_t number;   /* of the line given last */
+    int64_t number; /* of the line given last */
 } line_reader;
 
-/* The next line without its end (LF); false at the end of the file. The line is valid until the next call. */
+/* The next line without its end (LF); false at the end of the file. The line is valid until the
+ * next call. */
 static err_code next_line(line_reader *r, const char **line, size_t *n, bool *more, err *e)
 {
     size_t looked = r->at;
     char buf[READ_BLOCK / 8];
     for (;;) {
-        const char *end = r->block.n > looked ? memchr(r->block.p + looked, '\n', r->block.n - looked) : NULL;
+        const char *end = r->block.n > looked
+                              ? memchr(r->block.p + looked, '\n', r->block.n - looked)
+                              : NULL;
         if (end || r->ended) {
             const size_t to = end ? (size_t)(end - r->block.p) : r->block.n;
             *more = end || to > r->at;
@@ -138,8 +140,8 @@ static err_code next_line(line_reader *r, const char **line, size_t *n, bool *mo
         looked = r->block.n;
         r->at = 0;
         if (r->block.n > CORPUS_MAX_LINE)
-            return err_set(e, E_LIMIT, "%s: line %lld: expected at most %zu bytes", source_where(r->s),
-                           (long long)r->number + 1, CORPUS_MAX_LINE);
+            return err_set(e, E_LIMIT, "%s: line %lld: expected at most %zu bytes",
+                           source_where(r->s), (long long)r->number + 1, CORPUS_MAX_LINE);
         size_t got;
         TRY(source_read(r->s, buf, sizeof buf, &got, e));
         r->ended = got == 0;
@@ -157,38 +159,41 @@ static err_code parse_line(cJSON **o, const line_reader *r, const char *line, si
     char what[64];
     snprintf(what, sizeof what, "line %lld", (long long)r->number);
     if (line[0] == '[')
-        return err_set(e, E_UNSUPPORTED, "%s: a JSON array (expected one object a line)", source_where(r->s));
+        return err_set(e, E_UNSUPPORTED, "%s: a JSON array (expected one object a line)",
+                       source_where(r->s));
     if (json_parse(o, line, n, what, e) != OK) return err_wrap(e, "%s", source_where(r->s));
     if (cJSON_IsObject(*o)) return OK;
     cJSON_Delete(*o);
     *o = NULL;
-    return err_set(e, E_INPUT, "%s: line %lld: expected a JSON object", source_where(r->s), (long long)r->number);
+    return err_set(e, E_INPUT, "%s: line %lld: expected a JSON object", source_where(r->s),
+                   (long long)r->number);
 }
 
 /* ---- rows ---- */
 
 static err_code json_row(const cJSON *o, row_fn each, void *ctx, bool *stop, err *e)
 {
-    static const char *const keys[] = { "text", "sentence", "content" };
+    static const char *const keys[] = {"text", "sentence", "content"};
     chat_message *m;
     int64_t n;
     for (size_t i = 0; i < 3; i++) {
         const cJSON *v = cJSON_GetObjectItemCaseSensitive(o, keys[i]);
         if (!cJSON_IsString(v)) continue;
-        const corpus_row row = { .text = v->valuestring, .n = strlen(v->valuestring) };
+        const corpus_row row = {.text = v->valuestring, .n = strlen(v->valuestring)};
         return each(ctx, &row, stop, e);
     }
     TRY(corpus_messages(&m, &n, o, e));
     if (!n) return err_set(e, E_INPUT, "expected a key text, messages or conversations");
-    const corpus_row row = { .messages = m, .n_messages = n };
+    const corpus_row row = {.messages = m, .n_messages = n};
     const err_code rc = each(ctx, &row, stop, e);
     mem_free(m);
     return rc;
 }
 
-static err_code each_json(source *s, row_fn each, corpus_row_fn each_object, void *ctx, bool *stop, const job *j, err *e)
+static err_code each_json(source *s, row_fn each, corpus_row_fn each_object, void *ctx, bool *stop,
+                          const job *j, err *e)
 {
-    line_reader r = { .s = s };
+    line_reader r = {.s = s};
     err_code rc;
     for (;;) {
         const char *line;
@@ -216,7 +221,7 @@ static err_code each_json(source *s, row_fn each, corpus_row_fn each_object, voi
 
 static err_code each_line(source *s, row_fn each, void *ctx, bool *stop, const job *j, err *e)
 {
-    line_reader r = { .s = s };
+    line_reader r = {.s = s};
     err_code rc;
     for (;;) {
         const char *line;
@@ -225,17 +230,19 @@ static err_code each_line(source *s, row_fn each, void *ctx, bool *stop, const j
         if ((rc = next_line(&r, &line, &n, &more, e)) != OK || !more || *stop) break;
         if ((rc = job_check(j, e)) != OK) break;
         if (!json_utf8_valid(line, n)) {
-            rc = err_set(e, E_INPUT, "%s: line %lld: invalid UTF-8", source_where(s), (long long)r.number);
+            rc = err_set(e, E_INPUT, "%s: line %lld: invalid UTF-8", source_where(s),
+                         (long long)r.number);
             break;
         }
-        const corpus_row row = { .text = line, .n = n, .line = true };
+        const corpus_row row = {.text = line, .n = n, .line = true};
         if ((rc = each(ctx, &row, stop, e)) != OK) break;
     }
     corpus_buf_free(&r.block);
     return rc;
 }
 
-err_code corpus_each_row(const char *path, row_fn each, whole_fn whole, void *ctx, const job *j, err *e)
+err_code corpus_each_row(const char *path, row_fn each, whole_fn whole, void *ctx, const job *j,
+                         err *e)
 {
     source *s;
     bool stop = false;
@@ -244,9 +251,12 @@ err_code corpus_each_row(const char *path, row_fn each, whole_fn whole, void *ct
     for (;;) {
         const char *name;
         if ((rc = source_next(s, &name, e)) != OK || !name || stop) break;
-        if (is_jsonl(name)) rc = each_json(s, each, NULL, ctx, &stop, j, e);
-        else if (whole) rc = whole(ctx, s, &stop, e);
-        else rc = each_line(s, each, ctx, &stop, j, e);
+        if (is_jsonl(name))
+            rc = each_json(s, each, NULL, ctx, &stop, j, e);
+        else if (whole)
+            rc = whole(ctx, s, &stop, e);
+        else
+            rc = each_line(s, each, ctx, &stop, j, e);
         if (rc != OK) break;
     }
     source_close(&s);

@@ -6,9 +6,12 @@
 
 err_code corpus_join_of(corpus_join *out, const char *dataset, err *e)
 {
-    static const struct { const char *name; corpus_join join; } names[] = {
-        { "wikitext2", JOIN_WIKITEXT }, { "ptb", JOIN_PTB }, { "c4", JOIN_DOCS }, { "pileval", JOIN_DOCS },
-        { "self", JOIN_NONE },
+    static const struct {
+        const char *name;
+        corpus_join join;
+    } names[] = {
+        {"wikitext2", JOIN_WIKITEXT}, {"ptb", JOIN_PTB},   {"c4", JOIN_DOCS},
+        {"pileval", JOIN_DOCS},       {"self", JOIN_NONE},
     };
     *out = JOIN_NONE;
     if (!dataset) return OK;
@@ -17,7 +20,8 @@ err_code corpus_join_of(corpus_join *out, const char *dataset, err *e)
         *out = names[i].join;
         return OK;
     }
-    return err_set(e, E_USAGE, "unknown data set '%.60s' (wikitext2, ptb, c4, pileval, self)", dataset);
+    return err_set(e, E_USAGE, "unknown data set '%.60s' (wikitext2, ptb, c4, pileval, self)",
+                   dataset);
 }
 
 bool corpus_dataset_known(const char *name)
@@ -37,10 +41,7 @@ uint64_t corpus_random(uint64_t seed, uint64_t counter)
 
 /* ---- feeder ---- */
 
-bool feeder_full(const feeder *f)
-{
-    return f->max_tokens > 0 && f->out->n >= f->max_tokens;
-}
+bool feeder_full(const feeder *f) { return f->max_tokens > 0 && f->out->n >= f->max_tokens; }
 
 /* Where the first byte stands that no character explains. */
 static size_t utf8_fault(const char *s, size_t n)
@@ -63,9 +64,11 @@ static err_code feeder_part(feeder *f, size_t n, err *e)
     if (nul)
         return err_set(e, E_INPUT, "%s: byte %llu: a NUL byte: not a text", f->where,
                        (unsigned long long)(f->offset + (uint64_t)(nul - f->carry.p)));
-    if (!f->begun && f->bos && tokenizer_add_bos(f->t)) TRY(token_list_push(f->out, tokenizer_bos(f->t), e));
-    err_code rc = f->parse_special ? tokenizer_encode(f->t, f->carry.p, n, true, f->out, e)
-                                   : tokenizer_encode_part(f->t, f->carry.p, n, !f->begun, f->out, e);
+    if (!f->begun && f->bos && tokenizer_add_bos(f->t))
+        TRY(token_list_push(f->out, tokenizer_bos(f->t), e));
+    err_code rc = f->parse_special
+                      ? tokenizer_encode(f->t, f->carry.p, n, true, f->out, e)
+                      : tokenizer_encode_part(f->t, f->carry.p, n, !f->begun, f->out, e);
     if (rc != OK) return err_wrap(e, "%s", f->where);
     memmove(f->carry.p, f->carry.p + n, f->carry.n - n);
     f->carry.n -= n;
@@ -78,11 +81,14 @@ err_code feeder_add(feeder *f, const char *s, size_t n, err *e)
 {
     if (feeder_full(f)) return OK;
     if (f->carry.n + n > CORPUS_MAX_TEXT)
-        return err_set(e, E_LIMIT, "%s: expected at most %zu bytes of text that cannot be cut", f->where, CORPUS_MAX_TEXT);
+        return err_set(e, E_LIMIT, "%s: expected at most %zu bytes of text that cannot be cut",
+                       f->where, CORPUS_MAX_TEXT);
     const size_t before = f->carry.n;
     TRY(corpus_buf_add(&f->carry, s, n, e));
-    /* Look for a cut at each doubling only: text without one must not be searched again and again. */
-    if (f->parse_special || f->carry.n < CORPUS_PART || (before >= CORPUS_PART && before / CORPUS_PART == f->carry.n / CORPUS_PART))
+    /* Look for a cut at each doubling only: text without one must not be searched again and
+     * again. */
+    if (f->parse_special || f->carry.n < CORPUS_PART ||
+        (before >= CORPUS_PART && before / CORPUS_PART == f->carry.n / CORPUS_PART))
         return OK;
     const size_t cut = tokenizer_cut(f->t, f->carry.p, f->carry.n);
     return cut ? feeder_part(f, cut, e) : OK;
@@ -99,15 +105,12 @@ err_code feeder_end(feeder *f, err *e)
     return rc;
 }
 
-void feeder_free(feeder *f)
-{
-    corpus_buf_free(&f->carry);
-}
+void feeder_free(feeder *f) { corpus_buf_free(&f->carry); }
 
 /* ---- documents ---- */
 
-err_code corpus_document(token_list *out, const corpus_row *row, const corpus_read *r, const tokenizer *t,
-                         const chat *c, err *e)
+err_code corpus_document(token_list *out, const corpus_row *row, const corpus_read *r,
+                         const tokenizer *t, const chat *c, err *e)
 {
     if (row->text) {
         if (!r->no_bos && tokenizer_add_bos(t)) TRY(token_list_push(out, tokenizer_bos(t), e));
@@ -132,7 +135,8 @@ static err_code stream_step(stream *st, size_t n, bool *stop, err *e)
 {
     const int64_t before = st->bytes >> 22;
     st->bytes += (int64_t)n;
-    if (st->bytes >> 22 != before) job_step(st->j, "corpus", "token", st->f.out->n, st->f.max_tokens);
+    if (st->bytes >> 22 != before)
+        job_step(st->j, "corpus", "token", st->f.out->n, st->f.max_tokens);
     *stop = feeder_full(&st->f);
     return job_check(st->j, e);
 }
@@ -156,7 +160,8 @@ static err_code stream_whole(void *ctx, source *s, bool *stop, err *e)
     return feeder_end(&st->f, e);
 }
 
-/* Rows of wikitext2 and ptb make one text. The data set's blank rows are empty, its others keep their end. */
+/* Rows of wikitext2 and ptb make one text. The data set's blank rows are empty, its others keep
+ * their end. */
 static err_code stream_joined(stream *st, const corpus_row *row, err *e)
 {
     const char *s = row->text;
@@ -180,23 +185,31 @@ static err_code stream_row(void *ctx, const corpus_row *row, bool *stop, err *e)
         return stream_step(st, row->n, stop, e);
     }
     corpus_row doc = *row;
-    if (doc.text && st->r->dataset && !strcmp(st->r->dataset, "pileval")) corpus_strip(&doc.text, &doc.n);
+    if (doc.text && st->r->dataset && !strcmp(st->r->dataset, "pileval"))
+        corpus_strip(&doc.text, &doc.n);
     if (doc.text && !doc.n) return OK;
     TRY(corpus_document(st->f.out, &doc, st->r, st->f.t, st->c, e));
     return stream_step(st, row->n, stop, e);
 }
 
-err_code corpus_tokens(token_list *out, const char *path, const corpus_read *r, const tokenizer *t, const chat *c,
-                       const job *j, err *e)
+err_code corpus_tokens(token_list *out, const char *path, const corpus_read *r, const tokenizer *t,
+                       const chat *c, const job *j, err *e)
 {
-    static const corpus_read plain = { 0 };
+    static const corpus_read plain = {0};
     if (!r) r = &plain;
-    stream st = { .f = { .t = t, .out = out, .parse_special = r->parse_special, .bos = !r->no_bos, .where = path,
-                         .max_tokens = r->max_tokens ? out->n + r->max_tokens : 0 },
-                  .r = r, .c = c, .j = j };
+    stream st = {.f = {.t = t,
+                       .out = out,
+                       .parse_special = r->parse_special,
+                       .bos = !r->no_bos,
+                       .where = path,
+                       .max_tokens = r->max_tokens ? out->n + r->max_tokens : 0},
+                 .r = r,
+                 .c = c,
+                 .j = j};
     const int64_t before = out->n;
     TRY(corpus_join_of(&st.join, r->dataset, e));
-    err_code rc = corpus_each_row(path, stream_row, st.join == JOIN_NONE ? stream_whole : NULL, &st, j, e);
+    err_code rc = corpus_each_row(path, stream_row, st.join == JOIN_NONE ? stream_whole : NULL, &st,
+                                  j, e);
     st.f.where = path;
     if (rc == OK) rc = feeder_end(&st.f, e);
     feeder_free(&st.f);
@@ -210,7 +223,7 @@ err_code corpus_text(char **out, size_t *n, const char *path, size_t max, const 
 {
     source *s;
     const char *name;
-    corpus_buf b = { 0 };
+    corpus_buf b = {0};
     char buf[64 << 10];
     size_t got;
     *out = NULL;
@@ -219,8 +232,10 @@ err_code corpus_text(char **out, size_t *n, const char *path, size_t max, const 
     if (rc == OK && !name) rc = err_set(e, E_INPUT, "%s: no file in it", path);
     if (rc == OK) rc = corpus_buf_add(&b, "", 0, e);
     while (rc == OK && (rc = source_read(s, buf, sizeof buf, &got, e)) == OK && got) {
-        if (b.n + got > max) rc = err_set(e, E_LIMIT, "%s: expected at most %zu bytes", source_where(s), max);
-        else rc = corpus_buf_add(&b, buf, got, e);
+        if (b.n + got > max)
+            rc = err_set(e, E_LIMIT, "%s: expected at most %zu bytes", source_where(s), max);
+        else
+            rc = corpus_buf_add(&b, buf, got, e);
     }
     source_close(&s);
     if (rc != OK) {

@@ -1,5 +1,6 @@
-/* Each layer pulls from the one below and knows its first bytes before it is read, which is how the next
- * layer is chosen: file -> [zstd | gzip, xz, bzip2] -> [tar] -> [zstd | gzip, xz, bzip2] -> bytes. */
+/* Each layer pulls from the one below and knows its first bytes before it is read, which is how
+ * the next layer is chosen: file -> [zstd | gzip, xz, bzip2] -> [tar] -> [zstd | gzip, xz,
+ * bzip2] -> bytes. */
 #include "datasets/source.h"
 
 #include <archive.h>
@@ -16,7 +17,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 
-#define PEEK_BYTES 1024
+#define PEEK_BYTES  1024
 #define BLOCK_BYTES ((size_t)128 << 10)
 
 typedef enum { LAYER_FILE, LAYER_ZSTD, LAYER_PACKED, LAYER_TAR } layer_kind;
@@ -28,10 +29,10 @@ typedef struct layer {
     int fd;
     ZSTD_DStream *zstd;
     struct archive *archive;
-    uint8_t *block;          /* [BLOCK_BYTES] input of zstd and of libarchive */
+    uint8_t *block; /* [BLOCK_BYTES] input of zstd and of libarchive */
     size_t block_n, block_at;
     bool frame_open, ended;
-    err_code below_rc;       /* what the layer below said inside a libarchive callback */
+    err_code below_rc; /* what the layer below said inside a libarchive callback */
     err below_err;
     uint8_t peek[PEEK_BYTES];
     size_t peek_n, peek_at;
@@ -66,19 +67,23 @@ static err_code file_pull(layer *l, void *buf, size_t cap, size_t *n, err *e)
 
 static err_code zstd_pull(layer *l, void *buf, size_t cap, size_t *n, err *e)
 {
-    ZSTD_outBuffer out = { buf, cap, 0 };
+    ZSTD_outBuffer out = {buf, cap, 0};
     while (out.pos == 0 && !l->ended) {
         if (l->block_at == l->block_n) {
             TRY(layer_read(l->below, l->block, BLOCK_BYTES, &l->block_n, e));
             l->block_at = 0;
             l->ended = l->block_n == 0;
-            if (l->ended && l->frame_open) return err_set(e, E_INPUT, "%s: corrupt zstd: cut short", l->s->where);
+            if (l->ended && l->frame_open)
+                return err_set(e, E_INPUT, "%s: corrupt zstd: cut short", l->s->where);
             if (l->ended) break;
         }
-        ZSTD_inBuffer in = { l->block, l->block_n, l->block_at };
+        ZSTD_inBuffer in = {l->block, l->block_n, l->block_at};
         const size_t rc = ZSTD_decompressStream(l->zstd, &out, &in);
         if (ZSTD_isError(rc))
-            return err_set(e, ZSTD_getErrorCode(rc) == ZSTD_error_frameParameter_windowTooLarge ? E_LIMIT : E_INPUT,
+            return err_set(e,
+                           ZSTD_getErrorCode(rc) == ZSTD_error_frameParameter_windowTooLarge
+                               ? E_LIMIT
+                               : E_INPUT,
                            "%s: corrupt zstd: %s", l->s->where, ZSTD_getErrorName(rc));
         l->block_at = in.pos;
         l->frame_open = rc != 0;
@@ -109,8 +114,10 @@ static err_code archive_failed(layer *l, err *e)
         return l->below_rc;
     }
     const char *why = archive_error_string(l->archive);
-    if (archive_errno(l->archive) == ENOMEM) return err_set(e, E_NOMEM, "%s: out of memory", l->s->where);
-    return err_set(e, E_INPUT, "%s: corrupt %s: %s", l->s->where, l->kind == LAYER_TAR ? "archive" : "compressed data",
+    if (archive_errno(l->archive) == ENOMEM)
+        return err_set(e, E_NOMEM, "%s: out of memory", l->s->where);
+    return err_set(e, E_INPUT, "%s: corrupt %s: %s", l->s->where,
+                   l->kind == LAYER_TAR ? "archive" : "compressed data",
                    why ? why : "unknown fault");
 }
 
@@ -127,7 +134,8 @@ static err_code archive_start(layer *l, err *e)
         archive_read_support_filter_bzip2(l->archive);
         archive_read_support_format_raw(l->archive);
     }
-    if (archive_read_open(l->archive, l, NULL, archive_pull_below, NULL) != ARCHIVE_OK) return archive_failed(l, e);
+    if (archive_read_open(l->archive, l, NULL, archive_pull_below, NULL) != ARCHIVE_OK)
+        return archive_failed(l, e);
     if (l->kind == LAYER_TAR) return OK;
     const int rc = archive_read_next_header(l->archive, &entry);
     l->ended = rc == ARCHIVE_EOF; /* nothing inside */
@@ -213,13 +221,19 @@ static bool starts(const layer *l, const char *magic, size_t n)
 
 static bool is_zstd(const layer *l)
 {
-    const bool skippable = l->peek_n >= 4 && (l->peek[0] & 0xf0) == 0x50 && memcmp(l->peek + 1, "\x2a\x4d\x18", 3) == 0;
+    const bool skippable = l->peek_n >= 4 && (l->peek[0] & 0xf0) == 0x50 &&
+                           memcmp(l->peek + 1, "\x2a\x4d\x18", 3) == 0;
     return skippable || starts(l, "\x28\xb5\x2f\xfd", 4);
 }
 
 static bool is_packed(const layer *l)
 {
-    return starts(l, "\x1f\x8b", 2) || starts(l, "\xfd" "7zXZ\0", 6) || starts(l, "BZh", 3);
+    return starts(l, "\x1f\x8b", 2) ||
+           starts(l,
+                  "\xfd"
+                  "7zXZ\0",
+                  6) ||
+           starts(l, "BZh", 3);
 }
 
 static bool ends_with(const char *s, const char *tail)
@@ -236,7 +250,7 @@ static bool is_tar(const layer *l, const char *name)
 /* Takes the ending of a compression off: "x.jsonl.zst" is "x.jsonl", "x.tgz" is "x.tar". */
 static void strip_ending(char *name)
 {
-    static const char *const packed[] = { ".zst", ".gz", ".xz", ".bz2" };
+    static const char *const packed[] = {".zst", ".gz", ".xz", ".bz2"};
     const size_t n = strlen(name);
     for (size_t i = 0; i < 4; i++)
         if (ends_with(name, packed[i])) name[n - strlen(packed[i])] = '\0';
@@ -255,9 +269,11 @@ static err_code unpack(layer **out, source *s, layer *l, err *e)
 static err_code refuse_kinds(const source *s, const layer *l, err *e)
 {
     if (starts(l, "PAR1", 4))
-        return err_set(e, E_UNSUPPORTED, "%s: a parquet file (write its text column out as jsonl)", s->where);
+        return err_set(e, E_UNSUPPORTED, "%s: a parquet file (write its text column out as jsonl)",
+                       s->where);
     if (starts(l, "PK\x03\x04", 4))
-        return err_set(e, E_UNSUPPORTED, "%s: a zip file (tar, zstd, gzip and xz are read)", s->where);
+        return err_set(e, E_UNSUPPORTED, "%s: a zip file (tar, zstd, gzip and xz are read)",
+                       s->where);
     return OK;
 }
 
@@ -292,7 +308,8 @@ err_code source_open(source **out, const char *path, const job *j, err *e)
 {
     *out = NULL;
     source *s;
-    if (strlen(path) >= sizeof s->path) return err_set(e, E_INPUT, "path is too long: '%.60s...'", path);
+    if (strlen(path) >= sizeof s->path)
+        return err_set(e, E_INPUT, "path is too long: '%.60s...'", path);
     TRY(mem_alloc((void **)&s, 1, sizeof *s, "reading data", e));
     strcpy(s->path, path);
     strcpy(s->where, path);
@@ -314,15 +331,19 @@ void source_close(source **s)
     *s = NULL;
 }
 
-/* Nothing is extracted, but an archive that tries to write elsewhere is not one to trust with content. */
+/* Nothing is extracted, but an archive that tries to write elsewhere is not one to trust with
+ * content. */
 static err_code check_name(const source *s, const char *name, err *e)
 {
     bool leaves = name[0] == '/' || name[0] == '\\' || (name[0] && name[1] == ':');
     for (const char *p = name; *p && !leaves; p++) {
         const bool begin = p == name || p[-1] == '/' || p[-1] == '\\';
-        leaves = begin && p[0] == '.' && p[1] == '.' && (p[2] == '/' || p[2] == '\\' || p[2] == '\0');
+        leaves = begin && p[0] == '.' && p[1] == '.' &&
+                 (p[2] == '/' || p[2] == '\\' || p[2] == '\0');
     }
-    return leaves ? err_set(e, E_INPUT, "%s: entry '%.200s': expected a name inside the archive", s->path, name) : OK;
+    return leaves ? err_set(e, E_INPUT, "%s: entry '%.200s': expected a name inside the archive",
+                            s->path, name)
+                  : OK;
 }
 
 /* Whether the entry at hand is one to read. */
@@ -350,7 +371,9 @@ static err_code next_entry(source *s, bool *more, err *e)
             return err_set(e, E_LIMIT, "%s: more than %d entries", s->path, SOURCE_MAX_ENTRIES);
         const char *name = archive_entry_pathname(entry);
         if (!name) name = archive_entry_pathname_utf8(entry);
-        if (!name) return err_set(e, E_INPUT, "%s: entry %d: its name is not readable", s->path, s->entries);
+        if (!name)
+            return err_set(e, E_INPUT, "%s: entry %d: its name is not readable", s->path,
+                           s->entries);
         TRY(check_name(s, name, e));
         TRY(job_check(s->j, e));
         if (!entry_wanted(s, entry, name)) continue;
@@ -379,7 +402,8 @@ err_code source_next(source *s, const char **name, err *e)
     s->top = s->entry ? s->entry : s->tar;
     if (s->entry) strip_ending(s->name);
     TRY(refuse_kinds(s, s->top, e));
-    if (is_tar(s->top, s->name)) return err_set(e, E_UNSUPPORTED, "%s: an archive inside an archive", s->where);
+    if (is_tar(s->top, s->name))
+        return err_set(e, E_UNSUPPORTED, "%s: an archive inside an archive", s->where);
     *name = s->name;
     return OK;
 }
@@ -389,11 +413,9 @@ err_code source_read(source *s, void *buf, size_t cap, size_t *n, err *e)
     TRY(layer_read(s->top, buf, cap, n, e));
     s->bytes_out += *n;
     if (s->bytes_out > SOURCE_FREE_BYTES && s->bytes_out / SOURCE_MAX_RATIO > s->bytes_in)
-        return err_set(e, E_LIMIT, "%s: unpacks to more than %d times its size", s->where, SOURCE_MAX_RATIO);
+        return err_set(e, E_LIMIT, "%s: unpacks to more than %d times its size", s->where,
+                       SOURCE_MAX_RATIO);
     return OK;
 }
 
-const char *source_where(const source *s)
-{
-    return s->where;
-}
+const char *source_where(const source *s) { return s->where; }

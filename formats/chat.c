@@ -15,7 +15,7 @@
 struct chat {
     const chat_row *row;
     const tokenizer *t;
-    chat_row own;  /* a row read from a file; its strings lie in json */
+    chat_row own; /* a row read from a file; its strings lie in json */
     cJSON *json;
     char name[64];
 };
@@ -39,7 +39,8 @@ static err_code read_row(chat *c, const char *path, err *e)
     TRY(json_opt_str(c->json, "separator", "", &r->separator, e));
     TRY(json_opt_str(c->json, "meta_instruction", NULL, &r->default_system, e));
     int n = 0;
-    cJSON_ArrayForEach(s, stops) {
+    cJSON_ArrayForEach(s, stops)
+    {
         if (!cJSON_IsString(s) || n == 4)
             return err_set(e, E_INPUT, "%s: stop_words: expected at most 4 strings", path);
         r->stop[n++] = s->valuestring;
@@ -56,7 +57,8 @@ static bool is_json_path(const char *name)
     return n > 5 && strcmp(name + n - 5, ".json") == 0;
 }
 
-static err_code pick_row(chat *c, const char *name, const char *family_default, const job *j, err *e)
+static err_code pick_row(chat *c, const char *name, const char *family_default, const job *j,
+                         err *e)
 {
     bool exact;
     const char *text = tokenizer_chat_template(c->t);
@@ -69,18 +71,22 @@ static err_code pick_row(chat *c, const char *name, const char *family_default, 
         c->row = chat_row_of_text(text, &exact);
         if (c->row && exact) return OK;
         if (c->row) {
-            job_log(j, LOG_WARN, "the model's chat_template is not a known text; by its marks it is read as '%s'",
-                    c->row->names);
+            job_log(
+                j, LOG_WARN,
+                "the model's chat_template is not a known text; by its marks it is read as '%s'",
+                c->row->names);
             return OK;
         }
-        job_log(j, LOG_WARN, "the model's chat_template is not a known text; the family's template '%s' is used",
+        job_log(j, LOG_WARN,
+                "the model's chat_template is not a known text; the family's template '%s' is used",
                 family_default ? family_default : "base");
     }
     c->row = chat_row_find(family_default ? family_default : "base");
     return c->row ? OK : err_set(e, E_USAGE, "unknown chat template '%.60s'", family_default);
 }
 
-err_code chat_open(chat **out, const tokenizer *t, const char *name, const char *family_default, const job *j, err *e)
+err_code chat_open(chat **out, const tokenizer *t, const char *name, const char *family_default,
+                   const job *j, err *e)
 {
     *out = NULL;
     TRY(mem_alloc((void **)out, 1, sizeof **out, "chat", e));
@@ -91,7 +97,8 @@ err_code chat_open(chat **out, const tokenizer *t, const char *name, const char 
         return rc;
     }
     const char *names = (*out)->row->names;
-    snprintf((*out)->name, sizeof (*out)->name, "%.*s", (int)((*out)->json ? strlen(names) : strcspn(names, "|")), names);
+    snprintf((*out)->name, sizeof(*out)->name, "%.*s",
+             (int)((*out)->json ? strlen(names) : strcspn(names, "|")), names);
     return OK;
 }
 
@@ -103,20 +110,15 @@ void chat_close(chat **c)
     *c = NULL;
 }
 
-const char *chat_name(const chat *c)
-{
-    return c->name;
-}
+const char *chat_name(const chat *c) { return c->name; }
 
-bool chat_known(const char *name)
-{
-    return chat_row_find(name) != NULL || is_json_path(name);
-}
+bool chat_known(const char *name) { return chat_row_find(name) != NULL || is_json_path(name); }
 
 bool chat_name_at(int i, char buf[64])
 {
     for (int r = 0; r < chat_n_rows; r++) {
-        for (const char *p = chat_rows[r].names; *p; p += strcspn(p, "|") + (p[strcspn(p, "|")] == '|')) {
+        for (const char *p = chat_rows[r].names; *p;
+             p += strcspn(p, "|") + (p[strcspn(p, "|")] == '|')) {
             if (i-- > 0) continue;
             snprintf(buf, 64, "%.*s", (int)strcspn(p, "|"), p);
             return true;
@@ -127,7 +129,10 @@ bool chat_name_at(int i, char buf[64])
 
 /* ---- layout: plain text runs and tokens ---- */
 
-typedef struct { int32_t id; size_t at, n; } layout_seg; /* id < 0: text */
+typedef struct {
+    int32_t id;
+    size_t at, n;
+} layout_seg; /* id < 0: text */
 typedef struct {
     const tokenizer *t;
     tok_buf text;
@@ -160,14 +165,15 @@ static err_code layout_seg_add(layout *l, layout_seg s, err *e)
 static err_code put_text(layout *l, const char *s, size_t n, err *e)
 {
     if (!n) return OK;
-    if (!l->n || l->seg[l->n - 1].id >= 0) TRY(layout_seg_add(l, (layout_seg){ -1, l->text.n, 0 }, e));
+    if (!l->n || l->seg[l->n - 1].id >= 0)
+        TRY(layout_seg_add(l, (layout_seg){-1, l->text.n, 0}, e));
     l->seg[l->n - 1].n += n;
     return tok_buf_add(&l->text, s, n, e);
 }
 
 static err_code put_id(layout *l, int32_t id, err *e)
 {
-    return id < 0 ? OK : layout_seg_add(l, (layout_seg){ id, 0, 0 }, e);
+    return id < 0 ? OK : layout_seg_add(l, (layout_seg){id, 0, 0}, e);
 }
 
 /* A tokenizer without configuration names no EOS; the usual one may be there nevertheless. */
@@ -204,18 +210,15 @@ enum { ROLE_IS_SYSTEM, ROLE_IS_USER, ROLE_IS_ASSISTANT };
 
 static err_code role_of(int *role, const chat_message *m, int64_t i, err *e)
 {
-    static const char *const names[] = { "system", "user", "assistant" };
+    static const char *const names[] = {"system", "user", "assistant"};
     for (*role = 0; *role < 3; ++*role)
         if (m->role && !strcmp(m->role, names[*role]))
             return m->content ? OK : err_set(e, E_INPUT, "message %d: no content", (int)i + 1);
-    return err_set(e, E_INPUT, "message %d: expected role system, user or assistant, got '%.40s'", (int)i + 1,
-                   m->role ? m->role : "");
+    return err_set(e, E_INPUT, "message %d: expected role system, user or assistant, got '%.40s'",
+                   (int)i + 1, m->role ? m->role : "");
 }
 
-static bool trimmed(char c)
-{
-    return c == ' ' || (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x1f);
-}
+static bool trimmed(char c) { return c == ' ' || (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x1f); }
 
 /* White space of Python's str.strip at s (n bytes) from either end; returns its length. */
 static size_t blank_at(const char *s, size_t n, bool end)
@@ -228,7 +231,8 @@ static size_t blank_at(const char *s, size_t n, bool end)
     return trimmed(s[i]) || tok_is_white(utf8_code(s + i, len)) ? len : 0;
 }
 
-static err_code put_content(layout *l, const chat_row *r, const char *s, bool assistant, bool front, err *e)
+static err_code put_content(layout *l, const chat_row *r, const char *s, bool assistant, bool front,
+                            err *e)
 {
     size_t n = strlen(s), k;
     if (assistant && (r->flags & CHAT_CUT_THINK)) {
@@ -256,13 +260,16 @@ typedef struct {
 static err_code put_system(talk *k, const char *s, const char *prefix, err *e)
 {
     const chat_row *r = k->r;
-    if (r->flags & CHAT_NO_SYSTEM) return err_set(e, E_INPUT, "the chat template takes no system message");
+    if (r->flags & CHAT_NO_SYSTEM)
+        return err_set(e, E_INPUT, "the chat template takes no system message");
     if ((r->flags & CHAT_SKIP_EMPTY) && !*s) return OK;
     k->system_shown = true;
     TRY(put_piece(k->l, r->system, e));
     TRY(put_piece(k->l, prefix, e));
-    if (r->flags & CHAT_SYSTEM_IN_USER) TRY(put_text(k->l, s, strlen(s), e)); /* only the turn's ends are trimmed */
-    else TRY(put_content(k->l, r, s, false, true, e));
+    if (r->flags & CHAT_SYSTEM_IN_USER)
+        TRY(put_text(k->l, s, strlen(s), e)); /* only the turn's ends are trimmed */
+    else
+        TRY(put_content(k->l, r, s, false, true, e));
     return put_piece(k->l, r->eosys, e);
 }
 
@@ -295,7 +302,8 @@ static err_code put_assistant(talk *k, const char *s, bool last, bool head, err 
     return last && !head && (r->flags & CHAT_END_EOS) ? put_piece(k->l, CHAT_EOS, e) : OK;
 }
 
-static err_code put_turns(talk *k, const chat_message *m, int64_t from, int64_t n, bool head, err *e)
+static err_code put_turns(talk *k, const chat_message *m, int64_t from, int64_t n, bool head,
+                          err *e)
 {
     const chat_row *r = k->r;
     int role = ROLE_IS_USER;
@@ -303,8 +311,10 @@ static err_code put_turns(talk *k, const chat_message *m, int64_t from, int64_t 
         TRY(role_of(&role, &m[i], i, e));
         const bool odd = (i - from) % 2 != 0;
         if ((r->flags & CHAT_ALTERNATE) && role != (odd ? ROLE_IS_ASSISTANT : ROLE_IS_USER))
-            return err_set(e, E_INPUT, "message %d: the chat template wants user and assistant in turn, got '%.40s'",
-                           (int)i + 1, m[i].role);
+            return err_set(
+                e, E_INPUT,
+                "message %d: the chat template wants user and assistant in turn, got '%.40s'",
+                (int)i + 1, m[i].role);
         if (role == ROLE_IS_SYSTEM) TRY(put_system(k, m[i].content, NULL, e));
         if (role == ROLE_IS_USER) TRY(put_user(k, m[i].content, e));
         if (role == ROLE_IS_ASSISTANT) TRY(put_assistant(k, m[i].content, i + 1 == n, head, e));
@@ -313,10 +323,11 @@ static err_code put_turns(talk *k, const chat_message *m, int64_t from, int64_t 
     return head && !open ? put_piece(k->l, r->gen ? r->gen : r->assistant, e) : OK;
 }
 
-static err_code lay_out(const chat *c, layout *l, const chat_message *m, int64_t n, const char *meta, bool head, err *e)
+static err_code lay_out(const chat *c, layout *l, const chat_message *m, int64_t n,
+                        const char *meta, bool head, err *e)
 {
     const chat_row *r = c->row;
-    talk k = { .l = l, .r = r };
+    talk k = {.l = l, .r = r};
     int role;
     int64_t from = 0;
     const char *system = NULL, *prefix = NULL;
@@ -333,8 +344,10 @@ static err_code lay_out(const chat *c, layout *l, const chat_message *m, int64_t
     }
     if (r->bos == BOS_TOKENIZER && tokenizer_add_bos(c->t)) TRY(put_id(l, tokenizer_bos(c->t), e));
     TRY(put_piece(l, r->begin, e));
-    if (system && (r->flags & CHAT_SYSTEM_IN_USER)) k.system = system;
-    else if (system) TRY(put_system(&k, system, prefix, e));
+    if (system && (r->flags & CHAT_SYSTEM_IN_USER))
+        k.system = system;
+    else if (system)
+        TRY(put_system(&k, system, prefix, e));
     return put_turns(&k, m, from, n, head, e);
 }
 
@@ -343,23 +356,25 @@ static err_code encode_layout(const layout *l, int64_t from, bool begins, token_
     token_seg *s;
     TRY(mem_alloc((void **)&s, (size_t)(l->n - from), sizeof *s, "chat", e));
     for (int64_t i = from; i < l->n; i++)
-        s[i - from] = (token_seg){ l->seg[i].id < 0 ? l->text.p + l->seg[i].at : "", l->seg[i].n, l->seg[i].id };
+        s[i - from] = (token_seg){l->seg[i].id < 0 ? l->text.p + l->seg[i].at : "", l->seg[i].n,
+                                  l->seg[i].id};
     const err_code rc = tokenizer_encode_segs(l->t, s, l->n - from, begins, out, e);
     mem_free(s);
     return rc;
 }
 
-err_code chat_encode(const chat *c, const chat_message *messages, int64_t n, const char *meta_instruction,
-                     bool add_generation, token_list *out, err *e)
+err_code chat_encode(const chat *c, const chat_message *messages, int64_t n,
+                     const char *meta_instruction, bool add_generation, token_list *out, err *e)
 {
-    layout l = { 0 };
+    layout l = {0};
     err_code rc = lay_out(c, &l, messages, n, meta_instruction, add_generation, e);
     if (rc == OK) rc = encode_layout(&l, 0, true, out, e);
     layout_free(&l);
     return rc;
 }
 
-/* Which of the laid-out segments the answer's last token stands for: all up to it are there already. */
+/* Which of the laid-out segments the answer's last token stands for: all up to it are there
+ * already. */
 static int64_t closed_by(const layout *l, int64_t eoa_end, int32_t last)
 {
     for (int64_t i = 0; i < eoa_end && last >= 0; i++)
@@ -376,12 +391,12 @@ static bool is_stop(const chat *c, int32_t id)
     return tokenizer_is_special(c->t, id);
 }
 
-err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n, int32_t last, token_list *out,
-                          int *drop, err *e)
+err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n, int32_t last,
+                          token_list *out, int *drop, err *e)
 {
-    layout l = { .t = c->t };
+    layout l = {.t = c->t};
     /* users counts from 1 on here: nothing of the first turn is put again */
-    talk k = { .l = &l, .r = c->row, .system_shown = true, .users = 1 };
+    talk k = {.l = &l, .r = c->row, .system_shown = true, .users = 1};
     int64_t eoa_end = 0, from = 0;
     *drop = 0;
     err_code rc = put_piece(&l, c->row->eoa, e);
@@ -397,17 +412,18 @@ err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n
     return rc;
 }
 
-err_code chat_render(const chat *c, const chat_message *messages, int64_t n, const char *meta_instruction,
-                     bool add_generation, char **out, err *e)
+err_code chat_render(const chat *c, const chat_message *messages, int64_t n,
+                     const char *meta_instruction, bool add_generation, char **out, err *e)
 {
-    layout l = { 0 };
-    tok_buf b = { 0 };
+    layout l = {0};
+    tok_buf b = {0};
     *out = NULL;
     err_code rc = lay_out(c, &l, messages, n, meta_instruction, add_generation, e);
     if (rc == OK) rc = tok_buf_reserve(&b, 1, e);
     for (int64_t i = 0; i < l.n && rc == OK; i++) {
         size_t len = l.seg[i].n;
-        const char *s = l.seg[i].id < 0 ? l.text.p + l.seg[i].at : tokenizer_string(c->t, l.seg[i].id, &len);
+        const char *s = l.seg[i].id < 0 ? l.text.p + l.seg[i].at
+                                        : tokenizer_string(c->t, l.seg[i].id, &len);
         rc = tok_buf_add(&b, s, len, e);
     }
     if (rc == OK) {
@@ -435,9 +451,10 @@ int chat_stop_ids(const chat *c, const int32_t *model_stop, int n_model_stop, in
     n = add_stop(out, n, cap, tokenizer_eos(c->t));
     for (int i = 0; i < 4 && c->row->stop[i]; i++) {
         const char *word = c->row->stop[i];
-        token_list ids = { 0 };
+        token_list ids = {0};
         err e;
-        if (!strcmp(word, CHAT_EOS)) n = add_stop(out, n, cap, tokenizer_eos(c->t));
+        if (!strcmp(word, CHAT_EOS))
+            n = add_stop(out, n, cap, tokenizer_eos(c->t));
         else if (tokenizer_encode(c->t, word, strlen(word), true, &ids, &e) == OK && ids.n == 1)
             n = add_stop(out, n, cap, ids.ids[0]);
         token_list_free(&ids);

@@ -1,46 +1,55 @@
-/* Chat prompts: messages to token ids. A template is a row of text pieces around roles; which row is told by
- * the caller, by the directory's own chat_template when its text is known, or by the model's family. Users'
- * words are always plain text: only the template's own pieces become special tokens. */
+/* Chat prompts: messages to token ids. A template is a row of text pieces around roles; which
+ * row is told by the caller, by the directory's own chat_template when its text is known, or by
+ * the model's family. Users' words are always plain text: only the template's own pieces become
+ * special tokens. */
 #ifndef TMF_FORMATS_CHAT_H
 #define TMF_FORMATS_CHAT_H
 
 #include "base/job.h"
 #include "formats/tokenizer.h"
 
-typedef struct { const char *role, *content; } chat_message; /* "system", "user" or "assistant"; UTF-8 */
+typedef struct {
+    const char *role, *content;
+} chat_message; /* "system", "user" or "assistant"; UTF-8 */
 
 typedef struct chat chat;
 
-/* `name`: a template's name (chat_name_at), or the path of a JSON file with LMDeploy's fields (system, eosys,
- * user, eoh, assistant, eoa, separator, stop_words, meta_instruction); unknown ones are E_USAGE. NULL: the
- * directory's chat_template if it is known by its text or by its marks (a note says so), else
- * family_default, else "base"; a template that is not known is noted through `j`. `t` is borrowed and must
- * stay open. */
-err_code chat_open(chat **out, const tokenizer *t, const char *name, const char *family_default, const job *j, err *e);
+/* `name`: a template's name (chat_name_at), or the path of a JSON file with LMDeploy's fields
+ * (system, eosys, user, eoh, assistant, eoa, separator, stop_words, meta_instruction); unknown
+ * ones are E_USAGE. NULL: the directory's chat_template if it is known by its text or by its
+ * marks (a note says so), else family_default, else "base"; a template that is not known is
+ * noted through `j`. `t` is borrowed and must stay open. */
+err_code chat_open(chat **out, const tokenizer *t, const char *name, const char *family_default,
+                   const job *j, err *e);
 void chat_close(chat **c); /* NULL accepted */
 const char *chat_name(const chat *c);
 bool chat_known(const char *name); /* a name that chat_open takes */
-/* The i-th name into buf (64 bytes), false past the end; aliases are names too. For help and completion. */
+/* The i-th name into buf (64 bytes), false past the end; aliases are names too. For help and
+ * completion. */
 bool chat_name_at(int i, char buf[64]);
 
 /* Appends the ids of a conversation, BOS included where the template or the tokenizer puts one.
- * meta_instruction: a system text used when messages[0] is not one; NULL: the template's own default, if its
- * known text has one (LMDeploy's defaults are not used). add_generation: ends with the head of the
- * assistant's turn. Unknown roles and orders that the template refuses: E_INPUT. */
-err_code chat_encode(const chat *c, const chat_message *messages, int64_t n, const char *meta_instruction,
-                     bool add_generation, token_list *out, err *e);
-/* The next turns behind an answer: what follows the context's tokens when the answer ended in `last` (its
- * last generated id, also a stop id; -1 when it was cut). Closes the assistant's turn, as far as `last` has
- * not, then adds the messages and the head of the assistant's turn. *drop says how many ids (0 or 1) to take
- * off the end of the context first: a stop id that is not the template's own end of a turn. */
-err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n, int32_t last, token_list *out,
-                          int *drop, err *e);
+ * meta_instruction: a system text used when messages[0] is not one; NULL: the template's own
+ * default, if its known text has one (LMDeploy's defaults are not used). add_generation: ends
+ * with the head of the assistant's turn. Unknown roles and orders that the template refuses:
+ * E_INPUT. */
+err_code chat_encode(const chat *c, const chat_message *messages, int64_t n,
+                     const char *meta_instruction, bool add_generation, token_list *out, err *e);
+/* The next turns behind an answer: what follows the context's tokens when the answer ended in
+ * `last` (its last generated id, also a stop id; -1 when it was cut). Closes the assistant's
+ * turn, as far as `last` has not, then adds the messages and the head of the assistant's turn.
+ * *drop says how many ids (0 or 1) to take off the end of the context first: a stop id that is
+ * not the template's own end of a turn. */
+err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n, int32_t last,
+                          token_list *out, int *drop, err *e);
 /* The text that chat_encode stands for, special tokens as their strings. Free with mem_free. */
-err_code chat_render(const chat *c, const chat_message *messages, int64_t n, const char *meta_instruction,
-                     bool add_generation, char **out, err *e);
+err_code chat_render(const chat *c, const chat_message *messages, int64_t n,
+                     const char *meta_instruction, bool add_generation, char **out, err *e);
 
-/* Ids that end an answer: model_stop (of config.json and generation_config.json), the tokenizer's EOS, and
- * the template's stop words that are one token, each once. Fills out[] up to cap; returns how many. */
-int chat_stop_ids(const chat *c, const int32_t *model_stop, int n_model_stop, int32_t *out, int cap);
+/* Ids that end an answer: model_stop (of config.json and generation_config.json), the
+ * tokenizer's EOS, and the template's stop words that are one token, each once. Fills out[] up
+ * to cap; returns how many. */
+int chat_stop_ids(const chat *c, const int32_t *model_stop, int n_model_stop, int32_t *out,
+                  int cap);
 
 #endif

@@ -1,4 +1,5 @@
-/* The only C++ of the project: a handle, load and encode. Everything that can throw is caught here. */
+/* The only C++ of the project: a handle, load and encode. Everything that can throw is caught
+ * here. */
 #include "formats/sp_shim.h"
 
 #include <sentencepiece_processor.h>
@@ -37,13 +38,11 @@ extern "C" sp_status sp_shim_open(sp_shim **out, const char *model, size_t n, ch
     }
 }
 
-extern "C" void sp_shim_close(sp_shim *s)
-{
-    delete s;
-}
+extern "C" void sp_shim_close(sp_shim *s) { delete s; }
 
 extern "C" sp_status sp_shim_encode(const sp_shim *s, const char *text, size_t n,
-                                    int (*push)(void *ctx, int id), void *ctx, char *msg, size_t cap)
+                                    int (*push)(void *ctx, int id), void *ctx, char *msg,
+                                    size_t cap)
 {
     try {
         std::vector<int> ids;

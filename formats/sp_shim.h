@@ -14,9 +14,10 @@ typedef enum { SP_OK = 0, SP_BAD, SP_NOMEM, SP_STOPPED } sp_status;
 /* Loads a serialized model (copied). On failure *out is NULL and msg (cap bytes) says why. */
 sp_status sp_shim_open(sp_shim **out, const char *model, size_t n, char *msg, size_t cap);
 void sp_shim_close(sp_shim *s); /* NULL accepted */
-/* Calls push for every id of the text; push returns 0 to go on, anything else stops. Thread-safe. */
-sp_status sp_shim_encode(const sp_shim *s, const char *text, size_t n, int (*push)(void *ctx, int id), void *ctx,
-                         char *msg, size_t cap);
+/* Calls push for every id of the text; push returns 0 to go on, anything else stops.
+ * Thread-safe. */
+sp_status sp_shim_encode(const sp_shim *s, const char *text, size_t n,
+                         int (*push)(void *ctx, int id), void *ctx, char *msg, size_t cap);
 
 #ifdef __cplusplus
 }

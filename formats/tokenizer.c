@@ -1,4 +1,5 @@
-/* The public face: encoding around added tokens, decoding, lookups. Opening is in tokenizer_config.c. */
+/* The public face: encoding around added tokens, decoding, lookups. Opening is in
+ * tokenizer_config.c. */
 #include "formats/tokenizer.h"
 
 #include <string.h>
@@ -27,13 +28,15 @@ err_code token_list_push(token_list *l, int32_t id, err *e)
 void token_list_free(token_list *l)
 {
     mem_free(l->ids);
-    *l = (token_list){ 0 };
+    *l = (token_list){0};
 }
 
 /* ---- encoding: text between added tokens ---- */
 
-/* A model may need tens of bytes of memory for a byte of text, so long text goes through it in parts. */
-static err_code encode_plain(const tokenizer *t, const char *s, size_t n, frag_kind kind, token_list *out, err *e)
+/* A model may need tens of bytes of memory for a byte of text, so long text goes through it in
+ * parts. */
+static err_code encode_plain(const tokenizer *t, const char *s, size_t n, frag_kind kind,
+                             token_list *out, err *e)
 {
     while (n > TOK_CHUNK && t->ops->can_cut) {
         size_t at = TOK_CHUNK;
@@ -93,8 +96,8 @@ typedef struct {
 } encoder;
 typedef err_code (*frag_fn)(const encoder *x, const char *s, size_t n, frag_kind kind, err *e);
 
-static err_code split_added(const encoder *x, const added_trie *trie, const char *s, size_t n, frag_kind begin,
-                            frag_fn text, err *e)
+static err_code split_added(const encoder *x, const added_trie *trie, const char *s, size_t n,
+                            frag_kind begin, frag_fn text, err *e)
 {
     size_t done = 0;
     if (!trie->slots) return text(x, s, n, begin, e);
@@ -108,7 +111,9 @@ static err_code split_added(const encoder *x, const added_trie *trie, const char
         const added_token *a = &x->t->added.tok[k];
         size_t start = i, end = i + len;
         i = end;
-        if ((a->special && !x->parse_special) || (a->single_word && !is_single_word(s, start, end, n))) continue;
+        if ((a->special && !x->parse_special) ||
+            (a->single_word && !is_single_word(s, start, end, n)))
+            continue;
         if (a->lstrip) start = white_before(s, done, start);
         if (a->rstrip) end = white_behind(s, end, n);
         if (done == 0 && start == 0 && begin == FRAG_FIRST && !a->special && x->t->lead_piece >= 0)
@@ -128,7 +133,7 @@ static err_code frag_normalized(const encoder *x, const char *s, size_t n, frag_
 static err_code frag_raw(const encoder *x, const char *s, size_t n, frag_kind kind, err *e)
 {
     if (!x->t->ops->normalize) return encode_plain(x->t, s, n, kind, x->out, e);
-    tok_buf b = { 0 };
+    tok_buf b = {0};
     err_code rc = x->t->ops->normalize(x->t->self, s, n, kind, &b, e);
     if (rc == OK) rc = split_added(x, &x->t->added.norm, b.p, b.n, kind, frag_normalized, e);
     tok_buf_free(&b);
@@ -137,20 +142,24 @@ static err_code frag_raw(const encoder *x, const char *s, size_t n, frag_kind ki
 
 static err_code encode_text(const encoder *x, const char *s, size_t n, err *e)
 {
-    if (n > TOK_MAX_TEXT) return err_set(e, E_LIMIT, "text: expected at most %zu bytes, got %zu", TOK_MAX_TEXT, n);
-    if (x->t->ops->normalize && !json_utf8_valid(s, n)) return err_set(e, E_INPUT, "text: invalid UTF-8");
+    if (n > TOK_MAX_TEXT)
+        return err_set(e, E_LIMIT, "text: expected at most %zu bytes, got %zu", TOK_MAX_TEXT, n);
+    if (x->t->ops->normalize && !json_utf8_valid(s, n))
+        return err_set(e, E_INPUT, "text: invalid UTF-8");
     return n ? split_added(x, &x->t->added.raw, s, n, x->begin, frag_raw, e) : OK;
 }
 
-err_code tokenizer_encode(const tokenizer *t, const char *text, size_t n, bool parse_special, token_list *out, err *e)
+err_code tokenizer_encode(const tokenizer *t, const char *text, size_t n, bool parse_special,
+                          token_list *out, err *e)
 {
-    const encoder x = { t, parse_special, FRAG_FIRST, out };
+    const encoder x = {t, parse_special, FRAG_FIRST, out};
     return encode_text(&x, text, n, e);
 }
 
-err_code tokenizer_encode_part(const tokenizer *t, const char *text, size_t n, bool begins, token_list *out, err *e)
+err_code tokenizer_encode_part(const tokenizer *t, const char *text, size_t n, bool begins,
+                               token_list *out, err *e)
 {
-    const encoder x = { t, false, begins ? FRAG_FIRST : FRAG_CONT, out };
+    const encoder x = {t, false, begins ? FRAG_FIRST : FRAG_CONT, out};
     return encode_text(&x, text, n, e);
 }
 
@@ -176,20 +185,23 @@ static err_code encode_seg(const encoder *x, const token_seg *segs, int64_t i, i
     return encode_text(x, s->text + from, to - from, e);
 }
 
-err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs, bool begins,
-                               token_list *out, err *e)
+err_code tokenizer_encode_segs(const tokenizer *t, const token_seg *segs, int64_t n_segs,
+                               bool begins, token_list *out, err *e)
 {
-    encoder x = { t, false, begins ? FRAG_FIRST : FRAG_NEXT, out };
+    encoder x = {t, false, begins ? FRAG_FIRST : FRAG_NEXT, out};
     for (int64_t i = 0; i < n_segs; i++, x.begin = FRAG_NEXT) {
         if (segs[i].id >= t->v.n)
             return err_set(e, E_INPUT, "token %d: the tokenizer has %d", segs[i].id, t->v.n);
-        if (segs[i].id >= 0) TRY(token_list_push(out, segs[i].id, e));
-        else TRY(encode_seg(&x, segs, i, n_segs, e));
+        if (segs[i].id >= 0)
+            TRY(token_list_push(out, segs[i].id, e));
+        else
+            TRY(encode_seg(&x, segs, i, n_segs, e));
     }
     return OK;
 }
 
-bool tokenizer_find_special(const tokenizer *t, const char *text, size_t n, size_t *at, size_t *len, int32_t *id)
+bool tokenizer_find_special(const tokenizer *t, const char *text, size_t n, size_t *at, size_t *len,
+                            int32_t *id)
 {
     for (size_t i = 0; t->added.all.slots && i < n; i++) {
         const int32_t k = trie_match(&t->added.all, text + i, n - i, len);
@@ -204,7 +216,8 @@ bool tokenizer_find_special(const tokenizer *t, const char *text, size_t n, size
 /* ---- decoding ---- */
 
 /* What a token adds to the text, before stripping, and whether that applies to it. */
-static const char *shown(const tokenizer *t, int32_t id, bool skip_special, size_t *n, bool *strippable)
+static const char *shown(const tokenizer *t, int32_t id, bool skip_special, size_t *n,
+                         bool *strippable)
 {
     const vocab_piece *p = &t->v.piece[id];
     *strippable = false;
@@ -235,21 +248,29 @@ static void strip_start(const tokenizer *t, decode_state *st, const char **s, si
 
 typedef enum { UTF8_WHOLE, UTF8_CUT, UTF8_BAD } utf8_state;
 
-/* What begins at s (n >= 1): a whole character of *len bytes, the first bytes of one that the text ends in,
- * or *len bytes that begin none. */
+/* What begins at s (n >= 1): a whole character of *len bytes, the first bytes of one that the
+ * text ends in, or *len bytes that begin none. */
 static utf8_state utf8_probe(const char *s, size_t n, size_t *len)
 {
     const uint8_t *u = (const uint8_t *)s;
-    const size_t need = u[0] < 0x80 ? 1 : u[0] < 0xc2 ? 0 : u[0] < 0xe0 ? 2 : u[0] < 0xf0 ? 3 : u[0] < 0xf5 ? 4 : 0;
+    const size_t need = u[0] < 0x80   ? 1
+                        : u[0] < 0xc2 ? 0
+                        : u[0] < 0xe0 ? 2
+                        : u[0] < 0xf0 ? 3
+                        : u[0] < 0xf5 ? 4
+                                      : 0;
     const uint8_t lo = u[0] == 0xe0 ? 0xa0 : u[0] == 0xf0 ? 0x90 : 0x80;
     const uint8_t hi = u[0] == 0xed ? 0x9f : u[0] == 0xf4 ? 0x8f : 0xbf;
     *len = 1;
     if (need == 0) return UTF8_BAD;
-    while (*len < need && *len < n && u[*len] >= (*len == 1 ? lo : 0x80) && u[*len] <= (*len == 1 ? hi : 0xbf)) ++*len;
+    while (*len < need && *len < n && u[*len] >= (*len == 1 ? lo : 0x80) &&
+           u[*len] <= (*len == 1 ? hi : 0xbf))
+        ++*len;
     return *len == need ? UTF8_WHOLE : *len == n ? UTF8_CUT : UTF8_BAD;
 }
 
-/* Moves complete characters of s into buf, U+FFFD for what is not one; an unfinished one at the end is held. */
+/* Moves complete characters of s into buf, U+FFFD for what is not one; an unfinished one at the
+ * end is held. */
 static void put_utf8(decode_state *st, const char *s, size_t n, char *buf, size_t *out)
 {
     for (size_t i = 0; i < n;) {
@@ -272,14 +293,15 @@ static void put_utf8(decode_state *st, const char *s, size_t n, char *buf, size_
     }
 }
 
-err_code tokenizer_decode_next(const tokenizer *t, decode_state *st, int32_t id, bool skip_special, char *buf,
-                               size_t cap, size_t *n, err *e)
+err_code tokenizer_decode_next(const tokenizer *t, decode_state *st, int32_t id, bool skip_special,
+                               char *buf, size_t cap, size_t *n, err *e)
 {
     *n = 0;
     st->each = t->text == TEXT_SPM;
     if (id < 0 || id >= t->v.n || !(t->v.piece[id].flags & PIECE_SET))
-        return id >= 0 && id < TOK_MAX_VOCAB ? OK /* a place in the table of the model without a token */
-                                             : err_set(e, E_INPUT, "token %d: the tokenizer has %d", id, t->v.n);
+        return id >= 0 && id < TOK_MAX_VOCAB
+                   ? OK /* a place in the table of the model without a token */
+                   : err_set(e, E_INPUT, "token %d: the tokenizer has %d", id, t->v.n);
     bool strippable;
     size_t len;
     const char *s = shown(t, id, skip_special, &len, &strippable);
@@ -291,7 +313,7 @@ err_code tokenizer_decode_next(const tokenizer *t, decode_state *st, int32_t id,
         return err_set(e, E_LIMIT, "decoding token %d: expected a buffer of %zu bytes, got %zu", id,
                        3 * (len + held) + 1, cap);
     if (held) { /* join: rare, and short except for odd vocabularies */
-        tok_buf b = { 0 };
+        tok_buf b = {0};
         err_code rc = tok_buf_add(&b, st->held, held, e);
         if (rc == OK) rc = tok_buf_add(&b, s, len, e);
         st->n_held = 0;
@@ -313,21 +335,22 @@ void tokenizer_decode_flush(decode_state *st, char *buf, size_t cap, size_t *n)
         *n += 3;
     }
     if (cap > *n) buf[*n] = '\0';
-    *st = (decode_state){ 0 };
+    *st = (decode_state){0};
 }
 
-err_code tokenizer_decode(const tokenizer *t, const int32_t *ids, int64_t n, bool skip_special, char **out,
-                          size_t *out_n, err *e)
+err_code tokenizer_decode(const tokenizer *t, const int32_t *ids, int64_t n, bool skip_special,
+                          char **out, size_t *out_n, err *e)
 {
-    tok_buf b = { 0 };
-    decode_state st = { 0 };
+    tok_buf b = {0};
+    decode_state st = {0};
     err_code rc = OK;
     size_t got;
     *out = NULL;
     for (int64_t i = 0; i < n && rc == OK; i++) {
         const int32_t id = ids[i];
         size_t most = 64;
-        if (id >= 0 && id < t->v.n) most += 3 * (size_t)(t->v.piece[id].raw_len + t->v.piece[id].text_len);
+        if (id >= 0 && id < t->v.n)
+            most += 3 * (size_t)(t->v.piece[id].raw_len + t->v.piece[id].text_len);
         if (t->unk_text) most += 3 * strlen(t->unk_text);
         if ((rc = tok_buf_reserve(&b, most, e)) != OK) break;
         rc = tokenizer_decode_next(t, &st, id, skip_special, b.p + b.n, b.cap - b.n, &got, e);
@@ -352,7 +375,10 @@ int32_t tokenizer_vocab(const tokenizer *t) { return t->v.n; }
 int32_t tokenizer_bos(const tokenizer *t) { return t->bos; }
 int32_t tokenizer_eos(const tokenizer *t) { return t->eos; }
 bool tokenizer_add_bos(const tokenizer *t) { return t->add_bos; }
-int32_t tokenizer_id(const tokenizer *t, const char *piece) { return vocab_find(&t->v, piece, strlen(piece)); }
+int32_t tokenizer_id(const tokenizer *t, const char *piece)
+{
+    return vocab_find(&t->v, piece, strlen(piece));
+}
 const char *tokenizer_chat_template(const tokenizer *t) { return t->chat_template; }
 
 bool tokenizer_is_special(const tokenizer *t, int32_t id)
@@ -371,7 +397,8 @@ const char *tokenizer_string(const tokenizer *t, int32_t id, size_t *n)
 const char *tokenizer_piece(const tokenizer *t, int32_t id, size_t *n)
 {
     *n = 0;
-    if (id < 0 || id >= t->v.n || !(t->v.piece[id].flags & PIECE_SET) || (t->v.piece[id].flags & PIECE_SPECIAL))
+    if (id < 0 || id >= t->v.n || !(t->v.piece[id].flags & PIECE_SET) ||
+        (t->v.piece[id].flags & PIECE_SPECIAL))
         return "";
     *n = t->v.piece[id].text_len;
     return vocab_text(&t->v, id);

@@ -1,6 +1,7 @@
-/* The merge loop of byte pair encoding: symbols in a linked list, candidate pairs in a binary heap. Entries
- * are not removed when a neighbour changes; a popped entry counts only if its pair still gives the same token
- * (even if another merge of that result is meant now: the tokenizers library does so too). */
+/* The merge loop of byte pair encoding: symbols in a linked list, candidate pairs in a binary
+ * heap. Entries are not removed when a neighbour changes; a popped entry counts only if its pair
+ * still gives the same token (even if another merge of that result is meant now: the tokenizers
+ * library does so too). */
 #include <string.h>
 
 #include "base/mem.h"
@@ -29,8 +30,9 @@ static bpe_merge *merge_slot(const bpe_merges *m, uint64_t key)
 
 err_code bpe_merges_reserve(bpe_merges *m, uint32_t n, err *e)
 {
-    bpe_merges to = { NULL, 64, m->used };
-    if (n > (1u << 27)) return err_set(e, E_LIMIT, "merges: expected at most %u, got %u", 1u << 27, n);
+    bpe_merges to = {NULL, 64, m->used};
+    if (n > (1u << 27))
+        return err_set(e, E_LIMIT, "merges: expected at most %u, got %u", 1u << 27, n);
     while (to.slots < n * 2) to.slots *= 2;
     if (to.slots <= m->slots) return OK;
     TRY(mem_alloc((void **)&to.slot, to.slots, sizeof *to.slot, "merges", e));
@@ -41,22 +43,25 @@ err_code bpe_merges_reserve(bpe_merges *m, uint32_t n, err *e)
     return OK;
 }
 
-err_code bpe_merges_put(bpe_merges *m, int32_t left, int32_t right, int32_t rank, int32_t id, err *e)
+err_code bpe_merges_put(bpe_merges *m, int32_t left, int32_t right, int32_t rank, int32_t id,
+                        err *e)
 {
     TRY(bpe_merges_reserve(m, m->used + 1, e));
     bpe_merge *s = merge_slot(m, pair_key(left, right));
     if (!s->pair) m->used++;
-    *s = (bpe_merge){ pair_key(left, right), rank, id }; /* a pair named twice: the later line rules */
+    *s = (bpe_merge){pair_key(left, right), rank,
+                     id}; /* a pair named twice: the later line rules */
     return OK;
 }
 
 void bpe_merges_free(bpe_merges *m)
 {
     mem_free(m->slot);
-    *m = (bpe_merges){ 0 };
+    *m = (bpe_merges){0};
 }
 
-bool bpe_pair_of_merges(const void *merges, const bpe_symbol *a, const bpe_symbol *b, int32_t *rank, int32_t *id)
+bool bpe_pair_of_merges(const void *merges, const bpe_symbol *a, const bpe_symbol *b, int32_t *rank,
+                        int32_t *id)
 {
     const bpe_merges *m = merges;
     if (!m->slots) return false;
@@ -105,7 +110,7 @@ static void pair_offer(bpe_work *w, int32_t pos, bpe_pair_fn pair, const void *c
     int32_t rank, id;
     if (pos < 0 || w->sym[pos].next < 0) return;
     if (!pair(ctx, &w->sym[pos], &w->sym[w->sym[pos].next], &rank, &id)) return;
-    w->heap[w->heap_n] = (bpe_entry){ rank, pos, id };
+    w->heap[w->heap_n] = (bpe_entry){rank, pos, id};
     heap_up(w->heap, w->heap_n++);
 }
 
@@ -114,7 +119,8 @@ static void pair_offer(bpe_work *w, int32_t pos, bpe_pair_fn pair, const void *c
 err_code bpe_push(bpe_work *w, int32_t id, size_t at, size_t len, err *e)
 {
     if (w->n == w->cap) {
-        if (w->cap > INT32_MAX / 4) return err_set(e, E_LIMIT, "text: more than %d characters in one word", w->cap);
+        if (w->cap > INT32_MAX / 4)
+            return err_set(e, E_LIMIT, "text: more than %d characters in one word", w->cap);
         const int32_t cap = w->cap ? w->cap * 2 : 256;
         bpe_symbol *s;
         TRY(mem_alloc((void **)&s, (size_t)cap, sizeof *s, "tokenizer symbols", e));
@@ -123,7 +129,7 @@ err_code bpe_push(bpe_work *w, int32_t id, size_t at, size_t len, err *e)
         w->sym = s;
         w->cap = cap;
     }
-    w->sym[w->n] = (bpe_symbol){ id, w->n - 1, w->n + 1, (uint32_t)at, (uint32_t)len };
+    w->sym[w->n] = (bpe_symbol){id, w->n - 1, w->n + 1, (uint32_t)at, (uint32_t)len};
     w->n++;
     return OK;
 }
@@ -132,7 +138,7 @@ void bpe_work_free(bpe_work *w)
 {
     mem_free(w->sym);
     mem_free(w->heap);
-    *w = (bpe_work){ 0 };
+    *w = (bpe_work){0};
 }
 
 /* n-1 pairs at the start, at most two new ones for each of at most n-1 merges. */
@@ -176,7 +182,8 @@ err_code bpe_run(bpe_work *w, bpe_pair_fn pair, const void *ctx, token_list *out
     w->heap_n = 0;
     merge_all(w, pair, ctx);
     err_code rc = OK;
-    for (int32_t i = 0; i >= 0 && rc == OK; i = w->sym[i].next) rc = token_list_push(out, w->sym[i].id, e);
+    for (int32_t i = 0; i >= 0 && rc == OK; i = w->sym[i].next)
+        rc = token_list_push(out, w->sym[i].id, e);
     w->n = 0;
     return rc;
 }

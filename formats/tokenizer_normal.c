@@ -7,17 +7,18 @@
 #include "formats/tokenizer_internal.h"
 
 #define NORMAL_MAX_STEPS 16
-#define UNICODE_SPAN 4096 /* a Unicode form is computed over spans of about this size where they may end */
+#define UNICODE_SPAN \
+    4096 /* a Unicode form is computed over spans of about this size where they may end */
 
 typedef enum { STEP_PREPEND, STEP_REPLACE, STEP_UNICODE, STEP_STRIP } step_kind;
 
 typedef struct {
     step_kind kind;
-    char *text;            /* STEP_PREPEND: what; STEP_REPLACE: the pattern when it is a string */
-    char *with;            /* STEP_REPLACE */
-    tok_regex *regex;      /* STEP_REPLACE by pattern */
+    char *text;             /* STEP_PREPEND: what; STEP_REPLACE: the pattern when it is a string */
+    char *with;             /* STEP_REPLACE */
+    tok_regex *regex;       /* STEP_REPLACE by pattern */
     utf8proc_option_t form; /* STEP_UNICODE */
-    bool left, right;      /* STEP_STRIP */
+    bool left, right;       /* STEP_STRIP */
 } step;
 
 struct tok_normal {
@@ -30,11 +31,16 @@ struct tok_normal {
 static bool unicode_form(const char *type, utf8proc_option_t *form)
 {
     const int base = UTF8PROC_STABLE;
-    if (!strcmp(type, "NFC")) *form = base | UTF8PROC_COMPOSE;
-    else if (!strcmp(type, "NFD")) *form = base | UTF8PROC_DECOMPOSE;
-    else if (!strcmp(type, "NFKC")) *form = base | UTF8PROC_COMPOSE | UTF8PROC_COMPAT;
-    else if (!strcmp(type, "NFKD")) *form = base | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT;
-    else return false;
+    if (!strcmp(type, "NFC"))
+        *form = base | UTF8PROC_COMPOSE;
+    else if (!strcmp(type, "NFD"))
+        *form = base | UTF8PROC_DECOMPOSE;
+    else if (!strcmp(type, "NFKC"))
+        *form = base | UTF8PROC_COMPOSE | UTF8PROC_COMPAT;
+    else if (!strcmp(type, "NFKD"))
+        *form = base | UTF8PROC_DECOMPOSE | UTF8PROC_COMPAT;
+    else
+        return false;
     return true;
 }
 
@@ -62,7 +68,8 @@ static err_code read_step(tok_normal *s, const cJSON *o, int depth, err *e)
         cJSON_ArrayForEach(c, list) TRY(read_step(s, c, depth + 1, e));
         return OK;
     }
-    if (s->n == NORMAL_MAX_STEPS) return err_set(e, E_LIMIT, "normalizer: more than %d steps", NORMAL_MAX_STEPS);
+    if (s->n == NORMAL_MAX_STEPS)
+        return err_set(e, E_LIMIT, "normalizer: more than %d steps", NORMAL_MAX_STEPS);
     step *st = &s->st[s->n++];
     if (!strcmp(type, "Replace")) return read_replace(st, o, e);
     if (!strcmp(type, "Prepend")) {
@@ -116,7 +123,8 @@ bool tok_normal_can_cut(const tok_normal *s)
 {
     for (int i = 0; s && i < s->n; i++) {
         const step *st = &s->st[i];
-        const bool mark = st->kind == STEP_REPLACE && !st->regex && !strcmp(st->text, " ") && !strcmp(st->with, "\xe2\x96\x81");
+        const bool mark = st->kind == STEP_REPLACE && !st->regex && !strcmp(st->text, " ") &&
+                          !strcmp(st->with, "\xe2\x96\x81");
         if (st->kind == STEP_STRIP || (st->kind == STEP_REPLACE && !mark)) return false;
     }
     return true;
@@ -126,16 +134,18 @@ bool tok_normal_can_cut(const tok_normal *s)
 
 static bool han_at(const char *s, size_t n)
 {
-    return n >= 3 && (uint8_t)s[0] >= 0xe5 && (uint8_t)s[0] <= 0xe8; /* U+5000..U+8FFF: inert in every form */
+    return n >= 3 && (uint8_t)s[0] >= 0xe5 &&
+           (uint8_t)s[0] <= 0xe8; /* U+5000..U+8FFF: inert in every form */
 }
 
-/* The end of a span that begins at `from`: all up to ASCII, but the last ASCII character before other text
- * belongs to that (it may compose), and long Han runs are cut between two of them. */
+/* The end of a span that begins at `from`: all up to ASCII, but the last ASCII character before
+ * other text belongs to that (it may compose), and long Han runs are cut between two of them. */
 static size_t span_end(const char *s, size_t n, size_t from)
 {
     size_t i = from + 1;
     while (i < n && (uint8_t)s[i] >= 0x80) {
-        if (i - from >= UNICODE_SPAN && i >= 3 && han_at(s + i - 3, 3) && han_at(s + i, n - i)) break;
+        if (i - from >= UNICODE_SPAN && i >= 3 && han_at(s + i - 3, 3) && han_at(s + i, n - i))
+            break;
         i++;
     }
     return i;
@@ -144,7 +154,8 @@ static size_t span_end(const char *s, size_t n, size_t from)
 static err_code run_unicode(utf8proc_option_t form, const char *s, size_t n, tok_buf *out, err *e)
 {
     for (size_t i = 0; i < n;) {
-        if ((uint8_t)s[i] < 0x80 && (i + 1 == n || (uint8_t)s[i + 1] < 0x80)) { /* plain ASCII: as it is */
+        if ((uint8_t)s[i] < 0x80 &&
+            (i + 1 == n || (uint8_t)s[i + 1] < 0x80)) { /* plain ASCII: as it is */
             size_t j = i + 1;
             while (j + 1 < n && (uint8_t)s[j] < 0x80 && (uint8_t)s[j + 1] < 0x80) j++;
             TRY(tok_buf_add(out, s + i, j - i, e));
@@ -153,11 +164,11 @@ static err_code run_unicode(utf8proc_option_t form, const char *s, size_t n, tok
         }
         const size_t end = span_end(s, n, i);
         utf8proc_uint8_t *got = NULL;
-        const utf8proc_ssize_t len =
-            utf8proc_map((const utf8proc_uint8_t *)s + i, (utf8proc_ssize_t)(end - i), &got, form);
+        const utf8proc_ssize_t len = utf8proc_map((const utf8proc_uint8_t *)s + i,
+                                                  (utf8proc_ssize_t)(end - i), &got, form);
         if (len < 0)
-            return err_set(e, len == UTF8PROC_ERROR_NOMEM ? E_NOMEM : E_INPUT, "cannot normalize text: %s",
-                           utf8proc_errmsg(len));
+            return err_set(e, len == UTF8PROC_ERROR_NOMEM ? E_NOMEM : E_INPUT,
+                           "cannot normalize text: %s", utf8proc_errmsg(len));
         const err_code rc = tok_buf_add(out, (const char *)got, (size_t)len, e);
         free(got);
         TRY(rc);
@@ -176,7 +187,8 @@ static err_code run_replace(const step *st, const char *s, size_t n, tok_buf *ou
         bool found;
         size_t a = n, b = n;
         if (st->regex) {
-            if ((rc = tok_regex_find(st->regex, &scratch, s, n, from, &found, &a, &b, e)) != OK) break;
+            if ((rc = tok_regex_find(st->regex, &scratch, s, n, from, &found, &a, &b, e)) != OK)
+                break;
         } else {
             const char *p = memmem(s + from, n - from, st->text, strlen(st->text));
             if ((found = p != NULL)) {
@@ -214,7 +226,8 @@ static err_code run_strip(const step *st, const char *s, size_t n, tok_buf *out,
     return tok_buf_add(out, s + a, b - a, e);
 }
 
-static err_code run_step(const step *st, const char *s, size_t n, frag_kind kind, tok_buf *out, err *e)
+static err_code run_step(const step *st, const char *s, size_t n, frag_kind kind, tok_buf *out,
+                         err *e)
 {
     switch (st->kind) {
     case STEP_UNICODE: return run_unicode(st->form, s, n, out, e);
@@ -226,9 +239,10 @@ static err_code run_step(const step *st, const char *s, size_t n, frag_kind kind
     return tok_buf_add(out, s, n, e);
 }
 
-err_code tok_normal_run(const tok_normal *s, const char *text, size_t n, frag_kind kind, tok_buf *out, err *e)
+err_code tok_normal_run(const tok_normal *s, const char *text, size_t n, frag_kind kind,
+                        tok_buf *out, err *e)
 {
-    tok_buf from = { 0 };
+    tok_buf from = {0};
     err_code rc = tok_buf_add(out, text, n, e);
     for (int i = 0; s && i < s->n && rc == OK; i++) {
         const tok_buf swap = from;

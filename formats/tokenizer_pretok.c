@@ -1,5 +1,5 @@
-/* Pre-tokenizers: a chain of stages, each of which hands its pieces to the next from left to right, so that
- * no list of words is ever held. */
+/* Pre-tokenizers: a chain of stages, each of which hands its pieces to the next from left to
+ * right, so that no list of words is ever held. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,27 +8,35 @@
 
 #define SPLIT_MAX_STAGES 16
 
-const char tok_regex_gpt2[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+const char tok_regex_gpt2[] =
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 const char tok_regex_qwen2[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|"
                                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-const char tok_regex_llama3[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
-                                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+const char tok_regex_llama3[] =
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"
+    " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
-typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_PREVIOUS, SPLIT_NEXT, SPLIT_CONTIGUOUS } split_behavior;
+typedef enum {
+    SPLIT_ISOLATED,
+    SPLIT_REMOVED,
+    SPLIT_PREVIOUS,
+    SPLIT_NEXT,
+    SPLIT_CONTIGUOUS
+} split_behavior;
 typedef enum { STAGE_SPLIT, STAGE_METASPACE, STAGE_BYTES } stage_kind;
 typedef enum { PREPEND_NEVER, PREPEND_FIRST, PREPEND_ALWAYS } prepend_when;
 
 typedef struct {
     stage_kind kind;
-    tok_regex *regex;        /* STAGE_SPLIT by pattern, STAGE_BYTES with its own; NULL: by literal or not at all */
-    char *literal;           /* STAGE_SPLIT by string */
+    tok_regex *regex; /* STAGE_SPLIT by pattern, STAGE_BYTES with its own; NULL: none */
+    char *literal;    /* STAGE_SPLIT by string */
     split_behavior behavior;
     bool invert;
-    bool known;              /* the regex is one whose cuts are understood (tok_split_can_cut) */
-    bool split;              /* STAGE_METASPACE: cut before every replacement */
-    bool prefix_space;       /* STAGE_BYTES */
-    prepend_when prepend;    /* STAGE_METASPACE */
-    char mark[8];            /* STAGE_METASPACE: what stands for a space */
+    bool known;           /* the regex is one whose cuts are understood (tok_split_can_cut) */
+    bool split;           /* STAGE_METASPACE: cut before every replacement */
+    bool prefix_space;    /* STAGE_BYTES */
+    prepend_when prepend; /* STAGE_METASPACE */
+    char mark[8];         /* STAGE_METASPACE: what stands for a space */
 } stage;
 
 struct tok_split {
@@ -48,12 +56,14 @@ typedef struct {
 
 static bool regex_known(const char *p)
 {
-    return !strcmp(p, tok_regex_gpt2) || !strcmp(p, tok_regex_qwen2) || !strcmp(p, tok_regex_llama3);
+    return !strcmp(p, tok_regex_gpt2) || !strcmp(p, tok_regex_qwen2) ||
+           !strcmp(p, tok_regex_llama3);
 }
 
 static err_code read_behavior(stage *st, const cJSON *o, err *e)
 {
-    static const char *const names[] = { "Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous" };
+    static const char *const names[] = {"Isolated", "Removed", "MergedWithPrevious",
+                                        "MergedWithNext", "Contiguous"};
     const char *b;
     TRY(json_get_str(o, "behavior", &b, e));
     for (int i = 0; i < 5; i++) {
@@ -100,9 +110,13 @@ static err_code read_metaspace(stage *st, const cJSON *o, err *e)
     TRY(json_opt_str(o, "prepend_scheme", prefix ? "always" : "never", &scheme, e));
     TRY(json_opt_bool(o, "split", true, &st->split, e));
     if (!*mark || utf8_len(mark, strlen(mark)) != strlen(mark))
-        return err_set(e, E_INPUT, "pre_tokenizer: Metaspace: expected one character as replacement, got '%.20s'", mark);
+        return err_set(
+            e, E_INPUT,
+            "pre_tokenizer: Metaspace: expected one character as replacement, got '%.20s'", mark);
     memcpy(st->mark, mark, strlen(mark) + 1);
-    st->prepend = !strcmp(scheme, "first") ? PREPEND_FIRST : !strcmp(scheme, "always") ? PREPEND_ALWAYS : PREPEND_NEVER;
+    st->prepend = !strcmp(scheme, "first")    ? PREPEND_FIRST
+                  : !strcmp(scheme, "always") ? PREPEND_ALWAYS
+                                              : PREPEND_NEVER;
     return OK;
 }
 
@@ -124,7 +138,8 @@ static err_code read_stage(tok_split *s, const cJSON *o, int depth, err *e)
         cJSON_ArrayForEach(c, list) TRY(read_stage(s, c, depth + 1, e));
         return OK;
     }
-    if (s->n == SPLIT_MAX_STAGES) return err_set(e, E_LIMIT, "pre_tokenizer: more than %d steps", SPLIT_MAX_STAGES);
+    if (s->n == SPLIT_MAX_STAGES)
+        return err_set(e, E_LIMIT, "pre_tokenizer: more than %d steps", SPLIT_MAX_STAGES);
     if (s->n && s->st[s->n - 1].kind == STAGE_BYTES)
         return err_set(e, E_UNSUPPORTED, "pre_tokenizer: '%.40s' behind ByteLevel", type);
     stage *st = &s->st[s->n++];
@@ -178,10 +193,13 @@ bool tok_split_bytes(const tok_split *s)
 static err_code run_stage(split_run *r, int k, const char *s, size_t n, bool at_start, err *e);
 
 /* The next piece of s behind *at: a match, or what lies before one. False at the end. */
-typedef struct { size_t at, match_start, match_end; bool have; } finder;
+typedef struct {
+    size_t at, match_start, match_end;
+    bool have;
+} finder;
 
-static err_code find_next(split_run *r, const stage *st, finder *f, const char *s, size_t n, size_t *start,
-                          size_t *end, bool *is_match, bool *more, err *e)
+static err_code find_next(split_run *r, const stage *st, finder *f, const char *s, size_t n,
+                          size_t *start, size_t *end, bool *is_match, bool *more, err *e)
 {
     *more = f->at < n;
     if (!*more) return OK;
@@ -192,7 +210,9 @@ static err_code find_next(split_run *r, const stage *st, finder *f, const char *
             if (st->regex) {
                 TRY(tok_regex_find(st->regex, &r->scratch, s, n, from, &found, &a, &b, e));
             } else {
-                const char *p = *st->literal ? memmem(s + from, n - from, st->literal, strlen(st->literal)) : NULL;
+                const char *p = *st->literal
+                                    ? memmem(s + from, n - from, st->literal, strlen(st->literal))
+                                    : NULL;
                 found = p != NULL;
                 a = p ? (size_t)(p - s) : n;
                 b = p ? a + strlen(st->literal) : n;
@@ -215,7 +235,8 @@ static err_code find_next(split_run *r, const stage *st, finder *f, const char *
     return OK;
 }
 
-static err_code pass_on(split_run *r, int k, const char *s, size_t from, size_t to, bool at_start, err *e)
+static err_code pass_on(split_run *r, int k, const char *s, size_t from, size_t to, bool at_start,
+                        err *e)
 {
     return from < to ? run_stage(r, k + 1, s + from, to - from, at_start && from == 0, e) : OK;
 }
@@ -224,7 +245,7 @@ static err_code pass_on(split_run *r, int k, const char *s, size_t from, size_t 
 static err_code run_split(split_run *r, int k, const char *s, size_t n, bool at_start, err *e)
 {
     const stage *st = &r->s->st[k];
-    finder f = { 0 };
+    finder f = {0};
     size_t from = 0, to = 0, a, b;
     bool last_match = false, match, more;
     for (;;) {
@@ -257,7 +278,7 @@ static err_code run_metaspace(split_run *r, int k, const char *s, size_t n, bool
     const bool add = !has && r->kind != FRAG_CONT &&
                      (st->prepend == PREPEND_ALWAYS ||
                       (st->prepend == PREPEND_FIRST && at_start && r->kind == FRAG_FIRST));
-    tok_buf b = { 0 };
+    tok_buf b = {0};
     err_code rc = tok_buf_reserve(&b, n, e);
     if (rc == OK && add) rc = tok_buf_add(&b, st->mark, mark, e);
     for (size_t i = 0; i < n && rc == OK; i++)
@@ -276,7 +297,7 @@ static err_code run_metaspace(split_run *r, int k, const char *s, size_t n, bool
 static err_code run_bytes(split_run *r, int k, const char *s, size_t n, bool at_start, err *e)
 {
     const stage *st = &r->s->st[k];
-    tok_buf b = { 0 };
+    tok_buf b = {0};
     err_code rc = OK;
     if (st->prefix_space && s[0] != ' ' && r->kind != FRAG_CONT) {
         rc = tok_buf_add(&b, " ", 1, e);
@@ -284,7 +305,8 @@ static err_code run_bytes(split_run *r, int k, const char *s, size_t n, bool at_
         s = b.p;
         n = b.n;
     }
-    if (rc == OK) rc = st->regex ? run_split(r, k, s, n, at_start, e) : pass_on(r, k, s, 0, n, at_start, e);
+    if (rc == OK)
+        rc = st->regex ? run_split(r, k, s, n, at_start, e) : pass_on(r, k, s, 0, n, at_start, e);
     tok_buf_free(&b);
     return rc;
 }
@@ -299,10 +321,10 @@ static err_code run_stage(split_run *r, int k, const char *s, size_t n, bool at_
     }
 }
 
-err_code tok_split_run(const tok_split *s, const char *text, size_t n, frag_kind kind, tok_word_fn each,
-                       void *ctx, err *e)
+err_code tok_split_run(const tok_split *s, const char *text, size_t n, frag_kind kind,
+                       tok_word_fn each, void *ctx, err *e)
 {
-    split_run r = { s, kind, each, ctx, NULL };
+    split_run r = {s, kind, each, ctx, NULL};
     if (!n) return OK;
     if (!s) return each(ctx, text, n, e);
     const err_code rc = run_stage(&r, 0, text, n, true, e);
@@ -312,41 +334,38 @@ err_code tok_split_run(const tok_split *s, const char *text, size_t n, frag_kind
 
 /* ---- cuts ---- */
 
-static bool is_letter(char c)
-{
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-}
+static bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
 
 /* U+4E00 to U+9FBF as UTF-8 at s. */
 static bool is_han(const char *s, size_t n)
 {
     const uint8_t *u = (const uint8_t *)s;
-    return n >= 3 && ((u[0] == 0xe4 && u[1] >= 0xb8) || (u[0] > 0xe4 && u[0] < 0xe9) || (u[0] == 0xe9 && u[1] < 0xbf));
+    return n >= 3 && ((u[0] == 0xe4 && u[1] >= 0xb8) || (u[0] > 0xe4 && u[0] < 0xe9) ||
+                      (u[0] == 0xe9 && u[1] < 0xbf));
 }
 
-/* In each of the known patterns a word may begin with one space and letters but has no space inside, and a
- * line end is only followed by more white space in its word. So text may be cut in "x| y" and in "x\n|y",
- * where x is not white space and y a letter. x is limited to ASCII and Han to stay clear of other spaces. */
+/* In each of the known patterns a word may begin with one space and letters but has no space
+ * inside, and a line end is only followed by more white space in its word. So text may be cut in
+ * "x| y" and in "x\n|y", where x is not white space and y a letter. x is limited to ASCII and
+ * Han to stay clear of other spaces. */
 bool tok_split_can_cut(const tok_split *s, const char *text, size_t n, size_t at)
 {
     if (!s) return true;
-    const bool regex_bytes = (s->n == 2 && s->st[0].known && s->st[1].kind == STAGE_BYTES && !s->st[1].regex &&
-                              !s->st[1].prefix_space) ||
+    const bool regex_bytes = (s->n == 2 && s->st[0].known && s->st[1].kind == STAGE_BYTES &&
+                              !s->st[1].regex && !s->st[1].prefix_space) ||
                              (s->n == 1 && s->st[0].kind == STAGE_BYTES && s->st[0].known);
-    if (s->n == 1 && s->st[0].kind == STAGE_METASPACE) /* the vocabulary's rules decide, which know this mark */
+    if (s->n == 1 &&
+        s->st[0].kind == STAGE_METASPACE) /* the vocabulary's rules decide, which know this mark */
         return !strcmp(s->st[0].mark, "\xe2\x96\x81");
     if (!regex_bytes || at < 4 || at + 4 > n) return false;
-    const size_t x = text[at - 1] == '\n' ? at - 1 : at;          /* x ends here */
-    const size_t y = text[at - 1] == '\n' ? at : at + 1;          /* y begins here */
+    const size_t x = text[at - 1] == '\n' ? at - 1 : at; /* x ends here */
+    const size_t y = text[at - 1] == '\n' ? at : at + 1; /* y begins here */
     if (text[at - 1] != '\n' && text[at] != ' ') return false;
     return ((text[x - 1] > ' ' && text[x - 1] < 0x7f) || is_han(text + x - 3, 3)) &&
            (is_letter(text[y]) || is_han(text + y, n - y));
 }
 
-static bool bit(const uint8_t *set, uint8_t c)
-{
-    return set[c >> 3] >> (c & 7) & 1;
-}
+static bool bit(const uint8_t *set, uint8_t c) { return set[c >> 3] >> (c & 7) & 1; }
 
 /* ---- cuts of models that do not split words ---- */
 
@@ -367,7 +386,8 @@ void cut_rules_of(cut_rules *c, const vocab *v)
     static const char line[] = "<0x0A>"; /* a line end that only byte fallback knows */
     memset(c, 0, sizeof *c);
     const int32_t fallback = vocab_find(v, line, 6);
-    c->off = vocab_find(v, u2581, 3) < 0 || (vocab_find(v, "\n", 1) < 0 && fallback < 0); /* unknown ones join */
+    c->off = vocab_find(v, u2581, 3) < 0 ||
+             (vocab_find(v, "\n", 1) < 0 && fallback < 0); /* unknown ones join */
     for (int32_t id = 0; id < v->n; id++) {
         const vocab_piece *p = &v->piece[id];
         if (!(p->flags & PIECE_SET)) continue;
@@ -375,7 +395,8 @@ void cut_rules_of(cut_rules *c, const vocab *v)
         if (id != fallback && p->raw_len > 6 && memmem(t, p->raw_len, line, 6)) c->off = true;
         for (uint32_t i = 1; i < p->raw_len; i++) {
             const uint8_t before = (uint8_t)t[i - 1], here = (uint8_t)t[i];
-            if (space_at(t, p->raw_len, i) && !space_before(t, i)) c->space[before >> 3] |= (uint8_t)(1 << (before & 7));
+            if (space_at(t, p->raw_len, i) && !space_before(t, i))
+                c->space[before >> 3] |= (uint8_t)(1 << (before & 7));
             if (before == '\n' && here != '\n') c->line[here >> 3] |= (uint8_t)(1 << (here & 7));
         }
     }

@@ -1,6 +1,6 @@
-/* sentencepiece models. The file is read here first: pieces and settings are wanted anyway, and the library
- * trusts what it loads (the character map is a double array that it walks without bounds), so nothing reaches
- * it that was not checked. Encoding is the library's. */
+/* sentencepiece models. The file is read here first: pieces and settings are wanted anyway, and
+ * the library trusts what it loads (the character map is a double array that it walks without
+ * bounds), so nothing reaches it that was not checked. Encoding is the library's. */
 #include <math.h>
 #include <string.h>
 
@@ -20,8 +20,15 @@ typedef struct {
 
 /* ---- protobuf: just enough to walk fields ---- */
 
-typedef struct { const uint8_t *p, *end; } pb;
-typedef struct { uint32_t field, wire; uint64_t value; const uint8_t *data; size_t len; } pb_field;
+typedef struct {
+    const uint8_t *p, *end;
+} pb;
+typedef struct {
+    uint32_t field, wire;
+    uint64_t value;
+    const uint8_t *data;
+    size_t len;
+} pb_field;
 
 static bool pb_varint(pb *b, uint64_t *out)
 {
@@ -39,7 +46,7 @@ static bool pb_next(pb *b, pb_field *f)
 {
     uint64_t key;
     if (!pb_varint(b, &key) || key >> 3 == 0 || key >> 3 > UINT32_MAX) return false;
-    *f = (pb_field){ (uint32_t)(key >> 3), (uint32_t)(key & 7), 0, b->p, 0 };
+    *f = (pb_field){(uint32_t)(key >> 3), (uint32_t)(key & 7), 0, b->p, 0};
     switch (f->wire) {
     case 0: return pb_varint(b, &f->value);
     case 1: f->len = 8; break;
@@ -58,7 +65,14 @@ static bool pb_next(pb *b, pb_field *f)
 
 /* ---- what a model file says ---- */
 
-enum { SPM_NORMAL = 1, SPM_UNKNOWN, SPM_CONTROL, SPM_USER, SPM_UNUSED, SPM_BYTE }; /* piece types of the format */
+enum {
+    SPM_NORMAL = 1,
+    SPM_UNKNOWN,
+    SPM_CONTROL,
+    SPM_USER,
+    SPM_UNUSED,
+    SPM_BYTE
+}; /* piece types of the format */
 
 typedef struct {
     bool dummy_prefix, remove_spaces, escape_spaces, suffix, unigram;
@@ -73,16 +87,17 @@ static err_code spm_bad(const char *name, const char *why, err *e)
     return err_set(e, E_INPUT, "%s: not a sentencepiece model: %s", name, why);
 }
 
-/* A double array as the library walks it: unit i, byte c -> i ^ offset(unit) ^ c, and a value at i ^ offset
- * where bit 8 says so. Every place that a unit can lead to must lie inside, and every value inside the
- * replacement texts. */
+/* A double array as the library walks it: unit i, byte c -> i ^ offset(unit) ^ c, and a value at
+ * i ^ offset where bit 8 says so. Every place that a unit can lead to must lie inside, and every
+ * value inside the replacement texts. */
 static err_code charsmap_check(const char *name, const uint8_t *map, size_t len, err *e)
 {
     uint32_t bytes;
     if (len == 0) return OK;
     if (len <= 4) return spm_bad(name, "character map is cut short", e);
     memcpy(&bytes, map, 4);
-    if (bytes % 4 || bytes < 4 || bytes >= len - 4) return spm_bad(name, "character map has a wrong size", e);
+    if (bytes % 4 || bytes < 4 || bytes >= len - 4)
+        return spm_bad(name, "character map has a wrong size", e);
     const size_t units = bytes / 4, texts = len - 4 - bytes;
     if (map[len - 1] != 0) return spm_bad(name, "character map text is not ended", e);
     for (size_t i = 0; i < units; i++) {
@@ -90,17 +105,19 @@ static err_code charsmap_check(const char *name, const uint8_t *map, size_t len,
         memcpy(&u, map + 4 + 4 * i, 4);
         if (u & 0x80000000u && i > 0) continue; /* a value: never walked through */
         const size_t next = i ^ ((size_t)(u >> 10) << ((u & (1u << 9)) >> 6));
-        if ((next | 0xff) >= units) return spm_bad(name, "character map leads outside of itself", e);
+        if ((next | 0xff) >= units)
+            return spm_bad(name, "character map leads outside of itself", e);
         if (!(u & 1u << 8)) continue;
         memcpy(&to, map + 4 + 4 * next, 4);
-        if ((to & 0x7fffffffu) >= texts) return spm_bad(name, "character map value is out of range", e);
+        if ((to & 0x7fffffffu) >= texts)
+            return spm_bad(name, "character map value is out of range", e);
     }
     return OK;
 }
 
 static err_code spm_trainer(spm_info *m, const pb_field *f, const char *name, err *e)
 {
-    pb b = { f->data, f->data + f->len };
+    pb b = {f->data, f->data + f->len};
     pb_field g;
     while (b.p < b.end) {
         if (!pb_next(&b, &g)) return spm_bad(name, "trainer settings are cut short", e);
@@ -118,7 +135,7 @@ static err_code spm_trainer(spm_info *m, const pb_field *f, const char *name, er
 
 static err_code spm_normalizer(spm_info *m, const pb_field *f, const char *name, err *e)
 {
-    pb b = { f->data, f->data + f->len };
+    pb b = {f->data, f->data + f->len};
     pb_field g;
     while (b.p < b.end) {
         if (!pb_next(&b, &g)) return spm_bad(name, "normalizer settings are cut short", e);
@@ -158,7 +175,7 @@ static size_t spm_text(char *out, const char *s, size_t n, uint64_t type)
 
 static err_code spm_piece(tokenizer *t, spm_info *m, const pb_field *f, const char *name, err *e)
 {
-    pb b = { f->data, f->data + f->len };
+    pb b = {f->data, f->data + f->len};
     pb_field g;
     const char *s = NULL;
     size_t n = 0;
@@ -179,31 +196,38 @@ static err_code spm_piece(tokenizer *t, spm_info *m, const pb_field *f, const ch
     }
     const int32_t id = t->v.n;
     if (!s || !n || n > SPM_MAX_PIECE)
-        return err_set(e, E_INPUT, "%s: piece %d: expected a string of 1 to %d bytes, got %zu", name, id,
-                       SPM_MAX_PIECE, n);
+        return err_set(e, E_INPUT, "%s: piece %d: expected a string of 1 to %d bytes, got %zu",
+                       name, id, SPM_MAX_PIECE, n);
     if (memchr(s, 0, n)) {
         m->nul = true;
         m->nul_user |= type == SPM_USER;
     }
-    const uint8_t flags = type == SPM_CONTROL ? PIECE_SPECIAL
+    const uint8_t flags = type == SPM_CONTROL   ? PIECE_SPECIAL
                           : type == SPM_UNKNOWN ? PIECE_SPECIAL | PIECE_UNK
-                          : type == SPM_BYTE ? PIECE_BYTE : 0;
+                          : type == SPM_BYTE    ? PIECE_BYTE
+                                                : 0;
     if (vocab_find(&t->v, s, n) >= 0)
-        return err_set(e, E_INPUT, "%s: piece %d: '%.*s' is there already", name, id, (int)(n < 60 ? n : 60), s);
+        return err_set(e, E_INPUT, "%s: piece %d: '%.*s' is there already", name, id,
+                       (int)(n < 60 ? n : 60), s);
     if (type == SPM_UNKNOWN) t->unk = id;
     if (flags & PIECE_SPECIAL) {
-        const added_token a = { .id = id, .special = true };
+        const added_token a = {.id = id, .special = true};
         if (n <= TOK_MAX_ADDED_BYTES) TRY(added_put(&t->added, s, n, a, e));
     }
     return vocab_add(&t->v, id, s, n, text, spm_text(text, s, n, type), flags, e);
 }
 
-static err_code spm_scan(tokenizer *t, spm_info *m, const char *name, const char *data, size_t n, err *e)
+static err_code spm_scan(tokenizer *t, spm_info *m, const char *name, const char *data, size_t n,
+                         err *e)
 {
-    pb b = { (const uint8_t *)data, (const uint8_t *)data + n };
+    pb b = {(const uint8_t *)data, (const uint8_t *)data + n};
     pb_field f;
-    *m = (spm_info){ .dummy_prefix = true, .remove_spaces = true, .escape_spaces = true, .unigram = true,
-                     .bos = 1, .eos = 2 };
+    *m = (spm_info){.dummy_prefix = true,
+                    .remove_spaces = true,
+                    .escape_spaces = true,
+                    .unigram = true,
+                    .bos = 1,
+                    .eos = 2};
     while (b.p < b.end) {
         if (!pb_next(&b, &f)) return spm_bad(name, "a field is cut short", e);
         if (f.wire != 2) continue;
@@ -225,7 +249,12 @@ static err_code spm_scan(tokenizer *t, spm_info *m, const char *name, const char
 
 /* ---- encoding ---- */
 
-typedef struct { token_list *out; const tokenizer *t; err *e; err_code rc; } spm_sink;
+typedef struct {
+    token_list *out;
+    const tokenizer *t;
+    err *e;
+    err_code rc;
+} spm_sink;
 
 static int spm_push(void *ctx, int id)
 {
@@ -234,16 +263,19 @@ static int spm_push(void *ctx, int id)
     return s->rc != OK;
 }
 
-static err_code spm_encode(const void *self, const char *text, size_t n, frag_kind kind, token_list *out, err *e)
+static err_code spm_encode(const void *self, const char *text, size_t n, frag_kind kind,
+                           token_list *out, err *e)
 {
     const spm_model *m = self;
     const bool prefix = kind == FRAG_FIRST || (kind == FRAG_NEXT && m->legacy);
-    spm_sink sink = { out, NULL, e, OK };
+    spm_sink sink = {out, NULL, e, OK};
     char msg[256] = "";
-    switch (sp_shim_encode(prefix || !m->plain ? m->prefix : m->plain, text, n, spm_push, &sink, msg, sizeof msg)) {
+    switch (sp_shim_encode(prefix || !m->plain ? m->prefix : m->plain, text, n, spm_push, &sink,
+                           msg, sizeof msg)) {
     case SP_OK: return OK;
     case SP_STOPPED: return sink.rc;
-    case SP_NOMEM: return err_set(e, E_NOMEM, "sentencepiece: out of memory for %zu bytes of text", n);
+    case SP_NOMEM:
+        return err_set(e, E_NOMEM, "sentencepiece: out of memory for %zu bytes of text", n);
     default: return err_set(e, E_INPUT, "sentencepiece: cannot encode: %s", msg);
     }
 }
@@ -262,7 +294,7 @@ static void spm_close(void *self)
     mem_free(m);
 }
 
-static const tok_ops spm_ops = { spm_close, NULL, spm_encode, spm_can_cut };
+static const tok_ops spm_ops = {spm_close, NULL, spm_encode, spm_can_cut};
 
 static err_code spm_load(sp_shim **out, const char *name, const char *data, size_t n, err *e)
 {
@@ -273,11 +305,13 @@ static err_code spm_load(sp_shim **out, const char *name, const char *data, size
     return err_set(e, E_INPUT, "%s: not a sentencepiece model: %s", name, msg);
 }
 
-/* A later field of the same message overrides an earlier one, so a setting is changed by appending it. */
-static err_code spm_load_with_prefix(sp_shim **out, const char *name, const char *data, size_t n, bool on, err *e)
+/* A later field of the same message overrides an earlier one, so a setting is changed by
+ * appending it. */
+static err_code spm_load_with_prefix(sp_shim **out, const char *name, const char *data, size_t n,
+                                     bool on, err *e)
 {
-    const char tail[] = { 3 << 3 | 2, 2, 3 << 3 | 0, (char)on };
-    tok_buf b = { 0 };
+    const char tail[] = {3 << 3 | 2, 2, 3 << 3 | 0, (char)on};
+    tok_buf b = {0};
     err_code rc = tok_buf_add(&b, data, n, e);
     if (rc == OK) rc = tok_buf_add(&b, tail, sizeof tail, e);
     if (rc == OK) rc = spm_load(out, name, b.p, b.n, e);
@@ -285,10 +319,11 @@ static err_code spm_load_with_prefix(sp_shim **out, const char *name, const char
     return rc;
 }
 
-/* Transformers' legacy=false: one prefix at the start of the text, none behind added tokens, and the
- * prefix is the tokenizer config's choice. Otherwise the model's setting rules for each fragment. */
-static err_code spm_prefixes(tokenizer *t, spm_model *m, const spm_info *info, const char *name, const char *data,
-                             size_t n, const cJSON *config, err *e)
+/* Transformers' legacy=false: one prefix at the start of the text, none behind added tokens, and
+ * the prefix is the tokenizer config's choice. Otherwise the model's setting rules for each
+ * fragment. */
+static err_code spm_prefixes(tokenizer *t, spm_model *m, const spm_info *info, const char *name,
+                             const char *data, size_t n, const cJSON *config, err *e)
 {
     const cJSON *legacy = cJSON_GetObjectItemCaseSensitive(config, "legacy");
     const cJSON *space = cJSON_GetObjectItemCaseSensitive(config, "add_prefix_space");
@@ -303,12 +338,14 @@ static err_code spm_prefixes(tokenizer *t, spm_model *m, const spm_info *info, c
     return OK;
 }
 
-err_code tok_open_spm(tokenizer *t, const char *name, const char *data, size_t n, const cJSON *config, err *e)
+err_code tok_open_spm(tokenizer *t, const char *name, const char *data, size_t n,
+                      const cJSON *config, err *e)
 {
     spm_info info;
     spm_model *m;
     if (n > TOK_MAX_MODEL)
-        return err_set(e, E_LIMIT, "%s: expected at most %zu bytes, got %zu", name, TOK_MAX_MODEL, n);
+        return err_set(e, E_LIMIT, "%s: expected at most %zu bytes, got %zu", name, TOK_MAX_MODEL,
+                       n);
     TRY(spm_scan(t, &info, name, data, n, e));
     TRY(mem_alloc((void **)&m, 1, sizeof *m, name, e));
     t->self = m;
@@ -316,15 +353,18 @@ err_code tok_open_spm(tokenizer *t, const char *name, const char *data, size_t n
     t->text = TEXT_SPM;
     TRY(spm_prefixes(t, m, &info, name, data, n, config, e));
     cut_rules_of(&m->cuts, &t->v);
-    /* Best paths of unigram models depend on rounding of long sums, the others on what is beyond the cut. */
-    if (info.unigram || info.suffix || info.remove_spaces || !info.escape_spaces || info.charsmap_len)
+    /* Best paths of unigram models depend on rounding of long sums, the others on what is beyond
+     * the cut. */
+    if (info.unigram || info.suffix || info.remove_spaces || !info.escape_spaces ||
+        info.charsmap_len)
         m->cuts.off = true;
     t->bos = info.bos >= 0 && info.bos < t->v.n ? info.bos : -1;
     t->eos = info.eos >= 0 && info.eos < t->v.n ? info.eos : -1;
     t->add_bos = t->bos >= 0;
-    tok_buf unk = { 0 };
-    TRY(info.unk_surface ? tok_buf_add(&unk, (const char *)info.unk_surface, info.unk_surface_len, e)
-                         : tok_buf_add(&unk, " \xe2\x81\x87 ", 5, e));
+    tok_buf unk = {0};
+    TRY(info.unk_surface
+            ? tok_buf_add(&unk, (const char *)info.unk_surface, info.unk_surface_len, e)
+            : tok_buf_add(&unk, " \xe2\x81\x87 ", 5, e));
     t->unk_text = unk.p;
     return OK;
 }

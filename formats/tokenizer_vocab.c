@@ -1,4 +1,5 @@
-/* Tables of a tokenizer: growable bytes, pieces by id and by string, added tokens and their trie. */
+/* Tables of a tokenizer: growable bytes, pieces by id and by string, added tokens and their
+ * trie. */
 #include <assert.h>
 #include <string.h>
 
@@ -36,7 +37,7 @@ err_code tok_buf_add(tok_buf *b, const char *s, size_t n, err *e)
 void tok_buf_free(tok_buf *b)
 {
     mem_free(b->p);
-    *b = (tok_buf){ 0 };
+    *b = (tok_buf){0};
 }
 
 /* Room for one more element behind `n` of an array of `*cap`; doubles. */
@@ -95,8 +96,9 @@ size_t utf8_put(char *out, uint32_t c)
 
 bool tok_is_white(uint32_t c)
 {
-    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
 }
 
 /* ---- piece table ---- */
@@ -153,8 +155,10 @@ static err_code vocab_rehash(vocab *v, uint32_t want, err *e)
         const bool alias = v->slot[i] & SLOT_ALIAS;
         const struct vocab_name *a = alias ? &v->alias[v->slot[i] & ~SLOT_ALIAS] : NULL;
         const vocab_piece *p = alias ? NULL : &v->piece[v->slot[i] - 1];
-        slot_put(slot, slots, alias ? bytes_hash(v->blob.p + a->at, a->len)
-                                    : bytes_hash(v->blob.p + p->raw, p->raw_len), v->slot[i]);
+        slot_put(slot, slots,
+                 alias ? bytes_hash(v->blob.p + a->at, a->len)
+                       : bytes_hash(v->blob.p + p->raw, p->raw_len),
+                 v->slot[i]);
     }
     mem_free(v->slot);
     v->slot = slot;
@@ -179,14 +183,15 @@ err_code vocab_reserve(vocab *v, int32_t n, err *e)
     return OK;
 }
 
-/* The string of an id becomes an alias: found by name still, but no longer what the id is shown as. */
+/* The string of an id becomes an alias: found by name still, but no longer what the id is shown
+ * as. */
 static err_code vocab_demote(vocab *v, int32_t id, err *e)
 {
     const vocab_piece *p = &v->piece[id];
     TRY(table_grow((void **)&v->alias, v->n_alias, &v->cap_alias, sizeof *v->alias, e));
     uint32_t i = bytes_hash(v->blob.p + p->raw, p->raw_len) & (v->slots - 1);
     while (v->slot[i] != (uint32_t)id + 1) i = (i + 1) & (v->slots - 1);
-    v->alias[v->n_alias] = (struct vocab_name){ p->raw, p->raw_len, id };
+    v->alias[v->n_alias] = (struct vocab_name){p->raw, p->raw_len, id};
     v->slot[i] = SLOT_ALIAS | (uint32_t)v->n_alias++;
     return OK;
 }
@@ -195,15 +200,17 @@ err_code vocab_add(vocab *v, int32_t id, const char *raw, size_t n, const char *
                    uint8_t flags, err *e)
 {
     if (id < 0 || id >= TOK_MAX_VOCAB)
-        return err_set(e, E_LIMIT, "token '%.40s': expected an id in [0,%d), got %d", raw, TOK_MAX_VOCAB, id);
+        return err_set(e, E_LIMIT, "token '%.40s': expected an id in [0,%d), got %d", raw,
+                       TOK_MAX_VOCAB, id);
     if (n > TOK_MAX_PIECE)
-        return err_set(e, E_LIMIT, "token %d: expected at most %d bytes, got %zu", id, TOK_MAX_PIECE, n);
+        return err_set(e, E_LIMIT, "token %d: expected at most %d bytes, got %zu", id,
+                       TOK_MAX_PIECE, n);
     const int32_t there = vocab_find(v, raw, n);
     if (there >= 0 && there != id)
         return err_set(e, E_INPUT, "token '%.40s': two ids, %d and %d", raw, there, id);
     TRY(vocab_reserve(v, id + 1, e));
     TRY(vocab_rehash(v, v->used + 1, e));
-    vocab_piece p = { v->blob.n, v->blob.n, (uint32_t)n, (uint32_t)n, flags | PIECE_SET };
+    vocab_piece p = {v->blob.n, v->blob.n, (uint32_t)n, (uint32_t)n, flags | PIECE_SET};
     if (there == id) { /* the same string again, or one of its aliases: keeps its name */
         v->piece[id].flags |= flags;
         return OK;
@@ -229,7 +236,7 @@ void vocab_free(vocab *v)
     mem_free(v->piece);
     mem_free(v->slot);
     mem_free(v->alias);
-    *v = (vocab){ 0 };
+    *v = (vocab){0};
 }
 
 /* ---- trie ---- */
@@ -329,7 +336,7 @@ void trie_free(added_trie *t)
     mem_free(t->edge);
     mem_free(t->to);
     mem_free(t->leaf);
-    *t = (added_trie){ 0 };
+    *t = (added_trie){0};
 }
 
 /* ---- added tokens ---- */
@@ -345,8 +352,8 @@ const added_token *added_find(const added_set *a, const char *s, size_t n)
 err_code added_put(added_set *a, const char *s, size_t n, added_token t, err *e)
 {
     if (n == 0 || n > TOK_MAX_ADDED_BYTES)
-        return err_set(e, E_LIMIT, "added token %d: expected 1 to %d bytes, got %zu", t.id, TOK_MAX_ADDED_BYTES,
-                       n);
+        return err_set(e, E_LIMIT, "added token %d: expected 1 to %d bytes, got %zu", t.id,
+                       TOK_MAX_ADDED_BYTES, n);
     size_t len = 0;
     int32_t i = a->all.slots ? trie_match(&a->all, s, n, &len) : -1;
     if (i < 0 || len != n) {
@@ -370,5 +377,5 @@ void added_free(added_set *a)
     trie_free(&a->norm);
     tok_buf_free(&a->blob);
     mem_free(a->tok);
-    *a = (added_set){ 0 };
+    *a = (added_set){0};
 }

@@ -1,5 +1,6 @@
-/* datasets/corpus: files of every form to tokens and windows, by a tokenizer whose ids are the bytes, so that
- * what comes out can be read; and files that are cut, packed to death, or point elsewhere. */
+/* datasets/corpus: files of every form to tokens and windows, by a tokenizer whose ids are the
+ * bytes, so that what comes out can be read; and files that are cut, packed to death, or point
+ * elsewhere. */
 #include "datasets/corpus.h"
 
 #include <archive.h>
@@ -77,15 +78,22 @@ static size_t packed(char *out, size_t cap, const char *text, size_t n)
     return k;
 }
 
-typedef struct { const char *name, *data; size_t n; mode_t type; const char *link; } member;
+typedef struct {
+    const char *name, *data;
+    size_t n;
+    mode_t type;
+    const char *link;
+} member;
 
 /* An archive: tar with a filter, or (name NULL of the first member) one raw stream. */
 static const char *put_archive(const char *file, int filter, bool raw, const member *m, int count)
 {
     const char *path = in_dir(file);
     struct archive *a = archive_write_new();
-    if (raw) ck_assert_int_eq(archive_write_set_format_raw(a), ARCHIVE_OK);
-    else ck_assert_int_eq(archive_write_set_format_pax_restricted(a), ARCHIVE_OK);
+    if (raw)
+        ck_assert_int_eq(archive_write_set_format_raw(a), ARCHIVE_OK);
+    else
+        ck_assert_int_eq(archive_write_set_format_pax_restricted(a), ARCHIVE_OK);
     ck_assert_int_eq(archive_write_add_filter(a, filter), ARCHIVE_OK);
     ck_assert_int_eq(archive_write_open_filename(a, path), ARCHIVE_OK);
     for (int i = 0; i < count; i++) {
@@ -97,7 +105,8 @@ static const char *put_archive(const char *file, int filter, bool raw, const mem
         if (m[i].link && m[i].type != AE_IFLNK) archive_entry_set_hardlink(e, m[i].link);
         if (!m[i].type) archive_entry_set_size(e, (la_int64_t)m[i].n);
         ck_assert_int_eq(archive_write_header(a, e), ARCHIVE_OK);
-        if (!m[i].type) ck_assert_int_eq(archive_write_data(a, m[i].data, m[i].n), (la_ssize_t)m[i].n);
+        if (!m[i].type)
+            ck_assert_int_eq(archive_write_data(a, m[i].data, m[i].n), (la_ssize_t)m[i].n);
         archive_entry_free(e);
     }
     ck_assert_int_eq(archive_write_close(a), ARCHIVE_OK);
@@ -109,7 +118,7 @@ static const char *put_archive(const char *file, int filter, bool raw, const mem
 
 static char *stream_of(const char *path, const corpus_read *r)
 {
-    token_list l = { 0 };
+    token_list l = {0};
     err e;
     ck_assert_msg(corpus_tokens(&l, path, r, tok, chatml, NULL, &e) == OK, "%s", e.msg);
     const size_t cap = (size_t)l.n * 12 + 16;
@@ -128,8 +137,8 @@ static void expect_stream(const char *path, const corpus_read *r, const char *wa
 
 static void refuse(const char *path, const corpus_read *r, err_code rc, const char *message)
 {
-    token_list l = { 0 };
-    err e = { OK, "" };
+    token_list l = {0};
+    err e = {OK, ""};
     const err_code got = corpus_tokens(&l, path, r, tok, chatml, NULL, &e);
     ck_assert_msg(got == rc, "%s: %s: %s", path, err_name(got), got == OK ? "accepted" : e.msg);
     ck_assert_msg(strstr(e.msg, message) != NULL, "'%s', expected '%s'", e.msg, message);
@@ -139,12 +148,13 @@ static void refuse(const char *path, const corpus_read *r, err_code rc, const ch
 
 START_TEST(corpus_text_file)
 {
-    const corpus_read bare = { .no_bos = true }, parse = { .parse_special = true }, five = { .max_tokens = 5 };
+    const corpus_read bare = {.no_bos = true}, parse = {.parse_special = true},
+                      five = {.max_tokens = 5};
     const char *path = put_text("a.txt", "One.\r\nTw\xc3\xb6 </s>");
     expect_stream(path, NULL, "<s>One.\r\nTw\xc3\xb6 </s>");
     expect_stream(path, &bare, "One.\r\nTw\xc3\xb6 </s>");
     expect_stream(path, &five, "<s>One.");
-    token_list l = { 0 };
+    token_list l = {0};
     err e;
     ck_assert(corpus_tokens(&l, path, &parse, tok, NULL, NULL, &e) == OK);
     ck_assert_int_eq(l.ids[l.n - 1], BYTE_EOS);
@@ -167,7 +177,8 @@ START_TEST(corpus_long_text)
     const size_t n = 3500000;
     char *text = malloc(n + 1);
     uint32_t r = 5;
-    for (size_t i = 0; i < n; i++) text[i] = "abcdefg    \n\n.,1'"[(r = r * 1664525u + 1013904223u) >> 28];
+    for (size_t i = 0; i < n; i++)
+        text[i] = "abcdefg    \n\n.,1'"[(r = r * 1664525u + 1013904223u) >> 28];
     text[n] = '\0';
     char *s = stream_of(put("long.txt", text, n), NULL);
     ck_assert(!strncmp(s, "<s>", 3) && !strcmp(s + 3, text));
@@ -182,28 +193,35 @@ END_TEST
 
 START_TEST(corpus_jsonl)
 {
-    const char *path = put_text("d.jsonl", "{\"text\":\"one\"}\n\n{\"text\":\"two\\n\",\"meta\":{}}\r\n"
-                                           "{\"messages\":[{\"role\":\"user\",\"content\":\"Q\"},{\"role\":\"assistant\",\"content\":\"A\"}]}\n"
-                                           "{\"conversations\":[{\"from\":\"human\",\"value\":\"h\"},{\"from\":\"gpt\",\"value\":\"g\"}]}");
-    const char *dialogues = "<s><|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
-                            "<s><|im_start|>user\nh<|im_end|>\n<|im_start|>assistant\ng<|im_end|>\n";
+    const char *path = put_text("d.jsonl",
+                                "{\"text\":\"one\"}\n\n{\"text\":\"two\\n\",\"meta\":{}}\r\n"
+                                "{\"messages\":[{\"role\":\"user\",\"content\":\"Q\"},{\"role\":"
+                                "\"assistant\",\"content\":\"A\"}]}\n"
+                                "{\"conversations\":[{\"from\":\"human\",\"value\":\"h\"},{"
+                                "\"from\":\"gpt\",\"value\":\"g\"}]}");
+    const char *dialogues =
+        "<s><|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<s><|im_start|>user\nh<|im_end|>\n<|im_start|>assistant\ng<|im_end|>\n";
     char want[1024];
     snprintf(want, sizeof want, "<s>one<s>two\n%s", dialogues);
     expect_stream(path, NULL, want);
-    const corpus_read meta = { .meta_instruction = "M" };
-    expect_stream(put_text("m.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"Q\"}]}"), &meta,
-                  "<s><|im_start|>system\nM<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n");
+    const corpus_read meta = {.meta_instruction = "M"};
+    expect_stream(put_text("m.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"Q\"}]}"),
+                  &meta, "<s><|im_start|>system\nM<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n");
     refuse(put_text("1.jsonl", "{\"text\":\"a\"}\n{\"text\":"), NULL, E_INPUT, "line 2");
-    refuse(put_text("2.jsonl", "{\"text\":\"a\"}\n7"), NULL, E_INPUT, "line 2: expected a JSON object");
+    refuse(put_text("2.jsonl", "{\"text\":\"a\"}\n7"), NULL, E_INPUT,
+           "line 2: expected a JSON object");
     refuse(put_text("3.jsonl", "{\"prompt\":\"a\"}"), NULL, E_INPUT, "line 1: expected a key text");
     refuse(put_text("4.jsonl", "{\"messages\":[]}"), NULL, E_INPUT, "line 1");
     refuse(put_text("5.jsonl", "{\"messages\":[{\"role\":\"user\"}]}"), NULL, E_INPUT, "message 1");
-    refuse(put_text("6.jsonl", "{\"messages\":[{\"role\":\"x\",\"content\":\"y\"}]}"), NULL, E_INPUT, "'x'");
+    refuse(put_text("6.jsonl", "{\"messages\":[{\"role\":\"x\",\"content\":\"y\"}]}"), NULL,
+           E_INPUT, "'x'");
     refuse(put_text("7.json", "[{\"text\":\"a\"}]"), NULL, E_UNSUPPORTED, "array");
     refuse(put_text("8.jsonl", "{\"text\":\"\xff\"}"), NULL, E_INPUT, "line 1");
-    token_list l = { 0 };
+    token_list l = {0};
     err e;
-    ck_assert(corpus_tokens(&l, path, NULL, tok, NULL, NULL, &e) == E_UNSUPPORTED); /* no template */
+    ck_assert(corpus_tokens(&l, path, NULL, tok, NULL, NULL, &e) ==
+              E_UNSUPPORTED); /* no template */
     token_list_free(&l);
 }
 END_TEST
@@ -223,7 +241,7 @@ START_TEST(corpus_packed)
     }
     buf[z] = 'x';
     refuse(put("tail.zst", buf, z + 1), NULL, E_INPUT, "zstd");
-    const member m[] = { { "x", text, n, 0, NULL } }, r[] = { { "x", rows, sizeof rows - 1, 0, NULL } };
+    const member m[] = {{"x", text, n, 0, NULL}}, r[] = {{"x", rows, sizeof rows - 1, 0, NULL}};
     expect_stream(put_archive("a.gz", ARCHIVE_FILTER_GZIP, true, m, 1), NULL, "<s>packed text\n");
     expect_stream(put_archive("a.xz", ARCHIVE_FILTER_XZ, true, m, 1), NULL, "<s>packed text\n");
     expect_stream(put_archive("a.bz2", ARCHIVE_FILTER_BZIP2, true, m, 1), NULL, "<s>packed text\n");
@@ -241,37 +259,49 @@ START_TEST(corpus_tar)
 {
     char z[256];
     const size_t nz = packed(z, sizeof z, "zipped", 6);
-    const member m[] = { { "d/", "", 0, AE_IFDIR, NULL }, { "d/a.txt", "A", 1, 0, NULL },
-                         { "d/b.jsonl", "{\"text\":\"B\"}", 12, 0, NULL }, { "d/.hidden", "H", 1, 0, NULL },
-                         { "l", "", 0, AE_IFLNK, "/etc/passwd" }, { "p", "", 0, AE_IFIFO, NULL },
-                         { "d/c.txt.zst", z, nz, 0, NULL }, { "empty", "", 0, 0, NULL } };
-    static const struct { const char *name; int filter; } kinds[] = {
-        { "a.tar", ARCHIVE_FILTER_NONE }, { "a.tar.gz", ARCHIVE_FILTER_GZIP }, { "a.tgz", ARCHIVE_FILTER_GZIP },
-        { "a.tar.xz", ARCHIVE_FILTER_XZ }, { "a.tar.zst", ARCHIVE_FILTER_ZSTD }, { "named-oddly", ARCHIVE_FILTER_NONE } };
+    const member m[] = {{"d/", "", 0, AE_IFDIR, NULL},
+                        {"d/a.txt", "A", 1, 0, NULL},
+                        {"d/b.jsonl", "{\"text\":\"B\"}", 12, 0, NULL},
+                        {"d/.hidden", "H", 1, 0, NULL},
+                        {"l", "", 0, AE_IFLNK, "/etc/passwd"},
+                        {"p", "", 0, AE_IFIFO, NULL},
+                        {"d/c.txt.zst", z, nz, 0, NULL},
+                        {"empty", "", 0, 0, NULL}};
+    static const struct {
+        const char *name;
+        int filter;
+    } kinds[] = {{"a.tar", ARCHIVE_FILTER_NONE},     {"a.tar.gz", ARCHIVE_FILTER_GZIP},
+                 {"a.tgz", ARCHIVE_FILTER_GZIP},     {"a.tar.xz", ARCHIVE_FILTER_XZ},
+                 {"a.tar.zst", ARCHIVE_FILTER_ZSTD}, {"named-oddly", ARCHIVE_FILTER_NONE}};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-        expect_stream(put_archive(kinds[i].name, kinds[i].filter, false, m, 8), NULL, "<s>A<s>B<s>zipped");
-    const member hard[] = { { "a", "A", 1, 0, NULL }, { "h", "", 0, 0, "a" } };
+        expect_stream(put_archive(kinds[i].name, kinds[i].filter, false, m, 8), NULL,
+                      "<s>A<s>B<s>zipped");
+    const member hard[] = {{"a", "A", 1, 0, NULL}, {"h", "", 0, 0, "a"}};
     expect_stream(put_archive("hard.tar", ARCHIVE_FILTER_NONE, false, hard, 2), NULL, "<s>A");
-    static const char *const hostile[] = { "/etc/x", "../x", "a/../../x", "a/..", "..", "C:\\x", "a\\..\\x", "\\x" };
+    static const char *const hostile[] = {"/etc/x", "../x",  "a/../../x", "a/..",
+                                          "..",     "C:\\x", "a\\..\\x",  "\\x"};
     for (size_t i = 0; i < sizeof hostile / sizeof *hostile; i++) {
-        const member bad[] = { { "ok", "A", 1, 0, NULL }, { hostile[i], "B", 1, 0, NULL } };
-        refuse(put_archive("bad.tar", ARCHIVE_FILTER_NONE, false, bad, 2), NULL, E_INPUT, "inside the archive");
+        const member bad[] = {{"ok", "A", 1, 0, NULL}, {hostile[i], "B", 1, 0, NULL}};
+        refuse(put_archive("bad.tar", ARCHIVE_FILTER_NONE, false, bad, 2), NULL, E_INPUT,
+               "inside the archive");
     }
-    const member dots[] = { { "a..b/c..d..", "A", 1, 0, NULL } };
+    const member dots[] = {{"a..b/c..d..", "A", 1, 0, NULL}};
     expect_stream(put_archive("dots.tar", ARCHIVE_FILTER_NONE, false, dots, 1), NULL, "<s>A");
     char *inner;
     size_t n;
     err e;
     ck_assert(file_read(&inner, &n, in_dir("dots.tar"), 1 << 20, &e) == OK);
-    const member nested[] = { { "x.tar", inner, n, 0, NULL } };
-    refuse(put_archive("nest.tar", ARCHIVE_FILTER_NONE, false, nested, 1), NULL, E_UNSUPPORTED, "inside an archive");
+    const member nested[] = {{"x.tar", inner, n, 0, NULL}};
+    refuse(put_archive("nest.tar", ARCHIVE_FILTER_NONE, false, nested, 1), NULL, E_UNSUPPORTED,
+           "inside an archive");
     refuse(put("cut.tar", inner, 512), NULL, E_INPUT, "cut.tar");
     mem_free(inner);
     refuse(put("empty.tar", "", 0), NULL, E_INPUT, "empty.tar");
 }
 END_TEST
 
-/* A megabyte of the same byte packs a thousand times and more; that much is let through only once. */
+/* A megabyte of the same byte packs a thousand times and more; that much is let through only
+ * once. */
 START_TEST(corpus_bomb)
 {
     enum { BLOCK = 1 << 20, BLOCKS = 80 };
@@ -306,18 +336,19 @@ START_TEST(corpus_bad_files)
     refuse(dir, NULL, E_INPUT, "regular file");
     ck_assert_int_eq(mkfifo(in_dir("fifo"), 0600), 0);
     refuse(in_dir("fifo"), NULL, E_INPUT, "regular file"); /* and does not wait for a writer */
-    const corpus_read unknown = { .dataset = "imagenet" };
-    token_list l = { 0 };
+    const corpus_read unknown = {.dataset = "imagenet"};
+    token_list l = {0};
     err e;
     ck_assert(corpus_tokens(&l, put_text("a", "x"), &unknown, tok, NULL, NULL, &e) == E_USAGE);
-    ck_assert(corpus_dataset_known("c4") && corpus_dataset_known("self") && !corpus_dataset_known("imagenet"));
+    ck_assert(corpus_dataset_known("c4") && corpus_dataset_known("self") &&
+              !corpus_dataset_known("imagenet"));
 }
 END_TEST
 
 /* The stored odd files end in tokens or in one line. */
 START_TEST(corpus_stored_odd_files)
 {
-    static const char *const folders[] = { "tar", "zstd/errors", "zstd/ok" };
+    static const char *const folders[] = {"tar", "zstd/errors", "zstd/ok"};
     int seen = 0, accepted = 0;
     for (int k = 0; k < 3; k++) {
         char folder[512], path[1024];
@@ -327,8 +358,8 @@ START_TEST(corpus_stored_odd_files)
         if (!have(folder, "corpus_stored_odd_files")) return;
         ck_assert(dir_list_open(&files, folder, &e) == OK);
         for (size_t i = 0; i < files.n; i++, seen++) {
-            token_list l = { 0 };
-            e = (err){ OK, "" };
+            token_list l = {0};
+            e = (err){OK, ""};
             snprintf(path, sizeof path, "%s/%s", folder, files.names[i]);
             const err_code rc = corpus_tokens(&l, path, NULL, tok, chatml, NULL, &e);
             ck_assert_msg(rc == OK || rc == E_INPUT || rc == E_UNSUPPORTED, "%s: %s", path, e.msg);
@@ -347,19 +378,24 @@ END_TEST
 
 START_TEST(corpus_joins)
 {
-    const corpus_read wiki = { .dataset = "wikitext2" }, ptb = { .dataset = "ptb" }, self = { .dataset = "self" };
+    const corpus_read wiki = {.dataset = "wikitext2"}, ptb = {.dataset = "ptb"},
+                      self = {.dataset = "self"};
     const char *path = put_text("rows.txt", " \n = T = \n\n a b \nlast");
     expect_stream(path, &wiki, "<s>\n\n = T = \n\n\n\n\n a b \n\n\nlast\n");
     expect_stream(path, &ptb, "<s>\n\n= T =\n\n\n\na b\n\nlast");
     expect_stream(path, &self, "<s> \n = T = \n\n a b \nlast");
-    expect_stream(put_text("rows.jsonl", "{\"text\":\"\"}\n{\"text\":\" x \\n\"}\n{\"text\":\"y\"}\n"), &wiki, "<s>\n\n x \n\n\ny");
+    expect_stream(
+        put_text("rows.jsonl", "{\"text\":\"\"}\n{\"text\":\" x \\n\"}\n{\"text\":\"y\"}\n"), &wiki,
+        "<s>\n\n x \n\n\ny");
     const char *raw = TMF_SHARED_DIR "/data/text/wikitext-2/wiki.test.raw";
     if (!have(raw, "corpus_joins")) return;
-    const corpus_read joined = { .dataset = "wikitext2", .no_bos = true };
+    const corpus_read joined = {.dataset = "wikitext2", .no_bos = true};
     char *want;
     size_t n;
     err e;
-    ck_assert(corpus_text(&want, &n, TMF_SHARED_DIR "/data/text/wikitext-2/wiki.test.joined.txt.zst", 1 << 24, NULL, &e) == OK);
+    ck_assert(corpus_text(&want, &n,
+                          TMF_SHARED_DIR "/data/text/wikitext-2/wiki.test.joined.txt.zst", 1 << 24,
+                          NULL, &e) == OK);
     char *got = stream_of(raw, &joined);
     ck_assert(!strcmp(got, want));
     free(got);
@@ -378,11 +414,11 @@ static err_code windows(int32_t *ids, corpus_opts o, const char *const *paths, i
 
 START_TEST(windows_first)
 {
-    const char *paths[] = { put_text("1", "abcdef"), put_text("2", "ghijkl") };
+    const char *paths[] = {put_text("1", "abcdef"), put_text("2", "ghijkl")};
     int32_t ids[12], k = 0;
     char s[64];
     err e;
-    const corpus_opts o = { .pick = PICK_FIRST, .samples = 3, .seqlen = 4 };
+    const corpus_opts o = {.pick = PICK_FIRST, .samples = 3, .seqlen = 4};
     ck_assert_msg(windows(ids, o, paths, 2, &e) == OK, "%s", e.msg);
     byte_text(s, sizeof s, ids, 12);
     ck_assert_str_eq(s, "<s>abcdef<s>ghij");
@@ -406,23 +442,26 @@ START_TEST(windows_random)
     for (int i = 0; i < 40; i++) a[i] = (char)('0' + i);
     for (int i = 0; i < 10; i++) b[i] = (char)('a' + 10 + i);
     a[40] = b[10] = '\0';
-    const char *paths[] = { put_text("1", a), put_text("2", b), put_text("3", "xyz") };
+    const char *paths[] = {put_text("1", a), put_text("2", b), put_text("3", "xyz")};
     enum { N = 4000, L = 5 };
     static int32_t ids[N * L], again[N * L];
-    int from_b = 0, starts[64] = { 0 };
+    int from_b = 0, starts[64] = {0};
     err e;
-    corpus_opts o = { .samples = N, .seqlen = L, .seed = 7 };
+    corpus_opts o = {.samples = N, .seqlen = L, .seed = 7};
     ck_assert_msg(windows(ids, o, paths, 3, &e) == OK, "%s", e.msg);
     for (int i = 0; i < N; i++) {
         const int32_t *w = ids + i * L;
         for (int k = 1; k + 1 < L; k++) ck_assert_int_eq(w[k + 1], w[k] + 1);
-        if (w[1] >= 'a' + 10 && w[1] < 'a' + 20) from_b++;
-        else starts[w[1] - '0']++;
+        if (w[1] >= 'a' + 10 && w[1] < 'a' + 20)
+            from_b++;
+        else
+            starts[w[1] - '0']++;
     }
     /* 41 - 4 = 37 places in the first file, 11 - 4 = 7 in the second, none in the third */
     ck_assert_int_gt(from_b, N * 7 / 44 - 120);
     ck_assert_int_lt(from_b, N * 7 / 44 + 120);
-    for (int i = 0; i < 36; i++) ck_assert_msg(starts[i] > 40 && starts[i] < 160, "place %d: %d times", i, starts[i]);
+    for (int i = 0; i < 36; i++)
+        ck_assert_msg(starts[i] > 40 && starts[i] < 160, "place %d: %d times", i, starts[i]);
     ck_assert(windows(again, o, paths, 3, &e) == OK);
     ck_assert_mem_eq(ids, again, sizeof ids);
     o.seed = 8;
@@ -451,13 +490,13 @@ static const char *documents(const char *name, int n)
 
 START_TEST(windows_c4)
 {
-    const char *paths[] = { documents("c4.json", 120) };
+    const char *paths[] = {documents("c4.json", 120)};
     enum { N = 20, L = 8 };
     int32_t ids[N * L], again[N * L];
     err e;
-    corpus_opts o = { .dataset = "c4", .samples = N, .seqlen = L, .seed = 3 };
+    corpus_opts o = {.dataset = "c4", .samples = N, .seqlen = L, .seed = 3};
     ck_assert_msg(windows(ids, o, paths, 1, &e) == OK, "%s", e.msg);
-    int begins = 0, kinds[128] = { 0 };
+    int begins = 0, kinds[128] = {0};
     for (int i = 0; i < N; i++) {
         const int32_t last = ids[i * L + L - 1];
         begins += ids[i * L] == BYTE_BOS;
@@ -485,14 +524,15 @@ END_TEST
 START_TEST(windows_pileval)
 {
     char want[4096], got[4096];
-    const char *paths[] = { documents("pile.jsonl", 12) };
+    const char *paths[] = {documents("pile.jsonl", 12)};
     enum { N = 5, L = 10 };
     int32_t ids[N * L], again[N * L];
     err e;
-    corpus_opts o = { .dataset = "pileval", .samples = N, .seqlen = L, .pick = PICK_FIRST };
+    corpus_opts o = {.dataset = "pileval", .samples = N, .seqlen = L, .pick = PICK_FIRST};
     ck_assert_msg(windows(ids, o, paths, 1, &e) == OK, "%s", e.msg);
     byte_text(got, sizeof got, ids, N * L);
-    char *all = stream_of(paths[0], &(corpus_read){ .dataset = "pileval" }); /* stripped documents in order */
+    char *all = stream_of(paths[0],
+                          &(corpus_read){.dataset = "pileval"}); /* stripped documents in order */
     snprintf(want, sizeof want, "%s", all);
     ck_assert(!strncmp(got, want, strlen(got)));
     ck_assert(!strncmp(want, "<s>A<s>BB<s>CCC", 15));
@@ -524,31 +564,37 @@ END_TEST
 START_TEST(corpus_stops)
 {
     atomic_bool stop = true;
-    const job j = { .stop = &stop };
-    token_list l = { 0 };
+    const job j = {.stop = &stop};
+    token_list l = {0};
     err e;
     ck_assert(corpus_tokens(&l, put_text("t", "abc"), NULL, tok, NULL, &j, &e) == E_CANCELED);
-    ck_assert(corpus_tokens(&l, put_text("t.jsonl", "{\"text\":\"a\"}"), NULL, tok, NULL, &j, &e) == E_CANCELED);
+    ck_assert(corpus_tokens(&l, put_text("t.jsonl", "{\"text\":\"a\"}"), NULL, tok, NULL, &j, &e) ==
+              E_CANCELED);
     token_list_free(&l);
 }
 END_TEST
 
 START_TEST(corpus_no_memory)
 {
-    const member m[] = { { "a.txt", "some text", 9, 0, NULL }, { "b.jsonl", "{\"text\":\"B\"}", 12, 0, NULL } };
-    const char *tar = put_archive("a.tar.gz", ARCHIVE_FILTER_GZIP, false, m, 2), *docs = documents("p.jsonl", 30);
+    const member m[] = {{"a.txt", "some text", 9, 0, NULL},
+                        {"b.jsonl", "{\"text\":\"B\"}", 12, 0, NULL}};
+    const char *tar = put_archive("a.tar.gz", ARCHIVE_FILTER_GZIP, false, m, 2),
+               *docs = documents("p.jsonl", 30);
     for (int kind = 0; kind < 3; kind++) {
         bool reached = true;
         for (long k = 1; reached; k++) {
             int32_t ids[6];
-            const corpus_opts o = { .dataset = kind == 2 ? "pileval" : NULL, .samples = 2, .seqlen = 3,
-                                    .pick = kind ? PICK_RANDOM : PICK_FIRST };
-            err e = { OK, "" };
+            const corpus_opts o = {.dataset = kind == 2 ? "pileval" : NULL,
+                                   .samples = 2,
+                                   .seqlen = 3,
+                                   .pick = kind ? PICK_RANDOM : PICK_FIRST};
+            err e = {OK, ""};
             alloc_fail_at(k);
             const err_code rc = windows(ids, o, kind == 2 ? &docs : &tar, 1, &e);
             reached = alloc_failed();
             alloc_fail_at(0);
-            ck_assert_msg(rc == (reached ? E_NOMEM : OK), "allocation %ld: %s '%s'", k, err_name(rc), e.msg);
+            ck_assert_msg(rc == (reached ? E_NOMEM : OK), "allocation %ld: %s '%s'", k,
+                          err_name(rc), e.msg);
         }
     }
 }

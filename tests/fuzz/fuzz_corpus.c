@@ -36,7 +36,8 @@ static void start(void)
 {
     static char json[16 << 10];
     err e;
-    const size_t n = byte_tokenizer_json(json, "{\"type\":\"ByteLevel\",\"add_prefix_space\":false}");
+    const size_t n = byte_tokenizer_json(json,
+                                         "{\"type\":\"ByteLevel\",\"add_prefix_space\":false}");
     need(tokenizer_open_memory(&t, "tokenizer.json", json, n, &e) == OK);
     need(chat_open(&c, t, "hf-chatml-bos", NULL, NULL, &e) == OK);
     snprintf(dir, sizeof dir, "/tmp/tmforge-fuzz-XXXXXX");
@@ -51,23 +52,29 @@ static void check(err_code rc, const err *e)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-    static const char *const names[] = { "f", "f.jsonl", "f.tar" }, *const sets[] = { NULL, "wikitext2", "ptb", "c4", "pileval" };
+    static const char *const names[] = {"f", "f.jsonl", "f.tar"}, *const sets[] = {
+                                                                      NULL, "wikitext2", "ptb",
+                                                                      "c4", "pileval"};
     char path[96];
-    const char *const paths[] = { path };
+    const char *const paths[] = {path};
     int32_t ids[8];
-    token_list l = { 0 };
-    err e = { OK, "" };
+    token_list l = {0};
+    err e = {OK, ""};
     if (n < 1) return 0;
     if (!t) start();
     snprintf(path, sizeof path, "%s/%s", dir, names[data[0] % 3]);
     FILE *f = fopen(path, "wb");
     need(f && fwrite(data + 1, 1, n - 1, f) == n - 1 && fclose(f) == 0);
     const char *set = sets[data[0] / 3 % 5];
-    const corpus_read r = { .dataset = set, .max_tokens = 1000 };
+    const corpus_read r = {.dataset = set, .max_tokens = 1000};
     check(corpus_tokens(&l, path, &r, t, c, NULL, &e), &e);
     need(l.n <= 1000);
-    const corpus_opts o = { .paths = paths, .n_paths = 1, .dataset = set, .samples = 2, .seqlen = 4,
-                            .pick = data[0] & 0x80 ? PICK_FIRST : PICK_RANDOM };
+    const corpus_opts o = {.paths = paths,
+                           .n_paths = 1,
+                           .dataset = set,
+                           .samples = 2,
+                           .seqlen = 4,
+                           .pick = data[0] & 0x80 ? PICK_FIRST : PICK_RANDOM};
     check(corpus_windows(ids, &o, t, c, NULL, &e), &e);
     token_list_free(&l);
     return 0;

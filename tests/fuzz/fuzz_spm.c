@@ -1,4 +1,5 @@
-/* Any bytes as a sentencepiece model or a rank file: refused in one line, or a tokenizer that works. */
+/* Any bytes as a sentencepiece model or a rank file: refused in one line, or a tokenizer that
+ * works. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,16 +16,19 @@ static void need(int holds)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-    static const char *const texts[] = { "ab a", " a  b\n", "<s>a\xc3\xa9\xff</s>", "\xe2\x96\x81" "ab\xe2\x96", "" };
+    static const char *const texts[] = {"ab a", " a  b\n", "<s>a\xc3\xa9\xff</s>",
+                                        "\xe2\x96\x81"
+                                        "ab\xe2\x96",
+                                        ""};
     tokenizer *t;
-    err e = { OK, "" };
+    err e = {OK, ""};
     const err_code rc = tokenizer_open_memory(&t, "tokenizer.model", data, n, &e);
     if (rc != OK) {
         need(!t && e.code == rc && strlen(e.msg) > 6 && !strchr(e.msg, '\n'));
         return 0;
     }
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
-        token_list l = { 0 };
+        token_list l = {0};
         char *s;
         size_t len;
         if (tokenizer_encode(t, texts[i], strlen(texts[i]), i & 1, &l, &e) == OK) {

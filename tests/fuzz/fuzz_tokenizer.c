@@ -1,4 +1,5 @@
-/* Any bytes as tokenizer.json, a NUL, a text: refused in one line, or a tokenizer that encodes and decodes. */
+/* Any bytes as tokenizer.json, a NUL, a text: refused in one line, or a tokenizer that encodes
+ * and decodes. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ static void need(int holds)
 
 static void use(const tokenizer *t, const char *text, size_t n)
 {
-    token_list l = { 0 };
+    token_list l = {0};
     char *s;
     size_t len;
     err e;
@@ -29,12 +30,13 @@ static void use(const tokenizer *t, const char *text, size_t n)
     const size_t cut = tokenizer_cut(t, text, n);
     need(cut < n || n == 0);
     if (cut) { /* parts are the whole */
-        token_list parts = { 0 };
+        token_list parts = {0};
         l.n = 0;
         if (tokenizer_encode(t, text, n, false, &l, &e) == OK) {
             need(tokenizer_encode_part(t, text, cut, true, &parts, &e) == OK);
             need(tokenizer_encode_part(t, text + cut, n - cut, false, &parts, &e) == OK);
-            need(parts.n == l.n && (l.n == 0 || memcmp(parts.ids, l.ids, (size_t)l.n * sizeof *l.ids) == 0));
+            need(parts.n == l.n &&
+                 (l.n == 0 || memcmp(parts.ids, l.ids, (size_t)l.n * sizeof *l.ids) == 0));
         }
         token_list_free(&parts);
     }
@@ -48,7 +50,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     const uint8_t *end = n ? memchr(data, 0, n) : NULL;
     const size_t json = end ? (size_t)(end - data) : n;
     tokenizer *t;
-    err e = { OK, "" };
+    err e = {OK, ""};
     const err_code rc = tokenizer_open_memory(&t, "tokenizer.json", data, json, &e);
     if (rc != OK) {
         need(!t && e.code == rc && strlen(e.msg) > 6 && !strchr(e.msg, '\n'));

@@ -1,5 +1,5 @@
-/* A tokenizer whose ids are the bytes of the text: token streams can be read. 256 is <s> (put in front), 257
- * </s>, 258 <|im_start|>, 259 <|im_end|>, all special. */
+/* A tokenizer whose ids are the bytes of the text: token streams can be read. 256 is <s> (put in
+ * front), 257 </s>, 258 <|im_start|>, 259 <|im_end|>, all special. */
 #ifndef TMF_TESTS_BYTE_TOKENIZER_H
 #define TMF_TESTS_BYTE_TOKENIZER_H
 
@@ -14,16 +14,18 @@ enum { BYTE_BOS = 256, BYTE_EOS, BYTE_START, BYTE_END, BYTE_VOCAB };
 /* tokenizer.json; pre: the pre_tokenizer object. out has room for 16 KiB. */
 static inline size_t byte_tokenizer_json(char *out, const char *pre)
 {
-    static const char *const special[] = { "<s>", "</s>", "<|im_start|>", "<|im_end|>" };
+    static const char *const special[] = {"<s>", "</s>", "<|im_start|>", "<|im_end|>"};
     size_t n = (size_t)sprintf(out, "{\"version\":\"1.0\",\"added_tokens\":[");
     for (int i = 0; i < 4; i++)
-        n += (size_t)sprintf(out + n, "%s{\"id\":%d,\"content\":\"%s\",\"special\":true,\"normalized\":false}",
-                             i ? "," : "", BYTE_BOS + i, special[i]);
-    n += (size_t)sprintf(out + n,
-                         "],\"normalizer\":null,\"pre_tokenizer\":%s,\"post_processor\":{\"type\":"
-                         "\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\"}}]},\"decoder\":"
-                         "{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"vocab\":{",
-                         pre);
+        n += (size_t)sprintf(
+            out + n, "%s{\"id\":%d,\"content\":\"%s\",\"special\":true,\"normalized\":false}",
+            i ? "," : "", BYTE_BOS + i, special[i]);
+    n += (size_t)sprintf(
+        out + n,
+        "],\"normalizer\":null,\"pre_tokenizer\":%s,\"post_processor\":{\"type\":"
+        "\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<s>\"}}]},\"decoder\":"
+        "{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"vocab\":{",
+        pre);
     unsigned next = 0x100; /* the characters that stand for bytes which do not print */
     for (unsigned b = 0; b < 256; b++) {
         const bool itself = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || b >= 0xae;
@@ -47,7 +49,7 @@ static inline tokenizer *byte_tokenizer(void)
 /* The ids as text: bytes, special tokens as their strings. */
 static inline void byte_text(char *out, size_t cap, const int32_t *ids, int64_t n)
 {
-    static const char *const special[] = { "<s>", "</s>", "<|im_start|>", "<|im_end|>" };
+    static const char *const special[] = {"<s>", "</s>", "<|im_start|>", "<|im_end|>"};
     size_t k = 0;
     for (int64_t i = 0; i < n; i++) {
         const char c = (char)ids[i];
