@@ -10,13 +10,15 @@
 #include "kernels/cpu_ops.h"
 #include "kernels/vec.h"
 
-#define TILE_N  (VL / 2)
+#define TILE_N (VL / 2)
+/* Bytes ahead in each row of 16-bit weights: the rows of a tile are more streams than the hardware
+ * follows. A head of 92544 by 2048 on one row: 27 to 30.5 GB/s where a plain read gets 33. */
+#define FETCH   512
 #define BLOCK_K 512 /* a panel of 8 rows: 16 KB, half of the smallest L1 */
-#define STRIP_N 64  /* weight rows of one work item */
-#define STRIP_M 256 /* and its rows of x: 1 MB a block of k, within L2 */
-#define RAW_M \
-    4 /* up to here weights are converted where they are used, beyond once for all rows  \
-                 */
+#define STRIP_N 128 /* weight rows of one work item */
+#define STRIP_M GEMM_ROWS
+/* Up to here weights are converted where they are used, beyond once for all rows. */
+#define RAW_M 4
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -32,6 +34,11 @@ ALWAYS_INLINE void tile(float *out, const void *w, int64_t ldw, dtype dt, const 
     for (int i = 0; i < VL; i++) acc[i] = vf_zero();
     for (; c + VL <= k; c += VL) {
         const vf x0 = vf_load(x + c), x1 = two ? vf_load(x + ldx + c) : x0;
+        if (dt != DT_F32 && c % 32 == 0) { /* once a cache line of 16-bit weights */
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_N; i++)
+                __builtin_prefetch((const char *)w + (size_t)i * pitch + (size_t)c * 2 + FETCH);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_N; i++) {
             const vf wi = vf_pin(vf_any((const char *)w + (size_t)i * pitch, dt, c));
@@ -110,9 +117,9 @@ static void fill_panel(float *panel, const gemm_job *j, int64_t n0, int64_t n, i
     }
 }
 
-/* One tile of weight rows, one block of k, all rows of x of the item. */
+/* One tile of weight rows, one block of k, all rows of x of the item (x at row m0, input k0). */
 static void panel_rows(const gemm_job *j, int64_t n0, int64_t n, int64_t k0, int64_t k, int64_t m0,
-                       int64_t m1, float *panel)
+                       int64_t m1, const float *x, int64_t ldx, float *panel)
 {
     float sum[VL];
     const bool raw = m1 - m0 <= RAW_M && n == TILE_N;
@@ -125,29 +132,46 @@ static void panel_rows(const gemm_job *j, int64_t n0, int64_t n, int64_t k0, int
     const dtype dt = raw ? j->w_dt : DT_F32;
     const tile_fn two = tile_for(dt, true), one = tile_for(dt, false);
     int64_t r = m0;
-    for (; r + 2 <= m1; r += 2) {
-        two(sum, w, ldw, j->x + r * j->ldx + k0, j->ldx, k);
+    for (; r + 2 <= m1; r += 2, x += 2 * ldx) {
+        two(sum, w, ldw, x, ldx, k);
         put(j, r, n0, n, sum, k0 == 0);
         put(j, r + 1, n0, n, sum + TILE_N, k0 == 0);
     }
     if (r < m1) {
-        one(sum, w, ldw, j->x + r * j->ldx + k0, j->ldx, k);
+        one(sum, w, ldw, x, ldx, k);
         put(j, r, n0, n, sum, k0 == 0);
     }
 }
 
+/* Rows of a block of k that lie far apart are put together once for a strip: each would begin a page and
+ * a stream of its own. */
+static const float *gather_x(const gemm_job *j, int64_t k0, int64_t k, int64_t m0, int64_t m1,
+                             int64_t *ldx, float *dst)
+{
+    const float *x = j->x + m0 * j->ldx + k0;
+    *ldx = j->ldx;
+    if (m1 - m0 <= RAW_M || j->ldx <= BLOCK_K) return x;
+    for (int64_t r = 0; r < m1 - m0; r++)
+        memcpy(dst + r * BLOCK_K, x + r * j->ldx, (size_t)k * sizeof *dst);
+    *ldx = BLOCK_K;
+    return dst;
+}
+
 void CPU_FN(gemm_block)(const gemm_job *j, int64_t n0, int64_t n1, int64_t m0, int64_t m1,
-                        void *panel)
+                        void *scratch)
 {
     /* Few rows: one pass over each weight row, as memory likes it. Many: x stays in L2. */
     const int64_t outer_n = m1 - m0 <= RAW_M ? TILE_N : n1 - n0;
+    float *panel = scratch, *gathered = panel + TILE_N * BLOCK_K;
+    int64_t ldx;
     for (int64_t s = n0; s < n1; s += outer_n) {
         const int64_t end = s + outer_n < n1 ? s + outer_n : n1;
         for (int64_t k0 = 0; k0 < j->k; k0 += BLOCK_K) {
             const int64_t k = j->k - k0 < BLOCK_K ? j->k - k0 : BLOCK_K;
+            const float *x = gather_x(j, k0, k, m0, m1, &ldx, gathered);
             for (int64_t r = s; r < end; r += TILE_N) {
                 const int64_t n = end - r < TILE_N ? end - r : TILE_N;
-                panel_rows(j, r, n, k0, k, m0, m1, panel);
+                panel_rows(j, r, n, k0, k, m0, m1, x, ldx, panel);
             }
         }
     }
