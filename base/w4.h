@@ -22,6 +22,7 @@ typedef struct {
     int64_t k, n;
     int32_t group;
     w4_layout layout;
+    bool paired; /* W4_DEVICE alone: the device keeps row i beside row n/2 + i (gate and up) */
 } w4_weight;
 
 const char *w4_layout_name(w4_layout l);

@@ -8,6 +8,11 @@ static bool fast_dim(int d)
     return d == 64 || d == 96 || d == 128 || d == 256;
 }
 
+bool attn_decodes(const batch_rows *rows, const kv_layer *kv)
+{
+    return fast_dim(kv->head_dim) && kv->block_tokens % 32 == 0 && rows->max_q == 1;
+}
+
 extern "C" {
 
 size_t attn_scratch_cuda(const device *d, const op_limits *lim)
@@ -17,11 +22,15 @@ size_t attn_scratch_cuda(const device *d, const op_limits *lim)
     return parts * 8 * (size_t)(lim->head_dim + 2) * sizeof(float);
 }
 
-static err_code decode(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,
-                       int32_t window, int bits, err *e)
+} /* extern "C" */
+
+err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,
+                          int32_t window, const rope_call *rope, err *e)
 {
     const cuda_state *s = cuda_of(d);
+    const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
     attn_decode_call c = {};
+    if (rope) c.rope = *rope, c.fused = true;
     void *work;
     c.q = (const __half *)q->data, c.y = (__half *)y->data;
     c.data = (const uint8_t *)kv->data, c.param = (const __half2 *)kv->param;
@@ -42,13 +51,15 @@ static err_code decode(device *d, tensor *y, const tensor *q, const kv_layer *kv
     return OK;
 }
 
+extern "C" {
+
 err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,
                    int32_t window, err *e)
 {
     const cuda_state *s = cuda_of(d);
     const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
     const bool fast = fast_dim(kv->head_dim) && kv->block_tokens % 32 == 0;
-    if (fast && rows->max_q == 1) return decode(d, y, q, kv, rows, scale, window, bits, e);
+    if (attn_decodes(rows, kv)) return attn_decode_cuda(d, y, q, kv, rows, scale, window, NULL, e);
     attn_prefill_call c = {};
     c.q = (const __half *)q->data, c.y = (__half *)y->data;
     c.data = (const uint8_t *)kv->data, c.param = (const __half2 *)kv->param;

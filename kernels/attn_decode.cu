@@ -60,15 +60,18 @@ __device__ __forceinline__ uint32_t transpose8x8(uint32_t v)
 #endif
     return r;
 }
+/* Not through the read-only path: a block may have written the newest token itself. */
 template <int BYTES> __device__ __forceinline__ void load_vec(uint32_t *o, const void *p)
 {
     if (BYTES == 16) {
-        const uint4 v = load_once16(p);
-        o[0] = v.x, o[1] = v.y, o[2] = v.z, o[3] = v.w;
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(o[0]), "=r"(o[1]), "=r"(o[2]), "=r"(o[3])
+                     : "l"(p)
+                     : "memory");
     } else if (BYTES == 8) {
-        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(o[0]), "=r"(o[1]) : "l"(p));
+        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(o[0]), "=r"(o[1]) : "l"(p) : "memory");
     } else
-        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(o[0]) : "l"(p));
+        asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(o[0]) : "l"(p) : "memory");
 }
 
 constexpr int pow2_part(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
@@ -339,6 +342,48 @@ __device__ void merge_splits(const attn_decode_call &c, const float *all, out_ro
     store_out_planes<D>(c, rows, seq, head, hg, heads);
 }
 
+/* cos and sin of the newest token's position; needs nothing that an earlier kernel makes. */
+__device__ void newest_angles(float (*cs)[128], const rope_call &r, int pos)
+{
+    for (int j = threadIdx.x; j < r.dims / 2; j += NWARPS * 32) {
+        float sn, co;
+        sincosf((float)pos * r.inv_freq[j], &sn, &co);
+        cs[0][j] = co * r.mscale, cs[1][j] = sn * r.mscale;
+    }
+}
+
+__device__ __forceinline__ float turned(const __half *x, int c, const rope_call &r, const float (*cs)[128])
+{
+    const float v = __half2float(x[c]);
+    if (c >= r.dims) return v;
+    const int half = r.dims / 2, j = r.interleaved ? c / 2 : c % half;
+    const bool first = r.interleaved ? !(c & 1) : c < half;
+    const float o = __half2float(x[r.interleaved ? c ^ 1 : first ? c + half : c - half]);
+    return first ? v * cs[0][j] - o * cs[1][j] : v * cs[0][j] + o * cs[1][j];
+}
+
+/* Rotates the block's query heads into `q`, and where the block reads the newest token, puts that into the cache. */
+template <int D>
+__device__ void enter_newest(const attn_decode_call &c, __half (*q)[D], float (*kv)[D], const float (*cs)[128], int seq,
+                             int head, int hg, int heads, int pos, int32_t block, bool append)
+{
+    const rope_call &r = c.rope;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int i = threadIdx.x; i < heads * D; i += NWARPS * 32) {
+        const __half *x = r.q + seq * r.q_row + head * r.q_head + (hg * 8 + i / D) * r.q_sub;
+        q[i / D][i % D] = __float2half_rn(turned(x, i % D, r, cs));
+    }
+    if (append && warp < 2) {
+        const __half *x = warp ? r.v + seq * r.v_row + head * r.v_head : r.k + seq * r.k_row + head * r.k_head;
+        for (int i = lane; i < D; i += 32) kv[warp][i] = warp ? __half2float(x[i]) : turned(x, i, r, cs);
+        __syncwarp();
+        store_vector(r, kv[warp],
+                     ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens + warp * r.block_tokens + pos % r.block_tokens,
+                     lane);
+    }
+    __syncthreads();
+}
+
 template <int D, int BITS, int U>
 __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_call c)
 {
@@ -351,8 +396,10 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     const int head_groups = (c.group + 7) / 8;
     const int split = blockIdx.x, hg = blockIdx.y % head_groups, head = blockIdx.y / head_groups,
               seq = blockIdx.z;
+    __shared__ float angles[2][128];
+    __shared__ __align__(16) __half turned_q[8][D];
     pdl_launch();
-    pdl_wait();
+    /* Tables come from copies, which no launch overtakes. */
     const int len = c.kv_len[seq], from = c.window > 0 ? max(0, len - c.window) : 0;
     const int tiles = (len + U * TILE - 1) / (U * TILE), first = from / (U * TILE);
     const int lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
@@ -363,6 +410,16 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     float sumq_g = 0.f, sumq[2];
     const int r = hg * 8 + g;
     const __half *qr = c.q + seq * c.q_row + head * c.q_head + (r < c.group ? r : 0) * c.q_sub;
+    if (c.fused) newest_angles(angles, c.rope, len - 1);
+    const int32_t newest = table[(len - 1) / c.block_tokens];
+    __syncthreads();
+    pdl_wait();
+    if (c.fused) {
+        /* `merged` is free until the end */
+        enter_newest<D>(c, turned_q, (float (*)[D]) &merged[0][0][0], angles, seq, head, hg, min(8, c.group - hg * 8),
+                        len - 1, newest, split == c.splits - 1);
+        qr = turned_q[r < c.group ? g : 0];
+    }
 #pragma unroll
     for (int s = 0; s < G::STEPS; s++)
 #pragma unroll

@@ -3,6 +3,7 @@
 #define TMF_KERNELS_ATTN_DECODE_CUH
 
 #include "kernels/gemm_w4.cuh"
+#include "kernels/kv_append.cuh"
 
 typedef struct {
     const __half *q;         /* row s: [kv_heads, group, D] at q + s*q_row + h*q_head + r*q_sub */
@@ -18,6 +19,8 @@ typedef struct {
     int32_t splits, window;
     float scale;
     w4_planes_out planes;    /* of y, for head_dim 128 */
+    bool fused;              /* q is rotated on the way in, k and v of the newest token rotated and appended */
+    rope_call rope;
 } attn_decode_call;
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits);

@@ -1,11 +1,44 @@
-/* Flash-style attention for prefill: blocks of 64 query rows of one head walk the cache in tiles of 32 tokens;
- * a tile is brought to f16 in shared memory once, whatever the format, and both products run on tensor
- * cores with an online softmax in registers. */
+/* Flash-style attention for prefill: blocks of 64 query rows of one head walk the cache in tiles of 32 or 64 tokens.
+ * A tile lies in shared memory as f16, whatever the cache's format; 16-bit tiles come by asynchronous copies while
+ * the tile before is worked on. Both products run on tensor cores with an online softmax in registers; only tiles
+ * that cross the diagonal or the window's edge are masked. */
 #include "kernels/attn_prefill.cuh"
 
 #define ROWS  64
-#define TOK   32
 #define WARPS 4
+
+/* Registers hold 64 rows of 256 channels and scores of 32 tokens, or of 128 and 64. */
+#define TILE_TOKENS(D) ((D) > 128 ? 32 : 64)
+template <int D> struct kv_tile {
+    __half k[TILE_TOKENS(D)][D + 8], v[TILE_TOKENS(D)][D + 8];
+};
+
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ void copy16(void *dst, const void *src)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(dst)), "l"(src) : "memory");
+#else
+    *(uint4 *)dst = *(const uint4 *)src;
+#endif
+}
+__device__ __forceinline__ void copies_commit()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int LEFT> __device__ __forceinline__ void copies_wait()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
 
 __device__ __forceinline__ void ldmatrix4(uint32_t r[4], const __half *p)
 {
@@ -43,23 +76,100 @@ template <int BITS> __device__ __forceinline__ uint4 load8(const uint8_t *row, i
     return o;
 }
 
+/* Tokens at.. of one head; a tile of 64 may lie in two blocks of the cache. `last`: last token anybody sees. */
 template <int D, int BITS>
-__device__ __forceinline__ void load_tile(__half (*k)[D + 8], __half (*v)[D + 8], const attn_prefill_call &c,
-                                          int32_t block, int head, int first)
+__device__ __forceinline__ void load_tile(kv_tile<D> *tile, const attn_prefill_call &c, const int32_t *table, int head,
+                                          int at, int last)
 {
-    constexpr int ROW = D * BITS / 8;
-    const size_t region = ((size_t)block * c.kv_heads + head) * 2 * c.block_tokens + first;
+    constexpr int ROW = D * BITS / 8, TOK = TILE_TOKENS(D);
+    const int second = min(at + 32, last);
+    const int32_t blocks[2] = {table[at / c.block_tokens], table[second / c.block_tokens]};
+#pragma unroll 4
     for (int i = threadIdx.x; i < 2 * TOK * (D / 8); i += WARPS * 32) {
         const int w = i % (D / 8), tok = i / (D / 8) % TOK, part = i / (D / 8) / TOK;
-        const size_t slot = region + (size_t)part * c.block_tokens + tok;
-        const __half2 p = BITS < 16 ? c.param[slot] : __half2half2(__ushort_as_half(0));
-        *(uint4 *)&(part ? v : k)[tok][w * 8] = load8<BITS>(c.data + slot * ROW, w, p);
+        const int32_t block = blocks[tok >> 5];
+        const size_t slot = (((size_t)block * c.kv_heads + head) * 2 + part) * c.block_tokens + (at + tok) % c.block_tokens;
+        __half *dst = part ? &tile->v[tok][w * 8] : &tile->k[tok][w * 8];
+        if (BITS == 16)
+            copy16(dst, c.data + slot * ROW + w * 16);
+        else
+            *(uint4 *)dst = load8<BITS>(c.data + slot * ROW, w, c.param[slot]);
+    }
+    copies_commit();
+}
+
+template <int D> struct row_state {
+    float o[D / 8][4], top[2], sum[2]; /* top in units of the scores */
+};
+
+/* One tile: rows p0 and p0 + 8 of this lane see tokens up to themselves. */
+template <int D>
+__device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> &tile, const uint32_t (*q)[4],
+                                             float scale, int at, int p0, int window, bool masked, int lane)
+{
+    constexpr int TOK = TILE_TOKENS(D);
+    const int t = lane & 3;
+    float s[TOK / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+#pragma unroll
+        for (int n = 0; n < TOK / 16; n++) {
+            uint32_t b[4]; /* tokens 16n..+7 k low, high; tokens 16n+8.. k low, high */
+            ldmatrix4(b, &tile.k[n * 16 + (lane >> 4) * 8 + (lane & 7)][i * 16 + (lane >> 3 & 1) * 8]);
+            mma_16816(s[2 * n], q[i], b[0], b[1]);
+            mma_16816(s[2 * n + 1], q[i], b[2], b[3]);
+        }
+    if (masked)
+#pragma unroll
+        for (int n = 0; n < TOK / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int tok = at + n * 8 + 2 * t + (j & 1), p = p0 + (j >> 1) * 8;
+                if (tok > p || (window && tok <= p - window)) s[n][j] = -INFINITY;
+            }
+    float base[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float now = st->top[h];
+#pragma unroll
+        for (int n = 0; n < TOK / 8; n++) now = fmaxf(now, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+        now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
+        now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+        base[h] = now == -INFINITY ? 0.f : now * scale;
+        const float fix = exp2_fast(st->top[h] * scale - base[h]);
+        st->top[h] = now;
+        st->sum[h] *= fix;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) st->o[i][2 * h] *= fix, st->o[i][2 * h + 1] *= fix;
+    }
+#pragma unroll
+    for (int n = 0; n < TOK / 8; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            s[n][j] = exp2_fast(s[n][j] * scale - base[j >> 1]);
+            st->sum[j >> 1] += s[n][j];
+        }
+#pragma unroll
+    for (int n = 0; n < TOK / 16; n++) {
+        const __half2 a[4] = {__floats2half2_rn(s[2 * n][0], s[2 * n][1]), __floats2half2_rn(s[2 * n][2], s[2 * n][3]),
+                              __floats2half2_rn(s[2 * n + 1][0], s[2 * n + 1][1]),
+                              __floats2half2_rn(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            uint32_t b[4]; /* channels 16i..+7: tokens low, high; channels 16i+8.. */
+            ldmatrix4_trans(b, &tile.v[n * 16 + (lane >> 3 & 1) * 8 + (lane & 7)][i * 16 + (lane >> 4) * 8]);
+            mma_16816(st->o[2 * i], (const uint32_t *)a, b[0], b[1]);
+            mma_16816(st->o[2 * i + 1], (const uint32_t *)a, b[2], b[3]);
+        }
     }
 }
 
-template <int D, int BITS> __global__ void __launch_bounds__(WARPS * 32) attn_prefill_kernel(attn_prefill_call c)
+template <int D, int BITS>
+__global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3) attn_prefill_kernel(attn_prefill_call c)
 {
-    __shared__ __align__(16) __half ks[TOK][D + 8], vs[TOK][D + 8];
+    constexpr int TOK = TILE_TOKENS(D);
+    extern __shared__ __align__(16) uint8_t raw[];
+    kv_tile<D> *tiles = (kv_tile<D> *)raw; /* [2] */
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int seq = blockIdx.z, head = blockIdx.y / c.group, sub = blockIdx.y % c.group;
     pdl_launch();
@@ -73,6 +183,7 @@ template <int D, int BITS> __global__ void __launch_bounds__(WARPS * 32) attn_pr
     const int from = c.window > 0 ? max(0, base + row0 - c.window + 1) / TOK * TOK : 0;
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
 
+    load_tile<D, BITS>(&tiles[0], c, table, head, from, last);
     /* Q fragments of this warp's 16 rows; rows past the end repeat the last. */
     uint32_t q[D / 16][4];
     {
@@ -87,77 +198,33 @@ template <int D, int BITS> __global__ void __launch_bounds__(WARPS * 32) attn_pr
             q[i][3] = *(const uint32_t *)(q1 + i * 16 + 8 + 2 * t);
         }
     }
-    float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+    row_state<D> st = {};
+    st.top[0] = st.top[1] = -INFINITY;
     const float scale = c.scale * 1.44269504f;
-    const int p0 = base + row0 + warp * 16 + g;
-    for (int at = from; at <= last; at += TOK) {
+    const int w0 = base + row0 + warp * 16; /* the warp's first row */
+    for (int at = from, turn = 0; at <= last; at += TOK, turn ^= 1) {
+        if (at + TOK <= last) {
+            load_tile<D, BITS>(&tiles[turn ^ 1], c, table, head, at + TOK, last);
+            copies_wait<1>();
+        } else
+            copies_wait<0>();
         __syncthreads();
-        load_tile<D, BITS>(ks, vs, c, table[at / c.block_tokens], head, at % c.block_tokens);
+        const bool masked = at + TOK - 1 > w0 || (c.window && at <= w0 + 15 - c.window);
+        consume_tile<D>(&st, tiles[turn], q, scale, at, w0 + g, c.window, masked, lane);
         __syncthreads();
-        float s[TOK / 8][4] = {};
-#pragma unroll
-        for (int i = 0; i < D / 16; i++)
-#pragma unroll
-            for (int n = 0; n < TOK / 16; n++) {
-                uint32_t b[4]; /* tokens 16n..+7 k low, high; tokens 16n+8.. k low, high */
-                ldmatrix4(b, &ks[n * 16 + (lane >> 4) * 8 + (lane & 7)][i * 16 + (lane >> 3 & 1) * 8]);
-                mma_16816(s[2 * n], q[i], b[0], b[1]);
-                mma_16816(s[2 * n + 1], q[i], b[2], b[3]);
-            }
-        float now[2] = {top[0], top[1]};
-#pragma unroll
-        for (int n = 0; n < TOK / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int tok = at + n * 8 + 2 * t + (j & 1), p = p0 + (j >> 1) * 8;
-                const bool seen = tok <= p && (c.window == 0 || tok > p - c.window);
-                s[n][j] = seen ? s[n][j] * scale : -INFINITY;
-                now[j >> 1] = fmaxf(now[j >> 1], s[n][j]);
-            }
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            now[h] = fmaxf(now[h], __shfl_xor_sync(~0u, now[h], 1));
-            now[h] = fmaxf(now[h], __shfl_xor_sync(~0u, now[h], 2));
-            const float z = now[h] == -INFINITY ? 0.f : now[h], fix = exp2f(top[h] - z);
-            top[h] = now[h];
-            sum[h] *= fix;
-#pragma unroll
-            for (int i = 0; i < D / 8; i++) o[i][2 * h] *= fix, o[i][2 * h + 1] *= fix;
-            now[h] = z;
-        }
-#pragma unroll
-        for (int n = 0; n < TOK / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                s[n][j] = exp2f(s[n][j] - now[j >> 1]);
-                sum[j >> 1] += s[n][j];
-            }
-#pragma unroll
-        for (int n = 0; n < TOK / 16; n++) {
-            const __half2 a[4] = {__floats2half2_rn(s[2 * n][0], s[2 * n][1]),
-                                  __floats2half2_rn(s[2 * n][2], s[2 * n][3]),
-                                  __floats2half2_rn(s[2 * n + 1][0], s[2 * n + 1][1]),
-                                  __floats2half2_rn(s[2 * n + 1][2], s[2 * n + 1][3])};
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                uint32_t b[4]; /* channels 16i..+7: tokens low, high; channels 16i+8.. */
-                ldmatrix4_trans(b, &vs[n * 16 + (lane >> 3 & 1) * 8 + (lane & 7)][i * 16 + (lane >> 4) * 8]);
-                mma_16816(o[2 * i], (const uint32_t *)a, b[0], b[1]);
-                mma_16816(o[2 * i + 1], (const uint32_t *)a, b[2], b[3]);
-            }
-        }
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        float sum = st.sum[h];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
         const int r = row0 + warp * 16 + g + 8 * h;
         if (r >= rows) continue;
         __half *y = c.y + (int64_t)(first + r) * c.y_row + ((int64_t)head * c.group + sub) * D;
-        const float inv = 1.f / sum[h];
+        const float inv = 1.f / sum;
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
-            *(__half2 *)(y + i * 8 + 2 * t) = __floats2half2_rn(o[i][2 * h] * inv, o[i][2 * h + 1] * inv);
+            *(__half2 *)(y + i * 8 + 2 * t) = __floats2half2_rn(st.o[i][2 * h] * inv, st.o[i][2 * h + 1] * inv);
     }
 }
 
@@ -210,10 +277,13 @@ __global__ void attn_plain_kernel(attn_prefill_call c, int dim, int bits, int ro
 }
 
 template <typename K, typename... A>
-static cudaError_t run(K kernel, dim3 grid, int threads, cudaStream_t stream, bool pdl, A... args)
+static cudaError_t run(K kernel, dim3 grid, int threads, int smem, cudaStream_t stream, bool pdl, A... args)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
+    const cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    if (rc != cudaSuccess) return rc;
+    cfg.dynamicSmemBytes = (size_t)smem;
     cfg.gridDim = grid;
     cfg.blockDim = dim3((unsigned)threads);
     cfg.stream = stream;
@@ -227,21 +297,21 @@ static cudaError_t run(K kernel, dim3 grid, int threads, cudaStream_t stream, bo
 cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream, bool pdl)
 {
     const dim3 grid((unsigned)((c->max_q + ROWS - 1) / ROWS), (unsigned)(c->kv_heads * c->group), (unsigned)c->seqs);
+#define RUN(D, BITS)                                                                               \
+    run(attn_prefill_kernel<D, BITS>, grid, WARPS * 32, 2 * (int)sizeof(kv_tile<D>), stream, pdl, *c)
 #define CASE(D)                                                                                    \
-    if (head_dim == D)                                                                             \
-        return bits == 16  ? run(attn_prefill_kernel<D, 16>, grid, WARPS * 32, stream, pdl, *c)    \
-               : bits == 8 ? run(attn_prefill_kernel<D, 8>, grid, WARPS * 32, stream, pdl, *c)     \
-                           : run(attn_prefill_kernel<D, 4>, grid, WARPS * 32, stream, pdl, *c)
+    if (head_dim == D) return bits == 16 ? RUN(D, 16) : bits == 8 ? RUN(D, 8) : RUN(D, 4)
     CASE(64);
     CASE(96);
     CASE(128);
     CASE(256);
 #undef CASE
+#undef RUN
     return cudaErrorInvalidValue;
 }
 
 cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows, cudaStream_t stream, bool pdl)
 {
     const int64_t warps = (int64_t)rows * c->kv_heads * c->group;
-    return run(attn_plain_kernel, dim3((unsigned)((warps + 3) / 4)), 128, stream, pdl, *c, head_dim, bits, rows);
+    return run(attn_plain_kernel, dim3((unsigned)((warps + 3) / 4)), 128, 0, stream, pdl, *c, head_dim, bits, rows);
 }

@@ -82,6 +82,12 @@ void cuda_planes_made(device *d, const tensor *y, const w4_planes_out *o);
 /* Bytes at the end of the scratch that belong to planes. */
 size_t cuda_planes_bytes(int64_t k);
 
+/* Whether attention of these rows is one kernel of one row a sequence; `rope` as in attn_decode.cuh, or NULL. */
+struct rope_call;
+bool attn_decodes(const batch_rows *rows, const kv_layer *kv);
+err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,
+                          float scale, int32_t window, const struct rope_call *rope, err *e);
+
 /* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
 extern "C" {
 err_code embed_cuda(device *, tensor *, const tensor *, const tensor *, err *);
@@ -92,11 +98,15 @@ err_code nll_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, 
 err_code absstat_cuda(device *, tensor *, tensor *, const tensor *, err *);
 err_code gemm_cuda(device *, tensor *, const tensor *, const tensor *, const tensor *, bool, err *);
 err_code gemm_w4_cuda(device *, tensor *, const tensor *, const w4_weight *, bool, err *);
+err_code norm_gemm_w4_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, float, const w4_weight *, bool,
+                           err *);
 err_code w4_upload_cuda(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
 size_t w4_upload_bytes_cuda(int64_t, int64_t, int32_t);
 err_code rope_kv_cuda(device *, tensor *, tensor *, const tensor *, const rope_spec *, const batch_rows *,
                       const kv_layer *, err *);
 err_code attn_cuda(device *, tensor *, const tensor *, const kv_layer *, const batch_rows *, float, int32_t, err *);
+err_code rope_attn_cuda(device *, tensor *, tensor *, tensor *, const tensor *, const rope_spec *, const batch_rows *,
+                        const kv_layer *, float, int32_t, err *);
 err_code gram_cuda(device *, tensor *, const tensor *, err *);
 err_code gram_finish_cuda(device *, tensor *, err *);
 err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);

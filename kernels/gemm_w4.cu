@@ -7,8 +7,7 @@ extern "C" {
 }
 
 #define THREADS 256
-/* Up to here several passes of the weight stream beat unpacking the weight for a dense product. */
-#define STREAM_ROWS 48
+#define STREAM_ROWS W4_FEW_MAX /* beyond, unpacking the weight for a dense product is faster */
 #define DENSE_BYTES ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 
 /* ---- tiling ---- */
@@ -19,8 +18,16 @@ typedef struct {
     const __half *scales;
     const void *zeros;
     int n, k, group, first; /* first: row of the fused weight where this part begins */
+    int paired;             /* 0, or 1 + which half of pairs the part is */
     bool awq;               /* nibble order 0,2,4,6,1,3,5,7 and packed zeros; else TurboMind */
 } disk_w4;
+
+/* Where row n of a part lies: tile, and 0..15 within. */
+__device__ __forceinline__ int2 tile_row(const disk_w4 &s, int n)
+{
+    if (s.paired) return make_int2(n / 8, (s.paired - 1) * 8 + n % 8);
+    return make_int2((s.first + n) / 16, (s.first + n) % 16);
+}
 
 __device__ __forceinline__ int nibble_of(bool awq, int col)
 {
@@ -38,7 +45,8 @@ __global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_byte
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)s.n * (s.k / 8)) return;
     const int n = (int)(i % s.n), k = (int)(i / s.n) * 8;
-    const int row = s.first + n, tile = row / 16, g = row & 7, high = row >> 3 & 1;
+    const int2 at = tile_row(s, n);
+    const int tile = at.x, g = at.y & 7, high = at.y >> 3;
     const int unit = k / 128, step = k % 128 / 32, t = k % 32 / 8;
     uint32_t *p = (uint32_t *)(data + ((size_t)tile * units + unit) * unit_bytes) +
                   ((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2;
@@ -54,13 +62,14 @@ __global__ void w4_tile_params(uint8_t *data, disk_w4 s, int units, int unit_byt
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int groups = s.k / s.group;
     if (i >= (int64_t)s.n * groups) return;
-    const int n = (int)(i % s.n), gr = (int)(i / s.n), row = s.first + n, k = gr * s.group;
+    const int n = (int)(i % s.n), gr = (int)(i / s.n), k = gr * s.group;
+    const int2 at = tile_row(s, n);
     const __half zero = s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
                                                         (4 * nibble_of(true, n)) &
                                                     15u))
                               : ((const __half *)s.zeros)[(size_t)gr * s.n + n];
-    __half2 *p = (__half2 *)(data + ((size_t)(row / 16) * units + k / 128) * unit_bytes + 1024) +
-                 (k % 128 / s.group) * 16 + (row & 7) * 2 + (row >> 3 & 1);
+    __half2 *p = (__half2 *)(data + ((size_t)at.x * units + k / 128) * unit_bytes + 1024) + (k % 128 / s.group) * 16 +
+                 (at.y & 7) * 2 + (at.y >> 3);
     *p = __halves2half2(s.scales[(size_t)gr * s.n + n], zero);
 }
 
@@ -73,8 +82,10 @@ __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
     pdl_wait();
     if (i >= (int64_t)rows * k8) return;
     const int n = n0 + (int)(i / k8), k = (int)(i % k8) * 8;
-    const int ub = 1024 + 64 * (128 / w.group), g = n & 7, high = n >> 3 & 1, step = k % 128 / 32, t = k % 32 / 8;
-    const uint8_t *unit = w.data + ((size_t)(n / 16) * w.units + k / 128) * ub;
+    const int half = w.n / 2, part = w.paired && n >= half, r = w.paired ? n - part * half : n;
+    const int tile = w.paired ? r / 8 : r / 16, high = w.paired ? part : r >> 3 & 1;
+    const int ub = 1024 + 64 * (128 / w.group), g = r & 7, step = k % 128 / 32, t = k % 32 / 8;
+    const uint8_t *unit = w.data + ((size_t)tile * w.units + k / 128) * ub;
     const uint2 q = *(const uint2 *)(unit + (((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2) * 4);
     const __half2 p = ((const __half2 *)(unit + 1024))[(k % 128 / w.group) * 16 + g * 2 + high];
     const float scale = __low2float(p), zero = __high2float(p);
@@ -99,6 +110,7 @@ static w4_tiles tiles_of(const w4_weight *w)
     t.bias = (const __half *)w->bias.data;
     t.n = (int)w->n, t.k = (int)w->k, t.group = w->group;
     t.tiles = (t.n + 15) / 16, t.units = (t.k + 127) / 128;
+    t.paired = w->paired;
     return t;
 }
 
@@ -118,13 +130,15 @@ static w4_planes_out planes_at(const device *d, int64_t m, int64_t k, int group)
     o.scales = (float *)(o.planes + w4_planes_bytes(units, (int)m));
     o.token_tiles = w4_token_tiles((int)m);
     o.group = group;
+    o.units = units;
     return o;
 }
 
 w4_planes_out cuda_planes_want(device *d, int64_t m, int64_t k)
 {
     const cuda_state *s = cuda_of(d);
-    if (s->sm < 90 || !s->w4_group || m > W4_FEW_MAX || k % 128) return w4_planes_out{};
+    /* one row goes to the kernel that makes its own */
+    if (s->sm < 90 || !s->w4_group || m < 2 || m > W4_FEW_MAX || k % 128) return w4_planes_out{};
     return planes_at(d, m, k, s->w4_group);
 }
 
@@ -142,7 +156,7 @@ size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
 }
 
 /* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host first. */
-static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int units, err *e)
+static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired, int units, err *e)
 {
     const cudaStream_t stream = cuda_of(d)->stream;
     const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales), z = tensor_bytes(&src->zeros);
@@ -154,7 +168,7 @@ static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int 
     cudaMemcpyAsync(raw + q, src->scales.data, s, cudaMemcpyHostToDevice, stream);
     cudaMemcpyAsync(raw + q + s, src->zeros.data, z, cudaMemcpyHostToDevice, stream);
     w.q = (const uint32_t *)raw, w.scales = (const __half *)(raw + q), w.zeros = raw + q + s;
-    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.awq = src->layout == W4_AWQ;
+    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.paired = paired, w.awq = src->layout == W4_AWQ;
     w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(data, w, units, w4_unit_bytes(w.group));
     w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(data, w, units,
                                                                                     w4_unit_bytes(w.group));
@@ -163,18 +177,18 @@ static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int 
     return rc;
 }
 
-static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int units, err *e)
+static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired, int units, err *e)
 {
     w4_weight t;
     size_t q, s, z;
     void *mem;
-    if (src->layout == W4_AWQ || src->layout == W4_TM) return upload_part(d, data, src, first, units, e);
+    if (src->layout == W4_AWQ || src->layout == W4_TM) return upload_part(d, data, src, first, paired, units, e);
     TRY(w4_sizes(&q, &s, &z, src->k, src->n, src->group, W4_TM, e));
     TRY(mem_alloc(&mem, q + s + z, 1, "w4 tiling", e));
     w4_shape(&t, src->k, src->n, src->group, W4_TM);
     t.q.data = mem, t.scales.data = (uint8_t *)mem + q, t.zeros.data = (uint8_t *)mem + q + s;
     err_code rc = w4_repack(&t, src, e);
-    if (rc == OK) rc = upload_part(d, data, &t, first, units, e);
+    if (rc == OK) rc = upload_part(d, data, &t, first, paired, units, e);
     mem_free(mem);
     return rc;
 }
@@ -210,8 +224,10 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
     __half *b = (__half *)((uint8_t *)buf->data + w4_upload_bytes_cuda(k, n, group) - (size_t)n * 2);
     err_code rc = OK;
     int first = 0;
+    /* Two parts of one size are gate and up: their rows meet in the product's epilogue. */
+    const bool paired = n_parts == 2 && parts[0]->n == parts[1]->n && parts[0]->n % 8 == 0;
     for (int i = 0; i < n_parts && rc == OK; i++) {
-        rc = upload_any(d, (uint8_t *)buf->data, parts[i], first, units, e);
+        rc = upload_any(d, (uint8_t *)buf->data, parts[i], first, paired ? 1 + i : 0, units, e);
         first += (int)parts[i]->n;
     }
     if (rc == OK && bias) rc = upload_bias(d, b, parts, n_parts, e);
@@ -220,7 +236,7 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
         return rc;
     }
     memset(out, 0, sizeof *out);
-    out->k = k, out->n = n, out->group = group, out->layout = W4_DEVICE;
+    out->k = k, out->n = n, out->group = group, out->layout = W4_DEVICE, out->paired = paired;
     cuda_of(d)->w4_group = group;
     out->q = tensor_1d(buf->data, DT_U8, (int64_t)buf->bytes);
     out->q.mem = MEM_CUDA;
@@ -276,22 +292,51 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
     return OK;
 }
 
+/* One row of activations through the kernel that makes their planes itself. */
+static bool one_row(const device *d, const tensor *x, const w4_weight *w)
+{
+    return cuda_of(d)->sm >= 90 && x->shape[0] == 1 && w->k % 128 == 0 && w->k <= W4_ONE_UNITS * 128 &&
+           (uintptr_t)x->data % 16 == 0;
+}
+
+static err_code run_one(device *d, const w4_weight *w, const w4_one_call *c, err *e)
+{
+    const w4_tiles t = tiles_of(w);
+    return cuda_launched(d, "gemm_w4: one row", gemm_w4_one(&t, c, cuda_of(d)->sms, cuda_of(d)->stream, true), e);
+}
+
 err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e)
 {
     const w4_tiles t = tiles_of(w);
     const int64_t m = x->shape[0];
-    const bool streams = cuda_of(d)->sm >= 90 && m <= STREAM_ROWS && x->stride[0] % 4 == 0;
-    if (!streams) return many_rows(d, y, x, w, add, e);
-    for (int64_t r = 0; r < m; r += W4_FEW_MAX) {
-        const tensor xr = tensor_rows(x, r, m - r < W4_FEW_MAX ? m - r : W4_FEW_MAX);
-        const tensor yr = tensor_rows(y, r, xr.shape[0]);
-        w4_call c = {};
-        c.x = (const __half *)xr.data, c.y = yr.data, c.m = (int)xr.shape[0];
-        c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
-        c.add = add, c.wide = y->dt == DT_F32;
-        TRY(few_rows(d, &t, &c, e));
+    if (one_row(d, x, w)) {
+        w4_one_call c = {};
+        c.x = (const __half *)x->data, c.y = y->data, c.add = add, c.wide = y->dt == DT_F32;
+        return run_one(d, w, &c, e);
     }
-    return OK;
+    if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4) return many_rows(d, y, x, w, add, e);
+    w4_call c = {};
+    c.x = (const __half *)x->data, c.y = y->data, c.m = (int)m;
+    c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
+    c.add = add, c.wide = y->dt == DT_F32;
+    return few_rows(d, &t, &c, e);
+}
+
+err_code norm_gemm_w4_cuda(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm, float eps,
+                           const w4_weight *w, bool glu, err *e)
+{
+    if (one_row(d, x, w) && x->dt == DT_F32 && y->dt == DT_F16 && w->k <= 8 * W4_ONE_NORM * 128 && (!glu || w->paired)) {
+        w4_one_call c = {};
+        c.resid = (const float *)x->data, c.norm = norm->data, c.norm_dt = (int)norm->dt, c.eps = eps;
+        c.y = y->data, c.glu = glu;
+        return run_one(d, w, &c, e);
+    }
+    TRY(rmsnorm_cuda(d, h, x, norm, eps, e));
+    TRY(gemm_w4_cuda(d, y, h, w, false, e));
+    if (!glu) return OK;
+    tensor gate = tensor_cols(y, 0, w->n / 2);
+    const tensor up = tensor_cols(y, w->n / 2, w->n / 2);
+    return glu_cuda(d, &gate, &gate, &up, e);
 }
 
 } /* extern "C" */

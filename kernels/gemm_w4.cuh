@@ -12,13 +12,15 @@
 
 #include "kernels/cuda_util.cuh"
 
-#define W4_FEW_MAX 16 /* rows of gemm_w4_few */
+#define W4_FEW_MAX 64 /* rows of gemm_w4_few, */
+#define W4_CHUNK   32 /* in chunks of so many */
 
 typedef struct {
     const uint8_t *data; /* [tiles][units][unit bytes] */
     const __half *bias;  /* [n] or NULL */
     int n, k, group;
     int tiles, units;
+    bool paired;         /* tile t: rows 8t..8t+7, then n/2 + 8t..; else rows 16t..16t+15 */
 } w4_tiles;
 
 typedef struct {
@@ -31,26 +33,38 @@ typedef struct {
 } w4_call;
 
 static inline int w4_unit_bytes(int group) { return 1024 + 64 * (128 / group); }
-/* Tokens go in tiles of 4; 1, 2 or 4 tiles. */
-static inline int w4_token_tiles(int m) { return m <= 4 ? 1 : m <= 8 ? 2 : 4; }
-static inline size_t w4_planes_bytes(int units, int m) { return (size_t)units * w4_token_tiles(m) * 1024; }
+/* Tokens go in tiles of 4; 1, 2, 4 or 8 tiles, then chunks of 8 tiles. */
+static inline int w4_token_tiles(int m) { return m <= 4 ? 1 : m <= 8 ? 2 : m <= 16 ? 4 : 8; }
+static inline int w4_chunks(int m) { return (m + W4_CHUNK - 1) / W4_CHUNK; }
+static inline size_t w4_planes_bytes(int units, int m)
+{
+    return (size_t)units * w4_chunks(m) * w4_token_tiles(m) * 1024;
+}
 static inline size_t w4_scales_bytes(int units, int m, int group)
 {
-    return (size_t)units * w4_token_tiles(m) * 4 * (size_t)(1 + 128 / group) * sizeof(float);
+    return (size_t)units * w4_chunks(m) * w4_token_tiles(m) * 4 * (size_t)(1 + 128 / group) * sizeof(float);
+}
+/* Row of the weight that row r (0..15) of a tile is. */
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+static inline int w4_row(int n, bool paired, int tile, int r)
+{
+    return paired ? (r >> 3) * (n / 2) + tile * 8 + (r & 7) : tile * 16 + r;
 }
 
 /* Where a producer of activations leaves them as fixed point too; planes NULL: nowhere. */
 typedef struct {
     uint8_t *planes;
     float *scales;
-    int token_tiles, group;
+    int token_tiles, group, units;
 } w4_planes_out;
 
 #ifdef __CUDACC__
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`. All lanes call.
- * planes[unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
+ * planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
  * plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k = 32*step + 8*t + 0..7 of the unit.
- * scales[unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. Columns of
+ * scales[chunk][unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. Columns of
  * tokens that nobody stored hold anything: they reach no output of another token. */
 __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token, const float v[4], int lane)
 {
@@ -70,11 +84,13 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
     for (int i = o.group / 8; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
     /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
     const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
-    uint8_t *p = o.planes + (((size_t)unit * o.token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
+    const size_t at = (size_t)(token / W4_CHUNK) * o.units + unit;
+    token %= W4_CHUNK;
+    uint8_t *p = o.planes + ((at * o.token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
                  (col * 4 + t) * 16 + (step & 1) * 8 + (lane & 1) * 4;
     *(uint32_t *)p = hi;
     *(uint32_t *)(p + 64) = lo;
-    float *s = o.scales + ((size_t)unit * o.token_tiles * 4 + token) * per;
+    float *s = o.scales + (at * o.token_tiles * 4 + token) * per;
     if (lane == 0) s[0] = top > 0.f ? top / 32512.f : 0.f;
     if (lane % (o.group / 4) == 0) s[1 + lane / (o.group / 4)] = (float)sum;
 }
@@ -83,5 +99,21 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
 /* Activations of up to W4_FEW_MAX rows to fixed point, then the product. */
 cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl);
 cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl);
+
+/* One row of activations, a whole step of the block in one kernel: what makes the activations and what takes the
+ * product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */
+#define W4_ONE_UNITS 256
+#define W4_ONE_NORM  8 /* units a warp of the norm: k up to 8 * W4_ONE_NORM * 128 */
+typedef struct {
+    const __half *x;   /* f16 [k], or NULL: */
+    const float *resid; /* f32 [k], normed by */
+    const void *norm;  /* [k], f16, bf16 or f32 */
+    int norm_dt;       /* dtype */
+    float eps;
+    void *y;           /* f16, or f32 when `wide` */
+    bool add, wide;
+    bool glu;          /* w paired: y[i] = silu(row i) * row n/2 + i */
+} w4_one_call;
+cudaError_t gemm_w4_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream, bool pdl);
 
 #endif

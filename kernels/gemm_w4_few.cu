@@ -38,54 +38,71 @@ __device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <int NT, int GROUP> struct unit_x {
-    uint4 b[NT][2];
-    float s[NT][1 + 128 / GROUP];
+/* Planes and scales of one unit for 4 tokens, as a lane needs them. */
+template <int GROUP> struct unit_x {
+    uint4 b[2];
+    float s[1 + 128 / GROUP];
 };
 
-template <int NT, int GROUP>
-__device__ __forceinline__ void load_x(unit_x<NT, GROUP> *x, const uint8_t *planes, const float *scales, int unit,
-                                       int lane)
+template <int GROUP>
+__device__ __forceinline__ void load_x(unit_x<GROUP> *x, const uint8_t *planes, const float *scales, int at, int lane)
+{
+    const uint4 *p = (const uint4 *)(planes + (size_t)at * 1024) + lane;
+    const float *s = scales + ((size_t)at * 4 + (lane & 3)) * (1 + 128 / GROUP);
+    x->b[0] = p[0];
+    x->b[1] = p[32];
+#pragma unroll
+    for (int i = 0; i < 1 + 128 / GROUP; i++) x->s[i] = s[i];
+}
+
+/* R tiles of one unit, ready for the integer mma. */
+template <int R, int GROUP> struct unit_w {
+    uint32_t a[R][4][4];
+    uint2 p[R][128 / GROUP];
+};
+
+template <int R, int GROUP>
+__device__ __forceinline__ void load_w(unit_w<R, GROUP> *w, const uint8_t *unit, int stride, int lane)
 {
 #pragma unroll
-    for (int b = 0; b < NT; b++) {
-        const uint4 *p = (const uint4 *)(planes + ((size_t)unit * NT + b) * 1024) + lane;
-        const float *s = scales + ((size_t)unit * NT * 4 + b * 4 + (lane & 3)) * (1 + 128 / GROUP);
-        x->b[b][0] = p[0];
-        x->b[b][1] = p[32];
+    for (int r = 0; r < R; r++) {
+        const uint4 *codes = (const uint4 *)(unit + r * stride) + lane;
+        const uint2 *params = (const uint2 *)(unit + r * stride + 1024) + (lane >> 2);
+        const uint4 q[2] = {codes[0], codes[32]};
 #pragma unroll
-        for (int i = 0; i < 1 + 128 / GROUP; i++) x->s[b][i] = s[i];
+        for (int h = 0; h < 4; h++) { /* steps of 32 inputs */
+            const uint32_t w0 = (&q[h / 2].x)[(h & 1) * 2], w1 = (&q[h / 2].x)[(h & 1) * 2 + 1];
+            w->a[r][h][0] = w0 & 0x0f0f0f0fu, w->a[r][h][1] = w0 >> 4 & 0x0f0f0f0fu;
+            w->a[r][h][2] = w1 & 0x0f0f0f0fu, w->a[r][h][3] = w1 >> 4 & 0x0f0f0f0fu;
+        }
+#pragma unroll
+        for (int i = 0; i < 128 / GROUP; i++) w->p[r][i] = params[i * 8];
     }
 }
 
-/* acc[b][0]: row g of token t of tile b, acc[b][1]: row g + 8. */
-template <int NT, int GROUP>
-__device__ __forceinline__ void mul_unit(float acc[NT][2], const uint8_t *unit, const unit_x<NT, GROUP> &x, int lane)
+/* acc[r][0]: row g of token t, acc[r][1]: row g + 8, of tile r. */
+template <int R, int GROUP>
+__device__ __forceinline__ void mul_unit(float (*acc)[2], int stride, const unit_w<R, GROUP> &w, const unit_x<GROUP> &x)
 {
-    const uint4 *codes = (const uint4 *)unit + lane;
-    const uint2 *params = (const uint2 *)(unit + 1024) + (lane >> 2);
-    const uint4 q[2] = {codes[0], codes[32]};
-    int part[NT][4];
+    int part[R][4];
 #pragma unroll
-    for (int h = 0; h < 4; h++) { /* steps of 32 inputs */
+    for (int h = 0; h < 4; h++) {
         if (h * 32 % GROUP == 0)
 #pragma unroll
-            for (int i = 0; i < NT * 4; i++) (&part[0][0])[i] = 0;
-        const uint32_t w0 = (&q[h / 2].x)[(h & 1) * 2], w1 = (&q[h / 2].x)[(h & 1) * 2 + 1];
-        const uint32_t a[4] = {w0 & 0x0f0f0f0fu, w0 >> 4 & 0x0f0f0f0fu, w1 & 0x0f0f0f0fu, w1 >> 4 & 0x0f0f0f0fu};
+            for (int i = 0; i < R * 4; i++) (&part[0][0])[i] = 0;
 #pragma unroll
-        for (int b = 0; b < NT; b++)
-            mma_u8s8(part[b], a, (&x.b[b][h / 2].x)[(h & 1) * 2], (&x.b[b][h / 2].x)[(h & 1) * 2 + 1]);
-        if ((h * 32 + 32) % GROUP == 0) {
-            const uint2 p = params[h * 32 / GROUP * 8];
-            const float2 p0 = __half22float2(*(const __half2 *)&p.x), p1 = __half22float2(*(const __half2 *)&p.y);
+        for (int r = 0; r < R; r++)
+            mma_u8s8(part[r], w.a[r][h], (&x.b[h / 2].x)[(h & 1) * 2], (&x.b[h / 2].x)[(h & 1) * 2 + 1]);
+        if ((h * 32 + 32) % GROUP == 0)
 #pragma unroll
-            for (int b = 0; b < NT; b++) {
-                const float sum = x.s[b][1 + h * 32 / GROUP];
-                acc[b][0] += p0.x * x.s[b][0] * ((float)(part[b][0] * 256 + part[b][1]) - p0.y * sum);
-                acc[b][1] += p1.x * x.s[b][0] * ((float)(part[b][2] * 256 + part[b][3]) - p1.y * sum);
+            for (int r = 0; r < R; r++) {
+                const uint2 p = w.p[r][h * 32 / GROUP];
+                const float2 p0 = __half22float2(*(const __half2 *)&p.x), p1 = __half22float2(*(const __half2 *)&p.y);
+                const float sum = x.s[1 + h * 32 / GROUP];
+                float *o = acc[r * stride];
+                o[0] += p0.x * x.s[0] * ((float)(part[r][0] * 256 + part[r][1]) - p0.y * sum);
+                o[1] += p1.x * x.s[0] * ((float)(part[r][2] * 256 + part[r][3]) - p1.y * sum);
             }
-        }
     }
 }
 
@@ -95,7 +112,7 @@ __device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, 
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int o = tile * 16 + row + 8 * i;
+        const int o = w4_row(w.n, w.paired, tile, row + 8 * i);
         float v = i ? v1 : v0;
         if (o >= w.n) continue;
         const size_t at = (size_t)col * c.ldy + o;
@@ -109,86 +126,109 @@ __device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, 
     }
 }
 
-template <int NT, int GROUP, int CW, int STAGES>
-__global__ void __launch_bounds__((CW + 1) * 32, NT > 2 ? 1 : 2) gemm_w4_few_kernel(w4_tiles w, w4_call c)
+/* NT tiles of 4 tokens, R tiles of 16 outputs a warp: more tokens read more activations, which R tiles share.
+ * blockIdx.y is the chunk of W4_CHUNK tokens; chunks walk the weights together, so the second reads them from L2. */
+template <int NT, int R, int GROUP, int CW, int STAGES>
+__global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_kernel(w4_tiles w, w4_call c)
 {
 #if __CUDA_ARCH__ >= 900
-    constexpr int UNIT = 1024 + 64 * (128 / GROUP), STAGE = STAGE_UNITS * UNIT;
-    constexpr bool AHEAD = NT <= 2; /* more would not fit the registers */
-    extern __shared__ __align__(128) uint8_t ring[]; /* [STAGES][STAGE], then sums[2][CW][NT*64] */
+    constexpr int UNIT = 1024 + 64 * (128 / GROUP), SU = STAGE_UNITS / R, STAGE = STAGE_UNITS * UNIT;
+    constexpr bool TWICE = NT * R <= 4; /* sums of two turns fit */
+    extern __shared__ __align__(128) uint8_t ring[]; /* [STAGES][R][SU][UNIT], then sums[1 or 2][CW][R*NT*64] */
     __shared__ uint64_t full[STAGES], empty[STAGES];
     float *sums = (float *)(ring + STAGES * STAGE);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int slabs = (w.units + STAGE_UNITS - 1) / STAGE_UNITS;
+    const int slabs = (w.units + SU - 1) / SU, items = (w.tiles + R - 1) / R;
 
     pdl_launch();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) mbar_init(&full[i], 1), mbar_init(&empty[i], CW);
+        for (int i = 0; i < STAGES; i++) mbar_init(&full[i], R), mbar_init(&empty[i], CW);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     if (warp == CW) { /* producer */
         if (lane) return;
         int slot = 0, round = 0;
-        for (int tile = blockIdx.x; tile < w.tiles; tile += gridDim.x)
+        for (int item = blockIdx.x; item < items; item += gridDim.x)
             for (int s = 0; s < slabs; s++) {
                 if (round) mbar_wait(&empty[slot], (round - 1) & 1);
-                const int first = s * STAGE_UNITS, n = min(STAGE_UNITS, w.units - first);
-                bulk_load(ring + slot * STAGE, w.data + ((size_t)tile * w.units + first) * UNIT, n * UNIT,
-                          &full[slot]);
+                const int first = s * SU, n = min(SU, w.units - first);
+                for (int r = 0; r < R; r++) {
+                    const int tile = min(item * R + r, w.tiles - 1); /* an odd last one twice */
+                    bulk_load(ring + slot * STAGE + r * SU * UNIT, w.data + ((size_t)tile * w.units + first) * UNIT,
+                              n * UNIT, &full[slot]);
+                }
                 if (++slot == STAGES) slot = 0, round++;
             }
         return;
     }
     int slot = 0, round = 0, turn = 0;
-    unit_x<NT, GROUP> x, next;
+    const int m = min(c.m - (int)blockIdx.y * W4_CHUNK, W4_CHUNK);
+    const uint8_t *planes = c.planes + (size_t)blockIdx.y * w.units * NT * 1024;
+    const float *scales = c.scales + (size_t)blockIdx.y * w.units * NT * 4 * (1 + 128 / GROUP);
+    w4_call out = c;
+    if (c.wide)
+        out.y = (float *)c.y + (size_t)blockIdx.y * W4_CHUNK * c.ldy;
+    else
+        out.y = (__half *)c.y + (size_t)blockIdx.y * W4_CHUNK * c.ldy;
+    unit_x<GROUP> x, next;
     pdl_wait();
-    if (AHEAD && warp < w.units) load_x<NT, GROUP>(&x, c.planes, c.scales, warp, lane);
-    for (int tile = blockIdx.x; tile < w.tiles; tile += gridDim.x, turn ^= 1) {
-        float acc[NT][2] = {};
+    if (warp < w.units) load_x<GROUP>(&x, planes, scales, warp * NT, lane);
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        float acc[R * NT][2] = {};
         for (int s = 0; s < slabs; s++) {
             mbar_wait(&full[slot], round & 1);
 #pragma unroll
-            for (int u = 0; u < STAGE_UNITS; u += CW) {
-                const int at = s * STAGE_UNITS + u + warp, then = at + CW < w.units ? at + CW : warp;
+            for (int u = 0; u < SU; u += CW) {
+                const int at = s * SU + u + warp, then = at + CW < w.units ? at + CW : warp;
                 if (at >= w.units) break;
-                if (AHEAD)
-                    load_x<NT, GROUP>(&next, c.planes, c.scales, then, lane);
-                else
-                    load_x<NT, GROUP>(&x, c.planes, c.scales, at, lane);
-                mul_unit<NT, GROUP>(acc, ring + slot * STAGE + (u + warp) * UNIT, x, lane);
-                if (AHEAD) x = next;
+                unit_w<R, GROUP> uw;
+                load_w<R, GROUP>(&uw, ring + slot * STAGE + (u + warp) * UNIT, SU * UNIT, lane);
+#pragma unroll
+                for (int b = 0; b < NT; b++) { /* the next tokens' planes are on their way */
+                    load_x<GROUP>(&next, planes, scales, b + 1 < NT ? at * NT + b + 1 : then * NT, lane);
+                    mul_unit<R, GROUP>(acc + b, NT, uw, x);
+                    x = next;
+                }
             }
             __syncwarp();
             if (lane == 0) mbar_arrive(&empty[slot]);
             if (++slot == STAGES) slot = 0, round++;
         }
-        float *sum = sums + turn * CW * NT * 64;
+        float *sum = sums + (TWICE ? turn : 0) * CW * R * NT * 64;
+        turn ^= 1;
 #pragma unroll
-        for (int i = 0; i < NT * 2; i++) sum[warp * NT * 64 + i * 32 + lane] = (&acc[0][0])[i];
+        for (int i = 0; i < R * NT * 2; i++) sum[warp * R * NT * 64 + i * 32 + lane] = (&acc[0][0])[i];
         asm volatile("bar.sync 1, %0;" ::"n"(CW * 32) : "memory");
-        for (int p = threadIdx.x; p < NT * 32; p += CW * 32) {
-            const int l = p & 31, b = p >> 5, col = b * 4 + (l & 3);
+        for (int p = threadIdx.x; p < R * NT * 32; p += CW * 32) {
+            const int l = p & 31, b = p >> 5, col = b % NT * 4 + (l & 3), tile = item * R + b / NT;
             float v0 = 0.f, v1 = 0.f;
-            if (col >= c.m) continue;
+            if (col >= m || tile >= w.tiles) continue;
 #pragma unroll
-            for (int k = 0; k < CW; k++) v0 += sum[k * NT * 64 + b * 64 + l], v1 += sum[k * NT * 64 + b * 64 + 32 + l];
-            store_pair(w, c, tile, l >> 2, col, v0, v1);
+            for (int k = 0; k < CW; k++) {
+                v0 += sum[k * R * NT * 64 + b * 64 + l];
+                v1 += sum[k * R * NT * 64 + b * 64 + 32 + l];
+            }
+            store_pair(w, out, tile, l >> 2, col, v0, v1);
         }
+        if (!TWICE) asm volatile("bar.sync 1, %0;" ::"n"(CW * 32) : "memory");
     }
 #endif
 }
 
-template <int NT, int GROUP, int CW, int STAGES>
-static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int blocks, cudaStream_t stream, bool pdl)
+template <int NT, int R, int GROUP, int CW, int STAGES>
+static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    const int smem = STAGES * STAGE_UNITS * w4_unit_bytes(GROUP) + 2 * CW * NT * 64 * (int)sizeof(float);
-    const cudaError_t rc = cudaFuncSetAttribute(gemm_w4_few_kernel<NT, GROUP, CW, STAGES>,
+    const int smem = STAGES * STAGE_UNITS * w4_unit_bytes(GROUP) +
+                     (NT * R <= 4 ? 2 : 1) * CW * R * NT * 64 * (int)sizeof(float);
+    const cudaError_t rc = cudaFuncSetAttribute(gemm_w4_few_kernel<NT, R, GROUP, CW, STAGES>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (rc != cudaSuccess) return rc;
-    cfg.gridDim = dim3((unsigned)(w->tiles < blocks ? w->tiles : blocks));
+    /* Two blocks a multiprocessor hide each other's ends; one where registers or a longer ring fill it. */
+    const int chunks = w4_chunks(c->m), items = (w->tiles + R - 1) / R, most = NT > 4 ? sms / chunks : 2 * sms;
+    cfg.gridDim = dim3((unsigned)(items < most ? items : most), (unsigned)chunks);
     cfg.blockDim = dim3((CW + 1) * 32);
     cfg.dynamicSmemBytes = (size_t)smem;
     cfg.stream = stream;
@@ -196,16 +236,17 @@ static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int blocks, c
     attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     cfg.numAttrs = pdl ? 1 : 0;
-    return cudaLaunchKernelEx(&cfg, gemm_w4_few_kernel<NT, GROUP, CW, STAGES>, *w, *c);
+    return cudaLaunchKernelEx(&cfg, gemm_w4_few_kernel<NT, R, GROUP, CW, STAGES>, *w, *c);
 }
 
 template <int GROUP> static cudaError_t few_group(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t s, bool pdl)
 {
-    /* Two blocks of the same kernel a multiprocessor hide each other's ends. */
-    const int tt = w4_token_tiles(c->m);
-    if (tt == 1) return launch_few<1, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
-    if (tt == 2) return launch_few<2, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
-    return launch_few<4, GROUP, 8, 3>(w, c, 2 * sms, s, pdl);
+    switch (w4_token_tiles(c->m)) {
+    case 1: return launch_few<1, 1, GROUP, 8, 3>(w, c, sms, s, pdl);
+    case 2: return launch_few<2, 1, GROUP, 8, 3>(w, c, sms, s, pdl);
+    case 4: return launch_few<4, 2, GROUP, 8, 3>(w, c, sms, s, pdl);
+    default: return launch_few<8, 2, GROUP, 8, 6>(w, c, sms, s, pdl);
+    }
 }
 
 cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl)
@@ -219,8 +260,8 @@ cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t str
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    const w4_planes_out o = {c->planes, c->scales, w4_token_tiles(c->m), w->group};
-    cfg.gridDim = dim3((unsigned)w->units, (unsigned)o.token_tiles);
+    const w4_planes_out o = {c->planes, c->scales, w4_token_tiles(c->m), w->group, w->units};
+    cfg.gridDim = dim3((unsigned)w->units, (unsigned)(c->m + 3) / 4);
     cfg.blockDim = dim3(128);
     cfg.stream = stream;
     cfg.attrs = attr;

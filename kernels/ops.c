@@ -82,8 +82,30 @@ err_code op_glu(device *d, tensor *y, const tensor *gate, const tensor *up, err 
     return tensor_count(y) ? d->ops.glu(d, y, gate, up, e) : OK;
 }
 
-err_code op_rope_kv(device *d, tensor *q, tensor *k, const tensor *v, const rope_spec *r,
-                    const batch_rows *rows, const kv_layer *kv, err *e)
+err_code op_norm_gemm_w4(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm,
+                         float eps, const w4_weight *w, bool glu, err *e)
+{
+    if (!d->ops.norm_gemm_w4) {
+        TRY(op_rmsnorm(d, h, x, norm, eps, e));
+        TRY(op_gemm_w4(d, y, h, w, false, e));
+        if (!glu) return OK;
+        tensor gate = tensor_cols(y, 0, w->n / 2);
+        const tensor up = tensor_cols(y, w->n / 2, w->n / 2);
+        return op_glu(d, &gate, &gate, &up, e);
+    }
+    if (w->layout != W4_DEVICE)
+        return err_set(e, E_UNSUPPORTED, "op_norm_gemm_w4: w: expected layout %s, got %s",
+                       w4_layout_name(W4_DEVICE), w4_layout_name(w->layout));
+    TRY(check_rows(d, x, "op_norm_gemm_w4: x", SHAPE(-1, w->k), e));
+    TRY(check_tensor(d, h, "op_norm_gemm_w4: h", d->act, 2, x->shape, e));
+    TRY(check_weight(d, norm, "op_norm_gemm_w4: norm", 1, SHAPE(w->k), e));
+    TRY(check_tensor(d, y, "op_norm_gemm_w4: y", d->act, 2, SHAPE(x->shape[0], w->n), e));
+    if (w->bias.data) TRY(check_weight(d, &w->bias, "op_norm_gemm_w4: bias", 1, SHAPE(w->n), e));
+    return tensor_count(y) ? d->ops.norm_gemm_w4(d, y, h, x, norm, eps, w, glu, e) : OK;
+}
+
+static err_code check_rope(const device *d, const tensor *q, const tensor *k, const tensor *v,
+                           const rope_spec *r, const batch_rows *rows, const kv_layer *kv, err *e)
 {
     TRY(check_kv(d, kv, "op_rope_kv", e));
     const int64_t hd = kv->head_dim, kvh = kv->kv_heads;
@@ -97,8 +119,30 @@ err_code op_rope_kv(device *d, tensor *q, tensor *k, const tensor *v, const rope
                        ", got %d",
                        hd, r->dims);
     TRY(check_tensor(d, &r->inv_freq, "op_rope_kv: inv_freq", DT_F32, 1, SHAPE(r->dims / 2), e));
-    TRY(check_batch(d, rows, kv, m, "op_rope_kv", e));
-    return m ? d->ops.rope_kv(d, q, k, v, r, rows, kv, e) : OK;
+    return check_batch(d, rows, kv, m, "op_rope_kv", e);
+}
+
+err_code op_rope_kv(device *d, tensor *q, tensor *k, const tensor *v, const rope_spec *r,
+                    const batch_rows *rows, const kv_layer *kv, err *e)
+{
+    TRY(check_rope(d, q, k, v, r, rows, kv, e));
+    return q->shape[0] ? d->ops.rope_kv(d, q, k, v, r, rows, kv, e) : OK;
+}
+
+err_code op_rope_attn(device *d, tensor *y, tensor *q, tensor *k, const tensor *v,
+                      const rope_spec *r, const batch_rows *rows, const kv_layer *kv, float scale,
+                      int32_t window, err *e)
+{
+    if (!d->ops.rope_attn) {
+        TRY(op_rope_kv(d, q, k, v, r, rows, kv, e));
+        return op_attn(d, y, q, kv, rows, scale, window, e);
+    }
+    TRY(check_rope(d, q, k, v, r, rows, kv, e));
+    const int64_t m = q->shape[0], width = q->shape[1] * q->shape[2] * q->shape[3];
+    TRY(check_tensor(d, y, "op_rope_attn: y", d->act, 2, SHAPE(m, width), e));
+    if (window < 0)
+        return err_set(e, E_SHAPE, "op_rope_attn: window: expected 0 or more, got %d", window);
+    return m ? d->ops.rope_attn(d, y, q, k, v, r, rows, kv, scale, window, e) : OK;
 }
 
 err_code op_attn(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,

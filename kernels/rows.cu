@@ -99,9 +99,12 @@ __global__ void __launch_bounds__(1024) norm_units_kernel(__half *y, int64_t ldy
     for (int i = 0; i < NORM_UNITS; i++)
         if (warp + 32 * i < units) load4(v[i], x + row * ldx, (warp + 32 * i) * 128 + lane * 4, DT_F32);
 #pragma unroll
-    for (int i = 0; i < NORM_UNITS; i++)
-        if (warp + 32 * i < units) sum += v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
-    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    for (int i = 0; i < NORM_UNITS; i++) {
+        float s = 0.f;
+        if (warp + 32 * i < units) s = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+        for (int j = 16; j; j >>= 1) s += __shfl_xor_sync(~0u, s, j);
+        sum += s;
+    }
     if (lane == 0) part[warp] = sum;
     __syncthreads();
     sum = part[lane];

@@ -328,6 +328,23 @@ static err_code linears_run(const bound_linear *l, int n, device *d, const tenso
     return OK;
 }
 
+/* Norm of x into h, `n` linears of it into adjacent columns of y, with `glu` silu of the first half of these
+ * times the second; at once where the device can and nobody looks at h. */
+static err_code norm_linears(const bound_linear *l, int n, device *d, tensor *y, tensor *h,
+                             const tensor *x, const tensor *norm, float eps, bool glu, tap_fn tap,
+                             void *tap_ctx, tensor_role role, int32_t layer, err *e)
+{
+    if (!tap && n == 1 && l->w4.q.data)
+        return op_norm_gemm_w4(d, y, h, x, norm, eps, &l->w4, glu, e);
+    TRY(op_rmsnorm(d, h, x, norm, eps, e));
+    if (tap) TRY(tap(tap_ctx, role, layer, h, e));
+    TRY(linears_run(l, n, d, y, h, e));
+    if (!glu) return OK;
+    tensor gate = tensor_cols(y, 0, y->shape[1] / 2);
+    const tensor up = tensor_cols(y, y->shape[1] / 2, y->shape[1] / 2);
+    return op_glu(d, &gate, &gate, &up, e);
+}
+
 /* [m, c1, c2, D] over rows of `t`, from column `at`; c1 steps by step1 columns, c2 by D. */
 static tensor heads_view(const tensor *t, int64_t at, int64_t c1, int64_t step1, int64_t c2,
                          int64_t hd)
@@ -384,36 +401,26 @@ static err_code heads_norm(device *d, const tensor *t, const tensor *w, float ep
     return OK;
 }
 
-/* Norm, q, k, v, rotation, and keys and values into the cache. *v: where q lies afterwards. */
-static err_code attention_in(const block *b, device *d, block_scratch *s, const rope_spec *rope,
-                             const tensor *x, tensor *qkv, qkv_view *v, const kv_layer *kv,
-                             const batch_rows *rows, tap_fn tap, void *tap_ctx, err *e)
+/* Norm, q, k and v. *v: where they lie. */
+static err_code attention_in(const block *b, device *d, block_scratch *s, const tensor *x,
+                             tensor *qkv, qkv_view *v, tap_fn tap, void *tap_ctx, err *e)
 {
     const model_desc *m = b->m;
     tensor h = tensor_2d(s->narrow.data, dev_act(d), x->shape[0], m->hidden);
     *qkv = tensor_2d(s->wide.data, dev_act(d), x->shape[0], q_cols(m) + 2 * kv_cols(m));
     h.mem = qkv->mem = x->mem;
-    TRY(op_rmsnorm(d, &h, x, &b->attn_norm, m->norm_eps, e));
-    if (tap) TRY(tap(tap_ctx, ROLE_QKV, b->layer, &h, e));
-    TRY(linears_run(b->qkv, b->n_qkv, d, qkv, &h, e));
+    TRY(norm_linears(b->qkv, b->n_qkv, d, qkv, &h, x, &b->attn_norm, m->norm_eps, false, tap,
+                     tap_ctx, ROLE_QKV, b->layer, e));
     *v = qkv_split(m, qkv);
     if (m->qk_norm) {
         TRY(heads_norm(d, &v->q, &b->q_norm, m->norm_eps, e));
         TRY(heads_norm(d, &v->k, &b->k_norm, m->norm_eps, e));
     }
-    return op_rope_kv(d, &v->q, &v->k, &v->v, rope, rows, kv, e);
+    return OK;
 }
 
 /* Attention of rotated q and the projection behind it, added to x. `a` act [m, heads*D] is its scratch. */
-static err_code attention_out(const block *b, device *d, tensor *x, const tensor *q, tensor *a,
-                              const kv_layer *kv, const batch_rows *rows, tap_fn tap, void *tap_ctx,
-                              err *e)
-{
-    const model_desc *m = b->m;
-    TRY(op_attn(d, a, q, kv, rows, 1.0f / sqrtf((float)m->head_dim), model_window(m, b->layer), e));
-    if (tap) TRY(tap(tap_ctx, ROLE_O, b->layer, a, e));
-    return linear_run(&b->o, d, x, a, true, e);
-}
+static float attention_scale(const model_desc *m) { return 1.0f / sqrtf((float)m->head_dim); }
 
 static err_code attention(const block *b, device *d, block_scratch *s, const rope_spec *rope,
                           tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
@@ -422,8 +429,11 @@ static err_code attention(const block *b, device *d, block_scratch *s, const rop
     tensor qkv, a = tensor_2d(s->narrow.data, dev_act(d), x->shape[0], q_cols(b->m));
     qkv_view v;
     a.mem = x->mem;
-    TRY(attention_in(b, d, s, rope, x, &qkv, &v, kv, rows, tap, tap_ctx, e));
-    return attention_out(b, d, x, &v.q, &a, kv, rows, tap, tap_ctx, e);
+    TRY(attention_in(b, d, s, x, &qkv, &v, tap, tap_ctx, e));
+    TRY(op_rope_attn(d, &a, &v.q, &v.k, &v.v, rope, rows, kv, attention_scale(b->m),
+                     model_window(b->m, b->layer), e));
+    if (tap) TRY(tap(tap_ctx, ROLE_O, b->layer, &a, e));
+    return linear_run(&b->o, d, x, &a, true, e);
 }
 
 static err_code feed_forward(const block *b, device *d, block_scratch *s, tensor *x, tap_fn tap,
@@ -434,12 +444,9 @@ static err_code feed_forward(const block *b, device *d, block_scratch *s, tensor
     tensor both = tensor_2d(s->wide.data, dev_act(d), x->shape[0], 2 * (int64_t)m->ffn);
     h.mem = both.mem = x->mem;
     tensor gate = tensor_cols(&both, 0, m->ffn);
-    const tensor up = tensor_cols(&both, m->ffn, m->ffn);
 
-    TRY(op_rmsnorm(d, &h, x, &b->ffn_norm, m->norm_eps, e));
-    if (tap) TRY(tap(tap_ctx, ROLE_GATE, b->layer, &h, e));
-    TRY(linears_run(b->gate_up, b->n_gate_up, d, &both, &h, e));
-    TRY(op_glu(d, &gate, &gate, &up, e));
+    TRY(norm_linears(b->gate_up, b->n_gate_up, d, &both, &h, x, &b->ffn_norm, m->norm_eps, true,
+                     tap, tap_ctx, ROLE_GATE, b->layer, e));
     if (tap) TRY(tap(tap_ctx, ROLE_DOWN, b->layer, &gate, e));
     return linear_run(&b->down, d, x, &gate, true, e);
 }
@@ -472,12 +479,15 @@ err_code block_forward_tail(const block *b, device *d, block_scratch *s, const r
     qkv_view v;
     few.mem = a.mem = x->mem;
     assert(x->shape[0] <= s->rows && n <= block_tail_rows(m, s->rows));
-    err_code rc = attention_in(b, d, s, rope, x, &all, &v, kv, rows, NULL, NULL, e);
+    err_code rc = attention_in(b, d, s, x, &all, &v, NULL, NULL, e);
+    if (rc == OK) rc = op_rope_kv(d, &v.q, &v.k, &v.v, rope, rows, kv, e);
     if (rc == OK && n > 0) {
         rc = op_embed(d, &few, &all, picks, e); /* a gather of rows, as the next */
         if (rc == OK) rc = op_embed(d, out, x, picks, e);
         v = qkv_split(m, &few);
-        if (rc == OK) rc = attention_out(b, d, out, &v.q, &a, kv, picked, NULL, NULL, e);
+        if (rc == OK)
+            rc = op_attn(d, &a, &v.q, kv, picked, attention_scale(m), model_window(m, b->layer), e);
+        if (rc == OK) rc = linear_run(&b->o, d, out, &a, true, e);
         if (rc == OK) rc = feed_forward(b, d, s, out, NULL, NULL, e);
     }
     return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
