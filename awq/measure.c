@@ -8,7 +8,7 @@
 #include "kernels/quant_group.h"
 
 #define TILE_ELEMS ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
-#define MIN_ROWS   64 /* op_quad runs at half its speed on fewer */
+#define MIN_ROWS   64                 /* op_quad runs at half its speed on fewer */
 #define MAX_ROWS   8192
 #define MIN_GROUP  32
 #define ROWS_MAX   8192
@@ -52,7 +52,8 @@ static int parts_of(quant_scratch *s, scratch_part out[8])
     out[n++] = (scratch_part){(void **)&s->best, searched * sizeof(float)};
     out[n++] = (scratch_part){(void **)&s->scale, groups * sizeof(f16)};
     out[n++] = (scratch_part){(void **)&s->zero, groups > widest ? groups : widest};
-    out[n++] = (scratch_part){(void **)&s->sum, (searched > widest ? searched : widest) * sizeof(double)};
+    out[n++] = (scratch_part){(void **)&s->sum,
+                              (searched > widest ? searched : widest) * sizeof(double)};
     return n;
 }
 

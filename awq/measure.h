@@ -14,13 +14,13 @@ typedef struct {
 err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e);
 
 struct quant_scratch {
-    float *w;                /* [elems] a tile of weights */
-    float *x;                /* [elems], [widest input] where nothing is searched: candidates, errors */
+    float *w; /* [elems] a tile of weights */
+    float *x; /* [elems], [widest input] where nothing is searched: candidates, errors */
     float *m0, *limit, *best; /* [groups]: per row and group; NULL where nothing is searched */
-    f16 *scale;              /* [groups] */
-    uint8_t *zero;           /* [groups] and at least [widest input] */
-    double *row;             /* [rows_max] */
-    double *sum;             /* [groups] where something is searched, and at least [widest input] */
+    f16 *scale;               /* [groups] */
+    uint8_t *zero;            /* [groups] and at least [widest input] */
+    double *row;              /* [rows_max] */
+    double *sum; /* [groups] where something is searched, and at least [widest input] */
     arena mem;
     int64_t elems, groups, widest, rows_max;
     bool searches;

@@ -141,7 +141,8 @@ static size_t plan_bytes(const search *s)
 static op_limits search_limits(const search *s)
 {
     const int64_t k = walks(s) ? s->scratch.widest : 128;
-    return (op_limits){.rows = 1, .k = k, .n = k, .heads = 1, .head_dim = s->m->head_dim, .max_kv = 1, .seqs = 1};
+    return (op_limits){
+        .rows = 1, .k = k, .n = k, .heads = 1, .head_dim = s->m->head_dim, .max_kv = 1, .seqs = 1};
 }
 
 static bool all_moments(const search *s)
@@ -158,7 +159,8 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         s.scratch = quant_scratch_shape(s.m, s.method->searches);
         const op_limits lim = search_limits(&s);
         memory_plan_add(p, "program", memory_plan_process_bytes());
-        memory_plan_add(p, "search scratch", quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
+        memory_plan_add(p, "search scratch",
+                        quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
         memory_plan_add(p, "plan of a block", plan_bytes(&s));
     }
     if (rc == OK && walks(&s)) {
@@ -215,10 +217,15 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
         TRY(layer_walk_bind(s->walk, layer, e));
         TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM, advanced, p, e));
     }
+    if (!s->walk) {
+        weights_prefetch(s->src, layer);
+        TRY(layer_check_finite(s->d, s->src, layer, e));
+    }
     TRY(plan_alloc(s, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
     TRY(block_losses(&b, &plan, e));
     TRY(plan_put_layer(s->spool, layer, &plan, e));
+    if (!s->walk) weights_release(s->src, layer);
     for (int i = 0; i < plan.n_linears; i++) {
         before += plan.linear[i].loss_before;
         after += plan.linear[i].loss_after;

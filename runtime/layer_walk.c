@@ -253,15 +253,15 @@ static void scan_item(void *ctx, int64_t row, int worker)
     }
 }
 
-static err_code check_finite(layer_walk *w, const tensor *t, int32_t layer, tensor_role r,
-                             const char *part, err *e)
+static err_code check_finite(device *d, const weight_src *src, const tensor *t, int32_t layer,
+                             tensor_role r, const char *part, err *e)
 {
     finite_scan s = {.t = t, .rows = t->ndim == 2 ? t->shape[0] : 1, .cols = t->shape[t->ndim - 1]};
     atomic_init(&s.bad_row, INT64_MAX);
     if (!t->data || !tensor_contiguous(t) ||
         (t->dt != DT_F32 && t->dt != DT_F16 && t->dt != DT_BF16))
         return OK;
-    pool_run(dev_pool(w->d), scan_item, &s, s.rows);
+    pool_run(dev_pool(d), scan_item, &s, s.rows);
     const int64_t row = atomic_load(&s.bad_row);
     if (row == INT64_MAX) return OK;
     int64_t col = 0;
@@ -269,24 +269,25 @@ static err_code check_finite(layer_walk *w, const tensor *t, int32_t layer, tens
     return err_set(e, E_INPUT,
                    "%s: layer %d: %s: %s row %" PRId64 " column %" PRId64
                    ": expected a finite number, found nan or infinity",
-                   weights_path(w->src), (int)layer, role_name(r), part, row, col);
+                   weights_path(src), (int)layer, role_name(r), part, row, col);
 }
 
-static err_code check_layer(layer_walk *w, int32_t layer, err *e)
+err_code layer_check_finite(device *d, weight_src *src, int32_t layer, err *e)
 {
+    const model_desc *m = weights_desc(src);
+    const tensor_role norms[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM, ROLE_Q_NORM, ROLE_K_NORM};
     tensor_role roles[7];
     tensor norm;
-    const tensor_role norms[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM};
-    const int n = model_block_linears(w->m, roles);
-    for (int i = 0; i < 2; i++) {
-        TRY(weights_tensor(w->src, norms[i], layer, &norm, e));
-        TRY(check_finite(w, &norm, layer, norms[i], "weight", e));
+    const int n = model_block_linears(m, roles), n_norms = m->qk_norm ? 4 : 2;
+    for (int i = 0; i < n_norms; i++) {
+        TRY(weights_tensor(src, norms[i], layer, &norm, e));
+        TRY(check_finite(d, src, &norm, layer, norms[i], "weight", e));
     }
     for (int i = 0; i < n; i++) {
         linear_view v;
-        TRY(weights_linear(w->src, roles[i], layer, -1, &v, e));
-        if (!v.w4) TRY(check_finite(w, &v.dense, layer, roles[i], "weight", e));
-        TRY(check_finite(w, &v.bias, layer, roles[i], "bias", e));
+        TRY(weights_linear(src, roles[i], layer, -1, &v, e));
+        if (!v.w4) TRY(check_finite(d, src, &v.dense, layer, roles[i], "weight", e));
+        TRY(check_finite(d, src, &v.bias, layer, roles[i], "bias", e));
     }
     return OK;
 }
@@ -299,7 +300,7 @@ err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
         w->bound = false;
     }
     weights_prefetch(w->src, layer);
-    TRY(check_layer(w, layer, e));
+    TRY(layer_check_finite(w->d, w->src, layer, e));
     TRY(block_bind(&w->b, w->d, w->src, layer, e));
     w->bound = true;
     return OK;

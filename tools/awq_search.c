@@ -22,7 +22,7 @@ static const cli_option options[] = {
      .choices = "gram|blocks|module|weights"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
-    {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 4, .hi = 4},
+    {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
     {"gram-memory", 0, CLI_BYTES, &opt.gram_bytes, "BYTES",
      "second moments of a block beyond this are gathered one at a time [8G]"},
     {"output", 'o', CLI_STR, &opt.out, "PLAN", "the plan file to write", .alias = "work-dir"},
@@ -47,6 +47,7 @@ static err_code check_options(err *e)
     if (opt.search_scale && opt.method && opt.method[0] != 'a')
         return err_set(e, E_USAGE, "--search-scale: expected method awq, got --method %s",
                        opt.method);
+    if (opt.bits != 4) return err_set(e, E_USAGE, "--w-bits: expected 4, got %d", (int)opt.bits);
     if (opt.group != 32 && opt.group != 64 && opt.group != 128)
         return err_set(e, E_USAGE, "--group-size: expected 32, 64 or 128, got %d", (int)opt.group);
     return OK;

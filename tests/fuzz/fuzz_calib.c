@@ -39,7 +39,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     const calib_info *i = calib_info_of(f);
     need(i->layers > 0 && i->model && i->tokenizer && i->options);
     const tensor tokens = calib_tokens(f), held = calib_held_out(f);
-    need(tensor_count(&tokens) == (int64_t)i->samples * i->seqlen && tensor_count(&held) == i->samples);
+    need(tensor_count(&tokens) == (int64_t)i->samples * i->seqlen &&
+         tensor_count(&held) == i->samples);
     for (int32_t l = 0; l < i->layers && l < 64; l++) look_at_layer(f, l);
     calib_close(&f);
     return 0;

@@ -24,7 +24,8 @@ static void look_at_layer(const plan_file *f, int32_t layer)
     for (int i = 0; i < b.n_linears; i++) {
         const plan_linear *l = &b.linear[i];
         need(l->scale.data && l->zero.data && tensor_count(&l->scale) == tensor_count(&l->zero));
-        need(!l->codes.data || tensor_count(&l->codes) * 2 == tensor_count(&l->scale) * plan_info_of(f)->group);
+        need(!l->codes.data ||
+             tensor_count(&l->codes) * 2 == tensor_count(&l->scale) * plan_info_of(f)->group);
     }
 }
 
@@ -38,7 +39,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         return 0;
     }
     const plan_info *i = plan_info_of(f);
-    need(i->layers > 0 && i->group > 0 && i->method && i->options && i->loss && i->model && i->calib);
+    need(i->layers > 0 && i->group > 0 && i->method && i->options && i->loss && i->model &&
+         i->calib);
     for (int32_t l = 0; l < i->layers && l < 64; l++) look_at_layer(f, l);
     if (plan_rotation(f, "residual", &r)) need(plan_rotation_count(f) > 0);
     plan_close(&f);
