@@ -57,7 +57,7 @@ check 'json progress' 0 tool_probe steps --progress json --steps 50 --ms 10 -q
 tail -n 1 err >out
 out_json 'd["done"] == 50 and d["total"] == 50 and d["rate"] > 0 and d["eta_s"] == 0'
 [ "$(wc -l <err)" -le 8 ]; verdict $? 'json progress is limited in rate'
-if command -v script >/dev/null; then
+if script -qec true /dev/null >/dev/null 2>&1 </dev/null; then
     check 'progress on a terminal' 0 env TERM=xterm script -qec 'tool_probe steps --steps 200 --ms 10' /dev/null
     out_has 'probing: step [0-9]+/200 \([0-9]+ %\), [0-9.]+ step/s, 0:0[0-9] elapsed, 0:0[0-9] left'
     tr '\r' '\n' <out | grep -c 'probing' >count
@@ -65,7 +65,7 @@ if command -v script >/dev/null; then
     check 'dumb terminal' 0 env TERM=dumb script -qec 'tool_probe steps --steps 100 --ms 10' /dev/null
     grep -q probing out; [ $? -eq 1 ]; verdict $? 'no redraws on a dumb terminal'
 else
-    skip 'no script(1): progress on a terminal is not tested'
+    skip 'no terminal by script(1): progress on one is not tested'
 fi
 
 # Signals. A background job of a script ignores SIGINT unless job control is on.
