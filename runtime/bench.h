@@ -1,4 +1,5 @@
-/* Speed of the step that chat runs: prompts in one step, then one token a sequence and step, greedy. */
+/* Speed of the step that chat runs: prompts in one step, then one token a sequence and step,
+ * greedy. */
 #ifndef TMF_RUNTIME_BENCH_H
 #define TMF_RUNTIME_BENCH_H
 
@@ -20,11 +21,12 @@ typedef struct {
     size_t token_bytes; /* read for a new token of one sequence, at the middle of the answer */
     int32_t last_id;    /* greedy end of the first: equal over runs, threads and batch sizes */
 } bench_result;
-/* Uses slots 0..batch-1 and ends them. Sequences differ from each other; the first is the same in any batch. */
+/* Uses slots 0..batch-1 and ends them. Sequences differ from each other; the first is the same in
+ * any batch. */
 err_code bench_run(bench_result *r, model *m, const bench_opts *o, const job *j, err *e);
 
-/* Bytes a second that all threads of `d` together read from a block of `bytes` of its memory: best of
- * `passes`. The block should exceed the last cache by much. CPU only (E_UNSUPPORTED). */
+/* Bytes a second that all threads of `d` together read from a block of `bytes` of its memory: best
+ * of `passes`. The block should exceed the last cache by much. CPU only (E_UNSUPPORTED). */
 err_code bench_read_rate(double *bytes_per_s, device *d, size_t bytes, int passes, const job *j,
                          err *e);
 

@@ -1,6 +1,6 @@
-/* One transformer block. Two scratch buffers carry everything between the residual adds: `narrow` holds the
- * normed rows and then the attention output, `wide` the q|k|v rows and then gate|up; no two of a pair live
- * at once. */
+/* One transformer block. Two scratch buffers carry everything between the residual adds: `narrow`
+ * holds the normed rows and then the attention output, `wide` the q|k|v rows and then gate|up; no
+ * two of a pair live at once. */
 #include "runtime/block.h"
 
 #include <assert.h>
@@ -162,8 +162,8 @@ static err_code bind_w4(bound_linear *out, device *d, const linear_view *views, 
     return OK;
 }
 
-/* Linears that share an input become one where the device can tile them together (W4 of equal group), else
- * one each; *n_out says which. */
+/* Linears that share an input become one where the device can tile them together (W4 of equal
+ * group), else one each; *n_out says which. */
 static err_code bind_shared(bound_linear *out, int *n_out, device *d, weight_src *src,
                             int32_t layer, const tensor_role *roles, int n, err *e)
 {
@@ -328,8 +328,8 @@ static err_code linears_run(const bound_linear *l, int n, device *d, const tenso
     return OK;
 }
 
-/* Norm of x into h, `n` linears of it into adjacent columns of y, with `glu` silu of the first half of these
- * times the second; at once where the device can and nobody looks at h. */
+/* Norm of x into h, `n` linears of it into adjacent columns of y, with `glu` silu of the first half
+ * of these times the second; at once where the device can and nobody looks at h. */
 static err_code norm_linears(const bound_linear *l, int n, device *d, tensor *y, tensor *h,
                              const tensor *x, const tensor *norm, float eps, bool glu, tap_fn tap,
                              void *tap_ctx, tensor_role role, int32_t layer, err *e)
@@ -419,7 +419,8 @@ static err_code attention_in(const block *b, device *d, block_scratch *s, const 
     return OK;
 }
 
-/* Attention of rotated q and the projection behind it, added to x. `a` act [m, heads*D] is its scratch. */
+/* Attention of rotated q and the projection behind it, added to x. `a` act [m, heads*D] is its
+ * scratch. */
 static float attention_scale(const model_desc *m) { return 1.0f / sqrtf((float)m->head_dim); }
 
 static err_code attention(const block *b, device *d, block_scratch *s, const rope_spec *rope,

@@ -5,8 +5,9 @@
 #include "formats/weights.h"
 #include "kernels/ops.h"
 
-/* Sees the input of each linear before it runs; NULL outside calibration. q, k, v (or qkv) share one input:
- * called once with ROLE_QKV for them, once with ROLE_GATE for gate and up, then ROLE_O, ROLE_DOWN. */
+/* Sees the input of each linear before it runs; NULL outside calibration. q, k, v (or qkv) share
+ * one input: called once with ROLE_QKV for them, once with ROLE_GATE for gate and up, then ROLE_O,
+ * ROLE_DOWN. */
 typedef err_code (*tap_fn)(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e);
 
 typedef struct {
@@ -37,7 +38,8 @@ size_t block_scratch_bytes(const device *d, const model_desc *m, int32_t rows, i
                            int32_t max_kv);
 void block_scratch_close(block_scratch **s);
 
-/* Binds layer `layer` of `src`: dense weights stay where they are mapped on the CPU, W4 is tiled once. */
+/* Binds layer `layer` of `src`: dense weights stay where they are mapped on the CPU, W4 is tiled
+ * once. */
 err_code block_bind(block *b, device *d, weight_src *src, int32_t layer, err *e);
 /* Host memory that binding a layer takes (0 for mapped dense weights on the CPU). */
 size_t block_bind_bytes(const device *d, const model_desc *m, weight_src *src);
@@ -52,9 +54,9 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
                        tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
                        void *tap_ctx, err *e);
 
-/* The last block where few rows are wanted, or none: keys and values of all rows of x go into the cache, the
- * rest runs on the rows `picks` (i32 [n], ascending; n 0: nothing else) alone, into out res [n, hidden].
- * `picked` describes them as `rows` does x. At most block_tail_rows of them. */
+/* The last block where few rows are wanted, or none: keys and values of all rows of x go into the
+ * cache, the rest runs on the rows `picks` (i32 [n], ascending; n 0: nothing else) alone, into out
+ * res [n, hidden]. `picked` describes them as `rows` does x. At most block_tail_rows of them. */
 err_code block_forward_tail(const block *b, device *d, block_scratch *s, const rope_spec *rope,
                             const tensor *x, tensor *out, const tensor *picks, const kv_layer *kv,
                             const batch_rows *rows, const batch_rows *picked, err *e);

@@ -1,5 +1,5 @@
-/* One sequence, token by token. Text goes through a small buffer that holds back what may still turn into
- * a stop text. */
+/* One sequence, token by token. Text goes through a small buffer that holds back what may still
+ * turn into a stop text. */
 #include "runtime/generate.h"
 
 #include <string.h>
@@ -7,8 +7,8 @@
 #include "base/mem.h"
 #include "runtime/clock.h"
 
-/* tokenizer_decode_next may need three times the longest piece (64 KiB) and 16; what waits is shorter than
- * the longest stop text. */
+/* tokenizer_decode_next may need three times the longest piece (64 KiB) and 16; what waits is
+ * shorter than the longest stop text. */
 #define GEN_TEXT_BYTES (3 * (64 << 10) + 16 + 2 * GEN_MAX_STOP_BYTES)
 
 struct generator {
@@ -173,7 +173,8 @@ static err_code check_opts(const generator *g, const gen_opts *o, err *e)
     return OK;
 }
 
-/* Runs ids [n] and draws the next id. E_CANCELED and a full session end the answer without failing. */
+/* Runs ids [n] and draws the next id. E_CANCELED and a full session end the answer without failing.
+ */
 static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int32_t n,
                         int32_t *next, gen_result *r, bool *go, const job *j, err *e)
 {

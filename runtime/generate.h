@@ -40,17 +40,18 @@ typedef struct {
     double prompt_s, new_s; /* until the first token, and all behind it */
 } gen_result;
 
-/* Each generated id with the text (UTF-8, not terminated) that became certain by it: a text that may be the
- * beginning of a stop text or of a character waits. A last call with id -1 brings what waited, if any.
- * false ends the answer (the id stands). */
+/* Each generated id with the text (UTF-8, not terminated) that became certain by it: a text that
+ * may be the beginning of a stop text or of a character waits. A last call with id -1 brings what
+ * waited, if any. false ends the answer (the id stands). */
 typedef bool (*gen_fn)(void *ud, int32_t id, const char *text, size_t n);
 
 typedef struct generator generator;
 /* m and t are borrowed; t may be NULL (no text). One sequence at a time. */
 err_code gen_open(generator **out, model *m, const tokenizer *t, err *e);
 void gen_close(generator **g);
-/* Afterwards the slot holds n_ids + n_new - 1 tokens (the last one never ran), fewer when the prompt itself
- * was canceled. E_LIMIT when the prompt does not fit. The token loop allocates nothing. */
+/* Afterwards the slot holds n_ids + n_new - 1 tokens (the last one never ran), fewer when the
+ * prompt itself was canceled. E_LIMIT when the prompt does not fit. The token loop allocates
+ * nothing. */
 err_code gen_run(generator *g, const gen_opts *o, gen_result *r, gen_fn fn, void *ud, const job *j,
                  err *e);
 

@@ -1,5 +1,5 @@
-/* Paged KV cache of all layers: blocks of block_tokens tokens, handed out per sequence. Pure accounting on
- * the host, memory on the device. */
+/* Paged KV cache of all layers: blocks of block_tokens tokens, handed out per sequence. Pure
+ * accounting on the host, memory on the device. */
 #ifndef TMF_RUNTIME_KV_CACHE_H
 #define TMF_RUNTIME_KV_CACHE_H
 
@@ -18,7 +18,8 @@ typedef struct {
 size_t kv_bytes(const kv_opts *o); /* cost before allocation */
 err_code kv_open(kv_cache **out, device *d, const kv_opts *o, err *e);
 void kv_close(kv_cache **c);
-/* Room for `tokens` in all in slot `seq`: all or nothing, E_LIMIT when the cache or the session is full. */
+/* Room for `tokens` in all in slot `seq`: all or nothing, E_LIMIT when the cache or the session is
+ * full. */
 err_code kv_reserve(kv_cache *c, int32_t seq, int32_t tokens, err *e);
 void kv_truncate(kv_cache *c, int32_t seq, int32_t tokens); /* frees whole blocks beyond */
 void kv_seq_end(kv_cache *c, int32_t seq);

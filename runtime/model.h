@@ -1,6 +1,6 @@
-/* A model on a device: every weight bound, one paged cache, scratch for steps of many sequences. The step
- * is the only way tokens go through it: chat, perplexity, bench and a server all call model_step.
- * One thread at a time may use a model. */
+/* A model on a device: every weight bound, one paged cache, scratch for steps of many sequences.
+ * The step is the only way tokens go through it: chat, perplexity, bench and a server all call
+ * model_step. One thread at a time may use a model. */
 #ifndef TMF_RUNTIME_MODEL_H
 #define TMF_RUNTIME_MODEL_H
 
@@ -30,8 +30,9 @@ typedef struct {
     int32_t session_len, kv_blocks, block_tokens, max_seqs, max_rows, logit_rows;
     kv_format kv;
 } model_plan;
-/* E_LIMIT when not even one block of cache fits the budget. A budget under session_len * max_seqs gives
- * fewer blocks, and shortens the session when one sequence alone does not fit (a warning goes to `j`). */
+/* E_LIMIT when not even one block of cache fits the budget. A budget under session_len * max_seqs
+ * gives fewer blocks, and shortens the session when one sequence alone does not fit (a warning goes
+ * to `j`). */
 err_code model_plan_make(model_plan *p, device *d, weight_src *src, const model_opts *o,
                          const job *j, err *e);
 /* The plan as lines through job_log at `level`. */
@@ -45,8 +46,8 @@ const model_desc *model_desc_of(const model *m);
 const model_plan *model_plan_of(const model *m);
 device *model_device(const model *m);
 
-/* One sequence's part of a step: `tokens` follow what slot `slot` already holds. Of the last n_out rows
- * each of these that is not NULL is filled, on the host, in row order: */
+/* One sequence's part of a step: `tokens` follow what slot `slot` already holds. Of the last n_out
+ * rows each of these that is not NULL is filled, on the host, in row order: */
 typedef struct {
     int32_t slot;
     const int32_t *tokens;  /* [n_tokens], in [0, vocab) */
@@ -58,9 +59,10 @@ typedef struct {
     const int32_t *targets; /* [n_out], needed by nll alone */
 } step_seq;
 /* Runs n sequences of distinct slots, prefill and decode rows mixed. All or nothing: on failure
- * (E_LIMIT: a session or the cache is full; E_CANCELED by `j`; E_DEVICE) every slot holds what it held.
- * Results of a row depend neither on the other sequences nor on how a prompt is cut into steps.
- * Allocates nothing. */
+ * (E_LIMIT: a session or the cache is full; E_CANCELED by `j`; E_DEVICE) every slot holds what it
+ * held. Results of a row depend neither on the other sequences nor on how a prompt is cut into
+ * steps: to the bit where the device's products do not (CPU up to AVX-512), on AMX and CUDA within
+ * the rounding of products of few and of many rows. Allocates nothing. */
 err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e);
 
 int32_t model_session_len(const model *m);
@@ -69,8 +71,8 @@ void model_truncate(model *m, int32_t slot, int32_t tokens); /* keeps the first 
 void model_seq_end(model *m, int32_t slot);
 int32_t model_kv_free_tokens(const model *m); /* room left in free blocks */
 
-/* Bytes that one decoded token of one sequence must read with `context` tokens in the cache: every bound
- * weight once, one embedding row, K and V of the context. */
+/* Bytes that one decoded token of one sequence must read with `context` tokens in the cache: every
+ * bound weight once, one embedding row, K and V of the context. */
 size_t model_token_bytes(const model *m, int32_t context);
 
 #endif

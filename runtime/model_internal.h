@@ -5,8 +5,8 @@
 #include "runtime/block.h"
 #include "runtime/model.h"
 
-/* Integers that a pass needs on the device. Host arrays; `dev` mirrors them at equal offsets where the
- * device has memory of its own. */
+/* Integers that a pass needs on the device. Host arrays; `dev` mirrors them at equal offsets where
+ * the device has memory of its own. */
 typedef struct {
     int32_t *ids, *pos;  /* [max_rows] */
     int32_t *start;      /* [max_seqs+1] */

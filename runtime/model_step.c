@@ -1,5 +1,5 @@
-/* The step: sequences are laid out as rows, cut into passes of at most max_rows, each pass goes through all
- * blocks, and the head runs on the rows that somebody wants. */
+/* The step: sequences are laid out as rows, cut into passes of at most max_rows, each pass goes
+ * through all blocks, and the head runs on the rows that somebody wants. */
 #include <inttypes.h>
 #include <string.h>
 
@@ -21,8 +21,8 @@ typedef struct {
     int32_t tail_q; /* most of them of one sequence */
 } pass;
 
-/* A view of staged integers on the device, copied there first when it is not the host and they are not
- * `there` already. */
+/* A view of staged integers on the device, copied there first when it is not the host and they are
+ * not `there` already. */
 static err_code staged(model *m, tensor *out, int32_t *host, int ndim, int64_t n0, int64_t n1,
                        bool there, err *e)
 {
@@ -100,8 +100,8 @@ static err_code prepare(model *m, const step_seq *seqs, int n, err *e)
 
 /* ---- one pass ---- */
 
-/* Dynamic NTK fixes a sequence's frequencies at its start: sequences of other frequencies wait for the next
- * pass. All other kinds share one table. */
+/* Dynamic NTK fixes a sequence's frequencies at its start: sequences of other frequencies wait for
+ * the next pass. All other kinds share one table. */
 static int32_t rope_key(const model *m, int32_t slot)
 {
     const int32_t max = m->m->max_tokens;
@@ -193,8 +193,9 @@ static bool out_next(out_iter *it, wanted *w)
 
 /* ---- the last block ---- */
 
-/* Where few rows of a pass are wanted, only those go through the attention, projection and feed-forward of
- * the last block: of a prompt that is one row. Fills the tables of the tail when it pays. */
+/* Where few rows of a pass are wanted, only those go through the attention, projection and
+ * feed-forward of the last block: of a prompt that is one row. Fills the tables of the tail when it
+ * pays. */
 static void plan_tail(model *m, const step_seq *seqs, pass *p)
 {
     const int32_t fit = block_tail_rows(m->m, m->plan.max_rows), most = p->rows / 2;
@@ -267,8 +268,8 @@ static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n
     return t;
 }
 
-/* Head over n rows: those in pick_buf (`picked`), else those that stage.pick names. Logits, then losses and
- * best ids when `score`. */
+/* Head over n rows: those in pick_buf (`picked`), else those that stage.pick names. Logits, then
+ * losses and best ids when `score`. */
 static err_code head_ops(model *m, int32_t n, bool picked, bool score, bool there, tensor *logits,
                          err *e)
 {
@@ -362,8 +363,8 @@ static err_code run_outputs(model *m, const step_seq *seqs, const pass *p, err *
 
 /* ---- recorded decode passes ---- */
 
-/* One token and one output a sequence: the same work every time but for what the tables hold, so it is
- * recorded once and run again. */
+/* One token and one output a sequence: the same work every time but for what the tables hold, so it
+ * is recorded once and run again. */
 static bool decodes(const model *m, const step_seq *seqs, const pass *p)
 {
     if (!dev_can_record(m->d) || p->max_q != 1 || p->rows != p->n || p->n > m->plan.logit_rows)
@@ -375,7 +376,8 @@ static bool decodes(const model *m, const step_seq *seqs, const pass *p)
     return true;
 }
 
-/* Attention is cut by the longest sequence: recordings are kept for lengths up to an eighth apart. */
+/* Attention is cut by the longest sequence: recordings are kept for lengths up to an eighth apart.
+ */
 static int32_t kv_step_up(int32_t kv)
 {
     int32_t step = 256;

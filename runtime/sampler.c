@@ -1,5 +1,5 @@
-/* Sampling. Candidates sit in a heap ordered by (logit, lower id first) and are popped only as far as top-k,
- * top-p, min-p and the draw ask for, which is a handful of a vocabulary of 10^5. */
+/* Sampling. Candidates sit in a heap ordered by (logit, lower id first) and are popped only as far
+ * as top-k, top-p, min-p and the draw ask for, which is a handful of a vocabulary of 10^5. */
 #include "runtime/sampler.h"
 
 #include <assert.h>

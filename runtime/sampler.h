@@ -1,7 +1,7 @@
 /* From logits to a token. Steps, in this order:
  *   1. logit bias: l[id] += bias
- *   2. repetition penalty r over the ids of the prompt and of the answer, or of the last `penalty_window` of
- *      them: l > 0 ? l / r : l * r, once per distinct id
+ *   2. repetition penalty r over the ids of the prompt and of the answer, or of the last
+ *      `penalty_window` of them: l > 0 ? l / r : l * r, once per distinct id
  *   3. presence and frequency penalty over the answer's ids: l -= presence + frequency * count
  *   4. temperature 0: the largest l, ties to the lowest id, and nothing below applies
  *   5. p = softmax(l / temperature)
@@ -9,8 +9,8 @@
  *   7. top-p: the shortest head of them, largest first, with a sum of top_p or more
  *   8. min-p: of those, the ones with p >= min_p * largest p
  *   9. one draw from what is left
- * Sums are doubles in a fixed order and the generator is our own: equal logits and seeds give equal tokens,
- * whatever else runs beside. NaN counts as minus infinity. */
+ * Sums are doubles in a fixed order and the generator is our own: equal logits and seeds give equal
+ * tokens, whatever else runs beside. NaN counts as minus infinity. */
 #ifndef TMF_RUNTIME_SAMPLER_H
 #define TMF_RUNTIME_SAMPLER_H
 
@@ -45,13 +45,15 @@ typedef struct sampler sampler;
 /* max_tokens: the longest history (prompt and answer) it must hold. */
 err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e);
 void sampler_close(sampler **s);
-/* Begins a sequence: history empty, generator seeded. o->bias is copied (allocates when there is one). */
+/* Begins a sequence: history empty, generator seeded. o->bias is copied (allocates when there is
+ * one). */
 err_code sampler_start(sampler *s, const sample_opts *o, err *e);
-/* Tells of ids that penalties look at. Beyond max_tokens the oldest are forgotten by the repetition penalty. */
+/* Tells of ids that penalties look at. Beyond max_tokens the oldest are forgotten by the repetition
+ * penalty. */
 void sampler_prompt(sampler *s, const int32_t *ids, int64_t n);
 void sampler_accept(sampler *s, int32_t id);
-/* The next id, or -1 when no logit is above minus infinity. Changes logits [vocab]; does not accept.
- * Allocates nothing. */
+/* The next id, or -1 when no logit is above minus infinity. Changes logits [vocab]; does not
+ * accept. Allocates nothing. */
 int32_t sampler_next(sampler *s, float *logits);
 /* The largest logit, ties to the lowest id; -1 as above. */
 int32_t sample_argmax(const float *logits, int32_t vocab);

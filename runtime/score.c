@@ -1,4 +1,5 @@
-/* Scoring. Sums are doubles in window order, so that neither threads nor batching show in the result. */
+/* Scoring. Sums are doubles in window order, so that neither threads nor batching show in the
+ * result. */
 #include "runtime/score.h"
 
 #include <inttypes.h>

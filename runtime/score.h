@@ -8,14 +8,15 @@ typedef struct {
     int32_t id;
     double logprob; /* natural */
 } id_logprob;
-/* The `top` most probable ids behind ids [n], largest first, ties to the lowest id. Uses slot 0 and ends it.
- * *n_out counts them: top, or the vocabulary when that is smaller. */
+/* The `top` most probable ids behind ids [n], largest first, ties to the lowest id. Uses slot 0 and
+ * ends it. *n_out counts them: top, or the vocabulary when that is smaller. */
 err_code score_next(model *m, const int32_t *ids, int32_t n, int32_t top, id_logprob *out,
                     int32_t *n_out, const job *j, err *e);
 
-/* Perplexity: the ids (one BOS in front where the tokenizer has one, put there by the caller) are cut into
- * windows that do not overlap; each runs alone from position 0 and gives window-1 losses; the tail is
- * dropped; ppl = exp(mean loss). Keys and values are read back through the cache in its format. */
+/* Perplexity: the ids (one BOS in front where the tokenizer has one, put there by the caller) are
+ * cut into windows that do not overlap; each runs alone from position 0 and gives window-1 losses;
+ * the tail is dropped; ppl = exp(mean loss). Keys and values are read back through the cache in its
+ * format. */
 typedef struct {
     int32_t window;      /* tokens, 2 or more, at most the session */
     int64_t max_windows; /* 0: all */

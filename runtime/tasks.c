@@ -1,4 +1,5 @@
-/* Tasks: a small continuous batch. Free slots take the next prompt, busy ones decode, all in one step. */
+/* Tasks: a small continuous batch. Free slots take the next prompt, busy ones decode, all in one
+ * step. */
 #include "runtime/tasks.h"
 
 #include <string.h>

@@ -9,7 +9,8 @@
 #define TASKS_MAX_STOP  16
 
 typedef struct tasks tasks;
-/* Reads and encodes all lines. E_INPUT names file and line. t and c are borrowed until tasks_close. */
+/* Reads and encodes all lines. E_INPUT names file and line. t and c are borrowed until tasks_close.
+ */
 err_code tasks_open(tasks **out, const char *path, const tokenizer *t, const chat *c,
                     const char *meta_instruction, err *e);
 void tasks_close(tasks **k);

@@ -98,7 +98,8 @@ END_TEST
 
 START_TEST(test_stop_text_over_tokens)
 {
-    /* "25 = 42" is several tokens; what looked like its beginning before ("5", "25 ") must not be lost. */
+    /* "25 = 42" is several tokens; what looked like its beginning before ("5", "25 ") must not be
+     * lost. */
     static const char *const stops[] = {"25 = 42", "never"};
     heard h;
     const gen_result r = ask("What is 17 + 25?", stops, 2, &h);

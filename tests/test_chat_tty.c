@@ -1,5 +1,5 @@
-/* tm-run chat on a pseudo terminal: typing, commands, Ctrl-C, paste, history. The bundled model answers; it is
- * greedy, so its words are known (datasets/demo/golden.json). */
+/* tm-run chat on a pseudo terminal: typing, commands, Ctrl-C, paste, history. The bundled model
+ * answers; it is greedy, so its words are known (datasets/demo/golden.json). */
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -98,7 +98,8 @@ static bool read_some(int ms)
     return true;
 }
 
-/* Waits until `text` shows up behind what was looked at before, and looks behind it from then on. */
+/* Waits until `text` shows up behind what was looked at before, and looks behind it from then on.
+ */
 static void expect(const char *text)
 {
     const double until = now_s() + WAIT_S;

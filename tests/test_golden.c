@@ -1,7 +1,8 @@
-/* The 16-bit path against golden files made by other programs: next-token log-probabilities, chat prompts,
- * greedy ids under teacher forcing where the margin decides, perplexity of the bundled dialogues and of 20
- * windows of text with 16, 8 and 4 bit caches. Arguments: names of models to check (none: all). The bundled
- * model is always there; the others, and the text, need the shared test data: SKIP without. */
+/* The 16-bit path against golden files made by other programs: next-token log-probabilities, chat
+ * prompts, greedy ids under teacher forcing where the margin decides, perplexity of the bundled
+ * dialogues and of 20 windows of text with 16, 8 and 4 bit caches. Arguments: names of models to
+ * check (none: all). The bundled model is always there; the others, and the text, need the shared
+ * test data: SKIP without. */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -128,8 +129,8 @@ static double margin_of(const float *l, int32_t vocab, int32_t *best)
     return (double)first - (double)second;
 }
 
-/* The prompt and the golden answer go through in one step; each row's best id is the next golden one
- * wherever its margin (the golden one, or ours where the file has none) decides. */
+/* The prompt and the golden answer go through in one step; each row's best id is the next golden
+ * one wherever its margin (the golden one, or ours where the file has none) decides. */
 static void check_forced(subject *s, const char *what, const int32_t *prompt, int32_t n_prompt,
                          const int32_t *answer, int32_t n_answer, const cJSON *margins)
 {
@@ -337,8 +338,8 @@ static void check_ours(const char *name, const char *dir, bool with_text)
     subject_close(&s);
 }
 
-/* One line of the stories model's golden file: logits behind a prompt and greedy ids, or log-probabilities
- * of given ids under teacher forcing. */
+/* One line of the stories model's golden file: logits behind a prompt and greedy ids, or
+ * log-probabilities of given ids under teacher forcing. */
 static void check_stories_line(subject *s, const cJSON *c, int line)
 {
     char what[64];

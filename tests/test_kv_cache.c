@@ -157,7 +157,8 @@ END_TEST
 
 START_TEST(test_bytes)
 {
-    /* 2 layers, 10 blocks, 2 heads, K and V, 16 tokens of 8 channels; int formats add 4 bytes a token. */
+    /* 2 layers, 10 blocks, 2 heads, K and V, 16 tokens of 8 channels; int formats add 4 bytes a
+     * token. */
     const size_t tokens = (size_t)2 * 10 * 2 * 2 * 16;
     kv_opts o = small_opts(KV_16);
     ck_assert_uint_eq(kv_bytes(&o), tokens * 16);

@@ -33,8 +33,9 @@ static int32_t next_of(sampler *s)
     return sampler_next(s, l);
 }
 
-/* Draws often and compares frequencies with p: chi-square with at most 7 degrees of freedom stays under 30
- * (probability of more: 1e-4; the seeds are fixed, so it either always passes or never). */
+/* Draws often and compares frequencies with p: chi-square with at most 7 degrees of freedom stays
+ * under 30 (probability of more: 1e-4; the seeds are fixed, so it either always passes or never).
+ */
 static void check_distribution(const sample_opts *o, const double *p)
 {
     enum { DRAWS = 40000 };
@@ -131,7 +132,8 @@ END_TEST
 
 START_TEST(test_top_p)
 {
-    /* exp: 2.718 20.09 7.389 .3679 1.649 20.09 .0183 12.18, sum 64.5. Heads: .3114 .6229 .8117 .9263 ... */
+    /* exp: 2.718 20.09 7.389 .3679 1.649 20.09 .0183 12.18, sum 64.5. Heads: .3114 .6229 .8117
+     * .9263 ... */
     double p[VOCAB];
     sample_opts o = warm(1);
     const bool two[VOCAB] = {[1] = 1, [5] = 1}, three[VOCAB] = {[1] = 1, [5] = 1, [7] = 1};
@@ -149,7 +151,8 @@ END_TEST
 
 START_TEST(test_top_k_then_top_p)
 {
-    /* Among the best three (20.09 20.09 12.18) the first two hold .767: top-p counts after top-k. */
+    /* Among the best three (20.09 20.09 12.18) the first two hold .767: top-p counts after top-k.
+     */
     double p[VOCAB];
     sample_opts o = warm(1);
     const bool two[VOCAB] = {[1] = 1, [5] = 1};
@@ -320,8 +323,8 @@ START_TEST(test_seeds)
 }
 END_TEST
 
-/* The draws of seed 7, worked out apart from this code with a generator that passes its authors' vector
- * (11520, 0, 1509978240 from state 1, 2, 3, 4): a recorded seed keeps its meaning. */
+/* The draws of seed 7, worked out apart from this code with a generator that passes its authors'
+ * vector (11520, 0, 1509978240 from state 1, 2, 3, 4): a recorded seed keeps its meaning. */
 START_TEST(test_seed_is_pinned)
 {
     const sample_opts o = warm(1);
@@ -336,7 +339,8 @@ END_TEST
 
 START_TEST(test_large_vocabulary)
 {
-    /* The heap against a plain sort: top-k 50 of 5000 random logits keeps exactly the 50 largest. */
+    /* The heap against a plain sort: top-k 50 of 5000 random logits keeps exactly the 50 largest.
+     */
     enum { N = 5000 };
     err e;
     sampler *s;

@@ -1,6 +1,6 @@
-/* Turns and ids. The ids of the conversation only grow by chat_encode_next, so that the cache is kept from
- * turn to turn; whatever rewrites the past (system text, loading, dropped turns) encodes all of it anew and
- * keeps the common head of the cache. */
+/* Turns and ids. The ids of the conversation only grow by chat_encode_next, so that the cache is
+ * kept from turn to turn; whatever rewrites the past (system text, loading, dropped turns) encodes
+ * all of it anew and keeps the common head of the cache. */
 #include "tools/chat_session.h"
 
 #include <string.h>
@@ -63,8 +63,8 @@ static err_code turn_push(chat_session *s, const char *user, err *e)
     return OK;
 }
 
-/* Ids go back to what they were before the last turn; the cache follows. A conversation that was encoded as
- * a whole has no earlier state within: it is encoded again by the next question. */
+/* Ids go back to what they were before the last turn; the cache follows. A conversation that was
+ * encoded as a whole has no earlier state within: it is encoded again by the next question. */
 static void turn_pop(chat_session *s)
 {
     chat_turn *t = &s->turns[--s->n_turns];

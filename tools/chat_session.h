@@ -1,5 +1,5 @@
-/* A conversation with a model: turns, the ids they stand for, and what of them the cache holds. Prints
- * nothing; the terminal around it is tm_run_chat.c. */
+/* A conversation with a model: turns, the ids they stand for, and what of them the cache holds.
+ * Prints nothing; the terminal around it is tm_run_chat.c. */
 #ifndef TMF_TOOLS_CHAT_SESSION_H
 #define TMF_TOOLS_CHAT_SESSION_H
 
@@ -37,16 +37,18 @@ err_code chat_session_open(chat_session *s, run_ctx *r, const chat *c, const cha
 void chat_session_close(chat_session *s);
 
 /* One more turn. The answer streams through fn as in gen_run, and is kept. A turn without a single
- * generated token is forgotten again. E_LIMIT when the session is full: nothing has changed then. */
+ * generated token is forgotten again. E_LIMIT when the session is full: nothing has changed then.
+ */
 err_code chat_session_ask(chat_session *s, const char *user, gen_fn fn, void *ud, gen_result *r,
                           int *dropped_turns, const job *j, err *e);
-/* Takes the last turn back; *user (if not NULL) receives its text, to be freed with mem_free. False when
- * there is none. */
+/* Takes the last turn back; *user (if not NULL) receives its text, to be freed with mem_free. False
+ * when there is none. */
 bool chat_session_undo(chat_session *s, char **user);
 void chat_session_clear(chat_session *s); /* keeps the system text */
 /* Another system text; NULL: the one given at start. What was said stays and is read again. */
 err_code chat_session_system(chat_session *s, const char *text, err *e);
-/* One {"role":, "content":} a line. Loading replaces the conversation; E_INPUT leaves it as it was. */
+/* One {"role":, "content":} a line. Loading replaces the conversation; E_INPUT leaves it as it was.
+ */
 err_code chat_session_save(const chat_session *s, const char *path, err *e);
 err_code chat_session_load(chat_session *s, const char *path, err *e);
 

@@ -1,5 +1,5 @@
-/* The line editor is libedit. It is given its bytes through a function of ours, for two reasons: it would
- * read on after Ctrl-C, and it does not know bracketed paste. */
+/* The line editor is libedit. It is given its bytes through a function of ours, for two reasons: it
+ * would read on after Ctrl-C, and it does not know bracketed paste. */
 #include "tools/chat_terminal.h"
 
 #include <errno.h>
@@ -21,7 +21,8 @@
 #define HISTORY_LINES 1000
 #define MESSAGE_BYTES ((size_t)4 << 20)
 #define ESCAPE_MS     50 /* the rest of an escape sequence comes at once, a typed Esc does not */
-/* Line ends inside a paste reach the editor as this visible sign and become line ends again afterwards. */
+/* Line ends inside a paste reach the editor as this visible sign and become line ends again
+ * afterwards. */
 #define PASTED_NEWLINE ((wchar_t)0x2424)
 #define PASTED_UTF8    "\xe2\x90\xa4"
 

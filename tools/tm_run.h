@@ -1,5 +1,5 @@
-/* tm-run: one command a file. What the commands share: opening what PATH names, options of model and
- * sampling, prompts. */
+/* tm-run: one command a file. What the commands share: opening what PATH names, options of model
+ * and sampling, prompts. */
 #ifndef TMF_TOOLS_TM_RUN_H
 #define TMF_TOOLS_TM_RUN_H
 
@@ -82,7 +82,7 @@ typedef struct {
     {                                                                                              \
         "logit-bias", 0, CLI_LIST, &(o).bias, "ID=X", "adds X to the logit of a token; repeatable" \
     }
-#define RUN_MAX_BIAS    64
+#define RUN_MAX_BIAS 64
 /* bias [RUN_MAX_BIAS] is the caller's and must outlive *out. */
 err_code run_sample(sample_opts *out, const run_sample_opts *o, uint64_t seed, logit_bias *bias,
                     err *e);
@@ -111,8 +111,8 @@ typedef struct {
 } run_ctx;
 /* Device, weights and (need_tokenizer) tokenizer; run_close frees whatever is there. */
 err_code run_open(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e);
-/* The model, or under --dry-run its plan on stdout. `session` tokens are needed (0: the model's context),
- * for `seqs` sequences at once. */
+/* The model, or under --dry-run its plan on stdout. `session` tokens are needed (0: the model's
+ * context), for `seqs` sequences at once. */
 err_code run_model(run_ctx *r, const tool_ctx *t, const run_model_opts *o, int64_t session,
                    int32_t seqs, err *e);
 void run_close(run_ctx *r);

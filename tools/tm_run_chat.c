@@ -1,4 +1,5 @@
-/* tm-run chat: a conversation in the terminal, or one answer where standard input is no terminal. */
+/* tm-run chat: a conversation in the terminal, or one answer where standard input is no terminal.
+ */
 #include <ctype.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -92,7 +93,8 @@ static err_code event(const char *name, const gen_result *r, const char *text, s
     return rc;
 }
 
-/* What a model writes must not drive the terminal: control bytes other than line end and tab are shown as
+/* What a model writes must not drive the terminal: control bytes other than line end and tab are
+ * shown as
  * '?'. C1 controls are two bytes in UTF-8 (c2 80..9f); their second byte is replaced as well. */
 static void put_terminal(const char *text, size_t n)
 {
@@ -154,8 +156,8 @@ err_code chat_app_ask(chat_app *a, const char *text, err *e)
 
 /* ---- the two ways ---- */
 
-/* Ctrl-C: an answer stops and the chat goes on; at the prompt the line goes, and twice leaves. SIGTERM and
- * SIGHUP always leave. */
+/* Ctrl-C: an answer stops and the chat goes on; at the prompt the line goes, and twice leaves.
+ * SIGTERM and SIGHUP always leave. */
 static err_code interrupted(chat_app *a, bool at_prompt, double *last, err *e)
 {
     const double now = tool_seconds();
