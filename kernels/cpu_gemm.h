@@ -14,9 +14,10 @@ typedef struct {
     bool add;
 } gemm_job;
 
-#define GEMM_PANEL_BYTES ((size_t)32 << 10)
-/* y[m0..m1)[n0..n1); panel is scratch of GEMM_PANEL_BYTES. n0 must be a multiple of 8. */
+#define GEMM_ROWS          256 /* at most, of x in a block: 512 KB of them gathered, within L2 */
+#define GEMM_SCRATCH_BYTES ((size_t)(16 + 2 * GEMM_ROWS) << 10)
+/* y[m0..m1)[n0..n1), m1 - m0 <= GEMM_ROWS; scratch of GEMM_SCRATCH_BYTES. */
 void CPU_FN(gemm_block)(const gemm_job *j, int64_t n0, int64_t n1, int64_t m0, int64_t m1,
-                        void *panel);
+                        void *scratch);
 
 #endif

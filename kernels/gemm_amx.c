@@ -111,6 +111,14 @@ static void gemm_item(void *ctx, int64_t item, int worker)
     }
 }
 
+/* Narrower strips where threads would go without; what is computed stays the same. */
+static int64_t strip_rows(const gemm_ctx *c, int64_t n)
+{
+    int64_t rows = c->columns == 1 ? 64 : STRIP_N;
+    while (rows > 64 && n < 2 * rows * c->d->threads) rows /= 2;
+    return rows;
+}
+
 size_t gemm_amx_scratch(const op_limits *l)
 {
     const int64_t rows = l->rows < CHUNK_M ? l->rows : CHUNK_M;
@@ -131,7 +139,7 @@ err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const 
     for (c.m0 = 0; c.m0 < m; c.m0 += CHUNK_M) {
         c.m = m - c.m0 < CHUNK_M ? m - c.m0 : CHUNK_M;
         c.columns = (c.m + AMX_TILE - 1) / AMX_TILE;
-        c.strip = c.columns == 1 ? 64 : STRIP_N;
+        c.strip = strip_rows(&c, n);
         pool_run(d->workers, pack_item, &c, c.columns);
         pool_run(d->workers, gemm_item, &c, (n + c.strip - 1) / c.strip);
     }

@@ -80,22 +80,15 @@ static tile_fn tile_for(dtype dt, bool two)
     return two ? tile_f32_2 : tile_f32_1;
 }
 
-static float load_any(const void *p, dtype dt, int64_t i)
-{
-    if (dt == DT_F16) return f16_to_f32(((const f16 *)p)[i]);
-    if (dt == DT_BF16) return bf16_to_f32(((const bf16 *)p)[i]);
-    return ((const float *)p)[i];
-}
-
 /* Adds a tile's sums to y; the first block of k finds there what the sum begins with. */
 static void put(const gemm_job *j, int64_t row, int64_t n0, int64_t n, const float *sum, bool first)
 {
     float *y = j->y + row * j->ldy + n0;
-    for (int64_t i = 0; i < n; i++) {
-        float base = first && !j->add ? 0.0f : y[i];
-        if (first && j->bias) base += load_any(j->bias, j->bias_dt, n0 + i);
-        y[i] = base + sum[i];
-    }
+    const size_t unit = first && j->bias ? dtype_bytes(j->bias_dt) : 0;
+    vf base = first && !j->add ? vf_zero() : vf_load_n(y, n);
+    if (unit)
+        base = vf_add(base, vf_any_n((const char *)j->bias + (size_t)n0 * unit, j->bias_dt, 0, n));
+    vf_store_n(y, vf_add(base, vf_load_n(sum, n)), n);
 }
 
 /* Rows [n0, n0+n) of w, inputs [k0, k0+k), as f32 in panel [TILE_N][BLOCK_K]; missing rows are

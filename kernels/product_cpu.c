@@ -148,7 +148,7 @@ static void quad_item(void *ctx, int64_t item, int worker)
     const int64_t r0 = item * QUAD_ROWS, left = c->job.m - r0,
                   rows = left < QUAD_ROWS ? left : QUAD_ROWS;
     uint8_t *scratch = dev_worker(c->d, worker);
-    float *sum = (float *)(void *)(scratch + GEMM_PANEL_BYTES);
+    float *sum = (float *)(void *)(scratch + GEMM_SCRATCH_BYTES);
     for (int64_t r = 0; r < rows; r++) c->out[r0 + r] = 0;
     for (int64_t col = 0; col < c->job.k; col += QUAD_COLS) {
         const int64_t cols = c->job.k - col < QUAD_COLS ? c->job.k - col : QUAD_COLS;
