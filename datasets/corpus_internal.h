@@ -55,10 +55,10 @@ typedef struct { /* feeds text piece by piece into tokens */
     bool begun;        /* the carry continues a text */
     uint64_t offset;   /* of carry in the text */
 } feeder;
-err_code feeder_add(feeder *f, const char *s, size_t n, err *e);
-err_code feeder_end(feeder *f, err *e); /* the text ends: ready for another one */
-bool feeder_full(const feeder *f);
-void feeder_free(feeder *f);
+err_code corpus_feed_add(feeder *f, const char *s, size_t n, err *e);
+err_code corpus_feed_end(feeder *f, err *e); /* the text ends: ready for another one */
+bool corpus_feed_full(const feeder *f);
+void corpus_feed_free(feeder *f);
 
 /* One document: its BOS where the tokenizer puts one (text), or by the template (dialogue). */
 err_code corpus_document(token_list *out, const corpus_row *row, const corpus_read *r,

@@ -41,7 +41,7 @@ uint64_t corpus_random(uint64_t seed, uint64_t counter)
 
 /* ---- feeder ---- */
 
-bool feeder_full(const feeder *f) { return f->max_tokens > 0 && f->out->n >= f->max_tokens; }
+bool corpus_feed_full(const feeder *f) { return f->max_tokens > 0 && f->out->n >= f->max_tokens; }
 
 /* Where the first byte stands that no character explains. */
 static size_t utf8_fault(const char *s, size_t n)
@@ -55,7 +55,7 @@ static size_t utf8_fault(const char *s, size_t n)
     return n;
 }
 
-static err_code feeder_part(feeder *f, size_t n, err *e)
+static err_code feed_part(feeder *f, size_t n, err *e)
 {
     if (!json_utf8_valid(f->carry.p, n))
         return err_set(e, E_INPUT, "%s: byte %llu: invalid UTF-8", f->where,
@@ -77,9 +77,9 @@ static err_code feeder_part(feeder *f, size_t n, err *e)
     return OK;
 }
 
-err_code feeder_add(feeder *f, const char *s, size_t n, err *e)
+err_code corpus_feed_add(feeder *f, const char *s, size_t n, err *e)
 {
-    if (feeder_full(f)) return OK;
+    if (corpus_feed_full(f)) return OK;
     if (f->carry.n + n > CORPUS_MAX_TEXT)
         return err_set(e, E_LIMIT, "%s: expected at most %zu bytes of text that cannot be cut",
                        f->where, CORPUS_MAX_TEXT);
@@ -91,21 +91,21 @@ err_code feeder_add(feeder *f, const char *s, size_t n, err *e)
         (before >= CORPUS_PART && before / CORPUS_PART == f->carry.n / CORPUS_PART))
         return OK;
     const size_t cut = tokenizer_cut(f->t, f->carry.p, f->carry.n);
-    return cut ? feeder_part(f, cut, e) : OK;
+    return cut ? feed_part(f, cut, e) : OK;
 }
 
-err_code feeder_end(feeder *f, err *e)
+err_code corpus_feed_end(feeder *f, err *e)
 {
-    const bool any = f->carry.n > 0 && !feeder_full(f);
-    const err_code rc = any ? feeder_part(f, f->carry.n, e) : OK;
+    const bool any = f->carry.n > 0 && !corpus_feed_full(f);
+    const err_code rc = any ? feed_part(f, f->carry.n, e) : OK;
     f->carry.n = 0;
     f->offset = 0;
     f->begun = false;
-    if (feeder_full(f)) f->out->n = f->max_tokens;
+    if (corpus_feed_full(f)) f->out->n = f->max_tokens;
     return rc;
 }
 
-void feeder_free(feeder *f) { corpus_buf_free(&f->carry); }
+void corpus_feed_free(feeder *f) { corpus_buf_free(&f->carry); }
 
 /* ---- documents ---- */
 
@@ -137,7 +137,7 @@ static err_code stream_step(stream *st, size_t n, bool *stop, err *e)
     st->bytes += (int64_t)n;
     if (st->bytes >> 22 != before)
         job_step(st->j, "corpus", "token", st->f.out->n, st->f.max_tokens);
-    *stop = feeder_full(&st->f);
+    *stop = corpus_feed_full(&st->f);
     return job_check(st->j, e);
 }
 
@@ -154,10 +154,10 @@ static err_code stream_whole(void *ctx, source *s, bool *stop, err *e)
         if (!n) break;
         const size_t mark = start && n >= 3 && memcmp(buf, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
         start = false;
-        TRY(feeder_add(&st->f, buf + mark, n - mark, e));
+        TRY(corpus_feed_add(&st->f, buf + mark, n - mark, e));
         TRY(stream_step(st, n, stop, e));
     }
-    return feeder_end(&st->f, e);
+    return corpus_feed_end(&st->f, e);
 }
 
 /* Rows of wikitext2 and ptb make one text. The data set's blank rows are empty, its others keep
@@ -166,14 +166,14 @@ static err_code stream_joined(stream *st, const corpus_row *row, err *e)
 {
     const char *s = row->text;
     size_t n = row->n;
-    if (st->rows++ > 0) TRY(feeder_add(&st->f, "\n\n", 2, e));
+    if (st->rows++ > 0) TRY(corpus_feed_add(&st->f, "\n\n", 2, e));
     const char *t = s;
     size_t tn = n;
     corpus_strip(&t, &tn);
-    if (st->join == JOIN_PTB) return feeder_add(&st->f, t, tn, e);
+    if (st->join == JOIN_PTB) return corpus_feed_add(&st->f, t, tn, e);
     if (tn == 0) return OK;
-    TRY(feeder_add(&st->f, s, n, e));
-    return row->line ? feeder_add(&st->f, "\n", 1, e) : OK;
+    TRY(corpus_feed_add(&st->f, s, n, e));
+    return row->line ? corpus_feed_add(&st->f, "\n", 1, e) : OK;
 }
 
 static err_code stream_row(void *ctx, const corpus_row *row, bool *stop, err *e)
@@ -211,10 +211,10 @@ err_code corpus_tokens(token_list *out, const char *path, const corpus_read *r, 
     err_code rc = corpus_each_row(path, stream_row, st.join == JOIN_NONE ? stream_whole : NULL, &st,
                                   j, e);
     st.f.where = path;
-    if (rc == OK) rc = feeder_end(&st.f, e);
-    feeder_free(&st.f);
+    if (rc == OK) rc = corpus_feed_end(&st.f, e);
+    corpus_feed_free(&st.f);
     if (rc != OK) return rc;
-    if (feeder_full(&st.f)) out->n = st.f.max_tokens;
+    if (corpus_feed_full(&st.f)) out->n = st.f.max_tokens;
     if (out->n == before) return err_set(e, E_INPUT, "%s: no text in it", path);
     return OK;
 }
