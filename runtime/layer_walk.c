@@ -256,7 +256,9 @@ static void scan_item(void *ctx, int64_t row, int worker)
 static err_code check_finite(device *d, const weight_src *src, const tensor *t, int32_t layer,
                              tensor_role r, const char *part, err *e)
 {
-    finite_scan s = {.t = t, .rows = t->ndim == 2 ? t->shape[0] : 1, .cols = t->shape[t->ndim - 1]};
+    finite_scan s = {.t = t,
+                     .rows = t->ndim == 2 ? t->shape[0] : 1,
+                     .cols = t->ndim ? t->shape[t->ndim - 1] : 0};
     atomic_init(&s.bad_row, INT64_MAX);
     if (!t->data || !tensor_contiguous(t) ||
         (t->dt != DT_F32 && t->dt != DT_F16 && t->dt != DT_BF16))
