@@ -526,7 +526,7 @@ int main(void)
                  0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("convert");
     TCase *t = tcase_create("convert");
-    tcase_set_timeout(t, 60);
+    tcase_set_timeout(t, 600);
     tcase_add_loop_test(t, dense_files, 0, 3);
     tcase_add_loop_test(t, awq_files, 0, 3);
     tcase_add_test(t, dense_as_f16);

@@ -191,6 +191,7 @@ int main(void)
                  0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("info");
     TCase *t = tcase_create("info");
+    tcase_set_timeout(t, 600);
     tcase_add_test(t, directories);
     tcase_add_test(t, split_workspace);
     tcase_add_test(t, changed_byte);

@@ -705,7 +705,7 @@ int main(void)
                  0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("tm_store");
     TCase *t = tcase_create("tm_store");
-    tcase_set_timeout(t, 60);
+    tcase_set_timeout(t, 600);
     tcase_add_test(t, yaml_scalars);
     tcase_add_test(t, yaml_styles);
     tcase_add_test(t, yaml_refused);

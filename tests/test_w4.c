@@ -353,6 +353,7 @@ int main(void)
 {
     Suite *s = suite_create("w4");
     TCase *t = tcase_create("w4");
+    tcase_set_timeout(t, 600);
     tcase_add_loop_test(t, golden_vectors, 0, (int)(sizeof golden / sizeof *golden));
     tcase_add_test(t, zeros_bits);
     tcase_add_test(t, zeros_out_of_range);

@@ -402,6 +402,7 @@ int main(void)
                  0); /* every file is synced: on a disk that is most of the time */
     Suite *s = suite_create("w4_dir");
     TCase *t = tcase_create("w4_dir");
+    tcase_set_timeout(t, 600);
     tcase_add_loop_test(t, reads_back, 0, 3);
     tcase_add_test(t, side_files);
     tcase_add_test(t, shards);
