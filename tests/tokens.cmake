@@ -17,3 +17,13 @@ foreach(target replay_corpus fuzz_corpus)
         target_link_libraries(${target} PRIVATE PkgConfig::CHECK)
     endif()
 endforeach()
+
+# Beside the packages of others, where Python has them.
+find_package(Python3 COMPONENTS Interpreter)
+if(Python3_FOUND)
+    add_executable(token_lines support/token_lines.c)
+    target_link_libraries(token_lines PRIVATE tmf_flags tmf_formats)
+    add_test(NAME oracle_tokenizers COMMAND ${Python3_EXECUTABLE}
+        ${CMAKE_CURRENT_SOURCE_DIR}/oracle_tokenizers.py $<TARGET_FILE:token_lines> ${TMF_SHARED_DIR})
+    set_tests_properties(oracle_tokenizers PROPERTIES LABELS e2e SKIP_RETURN_CODE 77 TIMEOUT 300)
+endif()
