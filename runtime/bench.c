@@ -113,20 +113,22 @@ done:
     return rc;
 }
 
-/* One step of all sequences; the best ids come back, not the logits. */
+/* One step of all sequences; the best ids come back, not the logits. The prompt's losses tell whether there are
+ * numbers at all. */
 static err_code run_step(model *m, bench_work *w, const bench_opts *o, const int32_t *tokens,
                          int32_t n, const job *j, err *e)
 {
+    const bool prompt = tokens == w->prompt;
     for (int32_t i = 0; i < o->batch; i++)
         w->seqs[i] = (step_seq){.slot = i,
                                 .tokens = tokens + (size_t)i * (size_t)n,
                                 .n_tokens = n,
                                 .n_out = 1,
                                 .argmax = &w->ids[i],
-                                .nll = &w->nll[i],
+                                .nll = prompt ? &w->nll[i] : NULL,
                                 .targets = w->prompt};
     TRY(model_step(m, w->seqs, o->batch, j, e));
-    for (int32_t i = 0; i < o->batch; i++) {
+    for (int32_t i = 0; prompt && i < o->batch; i++) {
         if (!isfinite(w->nll[i])) return err_set(e, E_DEVICE, "bench: no finite logit");
     }
     return OK;

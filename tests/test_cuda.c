@@ -1,0 +1,419 @@
+/* Ops of a CUDA device against the CPU's references: odd sizes, every format, guards behind outputs. Without a
+ * GPU, or in a build without CUDA, the cases are skipped out loud. */
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "base/mem.h"
+#include "kernels/ops.h"
+
+#define PAD   8      /* elements between rows of outputs */
+#define GUARD 0x5a5a /* what lies there */
+
+static device *cpu, *gpu;
+static uint64_t state = 1;
+
+static double uniform(void) /* splitmix64 */
+{
+    uint64_t z = state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+#define OK_(call)                                  \
+    do {                                           \
+        err e_ = {0}, *e = &e_;                    \
+        ck_assert_msg((call) == OK, "%s", e_.msg); \
+    } while (0)
+
+static void *must(size_t n, size_t size)
+{
+    void *p;
+    err e;
+    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
+    return p;
+}
+
+/* Values that f16 holds; every 40th some times as large. */
+static float *values(int64_t n, double scale)
+{
+    float *v = must((size_t)n, sizeof *v);
+    for (int64_t i = 0; i < n; i++) {
+        const double x = (uniform() + uniform() + uniform() - 1.5) * 2 * scale * (i % 40 ? 1 : 12);
+        v[i] = f16_to_f32(f32_to_f16((float)x));
+    }
+    return v;
+}
+
+/* A device tensor [m,k] with `pad` elements behind each row, from f32 values (NULL: guards everywhere). */
+static tensor upload(dev_buf *b, dtype dt, int64_t m, int64_t k, int64_t pad, const float *v)
+{
+    const int64_t ld = k + pad, all = m * ld;
+    uint16_t *half = must((size_t)all, 4);
+    float *wide = (float *)half;
+    for (int64_t i = 0; i < all; i++) {
+        const bool in = i % ld < k && v;
+        const float x = in ? v[i / ld * k + i % ld] : 0;
+        if (dt == DT_F16)
+            half[i] = in ? f32_to_f16(x) : GUARD;
+        else
+            wide[i] = in ? x : (float)GUARD;
+    }
+    tensor src = tensor_2d(half, dt, m, ld), t = src;
+    OK_(dev_alloc(b, gpu, tensor_bytes(&src), "test", e));
+    t.data = b->data;
+    t.mem = dev_mem(gpu);
+    OK_(dev_copy(gpu, &t, &src, e));
+    OK_(dev_sync(gpu, e));
+    mem_free(half);
+    t.shape[1] = k;
+    return t;
+}
+
+/* Values of a tensor made by upload; checks the guards. */
+static float *download(const tensor *t, const char *what)
+{
+    const int64_t m = t->shape[0], k = t->shape[1], ld = t->stride[0];
+    tensor dev = tensor_2d(t->data, t->dt, m, ld), host = dev;
+    uint16_t *half = must((size_t)(m * ld), 4);
+    const float *wide = (const float *)half;
+    float *out = must((size_t)(m * k), sizeof *out);
+    dev.mem = dev_mem(gpu);
+    host.data = half;
+    OK_(dev_copy(gpu, &host, &dev, e));
+    OK_(dev_sync(gpu, e));
+    for (int64_t i = 0; i < m * ld; i++) {
+        if (i % ld < k)
+            out[i / ld * k + i % ld] = t->dt == DT_F16 ? f16_to_f32(half[i]) : wide[i];
+        else
+            ck_assert_msg(t->dt == DT_F16 ? half[i] == GUARD : wide[i] == (float)GUARD,
+                          "%s: wrote behind row %lld", what, (long long)(i / ld));
+    }
+    mem_free(half);
+    return out;
+}
+
+/* || got - want || / || want ||, NaN fails. */
+static void near(const float *got, const float *want, int64_t n, double tol, const char *what)
+{
+    double d = 0, w = 0;
+    for (int64_t i = 0; i < n; i++) {
+        d += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
+        w += (double)want[i] * want[i];
+    }
+    ck_assert_msg(sqrt(d) <= tol * sqrt(w), "%s: relative error %.3g, at most %.3g", what,
+                  sqrt(d / w), tol);
+}
+
+/* ---- 4-bit products ---- */
+
+static w4_weight make_w4(void **mem, int64_t k, int64_t n, int32_t group)
+{
+    size_t q, s, z;
+    w4_weight w;
+    OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
+    uint8_t *p = *mem = must(q + s + z, 1);
+    w4_shape(&w, k, n, group, W4_TM);
+    w.q.data = p, w.scales.data = p + q, w.zeros.data = p + q + s;
+    for (size_t i = 0; i < q; i++) p[i] = (uint8_t)(uniform() * 256);
+    for (size_t i = 0; i < s / 2; i++)
+        ((f16 *)w.scales.data)[i] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
+    for (size_t i = 0; i < z / 2; i++)
+        ((f16 *)w.zeros.data)[i] = f32_to_f16((float)(int)(uniform() * 16));
+    return w;
+}
+
+static float *want_w4(const w4_weight *const *parts, int n_parts, const float *x, int64_t m,
+                      int64_t k, int64_t n)
+{
+    float *y = must((size_t)(m * n), sizeof *y), *row = must((size_t)k, sizeof *row);
+    int64_t at = 0;
+    for (int p = 0; p < n_parts; p++)
+        for (int64_t o = 0; o < parts[p]->n; o++, at++) {
+            w4_dequant_row(row, parts[p], o);
+            for (int64_t i = 0; i < m; i++) {
+                double sum = 0;
+                for (int64_t j = 0; j < k; j++) sum += (double)x[i * k + j] * row[j];
+                y[i * n + at] = (float)sum;
+            }
+        }
+    mem_free(row);
+    return y;
+}
+
+static void limits(int64_t rows, int64_t k, int64_t n)
+{
+    const op_limits lim = {(int32_t)rows, k, n, 8, 256, 4096, 8};
+    OK_(ops_reserve(gpu, &lim, e));
+}
+
+static void w4_case(int64_t m, int64_t k, int64_t n, int32_t group, int parts, bool wide)
+{
+    void *mem[3];
+    w4_weight w[3], fused;
+    const w4_weight *list[3];
+    dev_buf wb, xb, yb;
+    char what[96];
+    snprintf(what, sizeof what, "w4 %lldx%lldx%lld g%d, %d parts%s", (long long)m, (long long)k,
+             (long long)n, group, parts, wide ? ", added to f32" : "");
+    for (int i = 0; i < parts; i++) w[i] = make_w4(&mem[i], k, n, group), list[i] = &w[i];
+    limits(m, k, parts * n);
+    OK_(w4_upload(gpu, &wb, &fused, list, parts, e));
+    float *x = values(m * k, 1), *want = want_w4(list, parts, x, m, k, parts * n);
+    float *before = wide ? values(m * parts * n, 1) : NULL;
+    const tensor tx = upload(&xb, DT_F16, m, k, PAD, x);
+    tensor ty = upload(&yb, wide ? DT_F32 : DT_F16, m, parts * n, PAD, before);
+    OK_(op_gemm_w4(gpu, &ty, &tx, &fused, wide, e));
+    float *got = download(&ty, what);
+    for (int64_t i = 0; before && i < m * parts * n; i++) want[i] += before[i];
+    near(got, want, m * parts * n, 1e-3, what);
+    void *all[] = {x, want, before, got};
+    for (int i = 0; i < 4; i++) mem_free(all[i]);
+    for (int i = 0; i < parts; i++) mem_free(mem[i]);
+    dev_free(&wb), dev_free(&xb), dev_free(&yb);
+}
+
+START_TEST(w4_products)
+{
+    static const int64_t rows[] = {1, 2, 4, 5, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 130};
+    if (!gpu) return;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        w4_case(rows[i], 512, 72, 128, 1, false);
+        w4_case(rows[i], 2304, 40, 128, 2, true);
+        w4_case(rows[i], 640, 8, 64, 3, false);
+        w4_case(rows[i], 352, 24, 32, 1, true); /* k no multiple of 128 */
+    }
+}
+END_TEST
+
+/* Norm, product and GLU at once against the same in turn. */
+START_TEST(norm_w4_glu)
+{
+    static const int64_t rows[] = {1, 2, 7, 20, 70};
+    if (!gpu) return;
+    for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+        for (int glu = 0; glu < 2; glu++) {
+            const int64_t m = rows[r], k = r % 2 ? 512 : 5120, n = 56;
+            void *mem[2];
+            w4_weight w[2], fused;
+            const w4_weight *list[2] = {&w[0], &w[1]};
+            dev_buf wb, xb, hb, nb, yb, ob;
+            w[0] = make_w4(&mem[0], k, n, 128), w[1] = make_w4(&mem[1], k, n, 128);
+            limits(m, k, 2 * n);
+            OK_(w4_upload(gpu, &wb, &fused, list, 2, e));
+            float *x = values(m * k, 1), *g = values(k, 1);
+            const tensor tx = upload(&xb, DT_F32, m, k, 0, x);
+            tensor th = upload(&hb, DT_F16, m, k, 0, NULL), norm = upload(&nb, DT_F16, 1, k, 0, g);
+            tensor ty = upload(&yb, DT_F16, m, 2 * n, 0, NULL),
+                   one = upload(&ob, DT_F16, m, 2 * n, 0, NULL);
+            norm = tensor_1d(norm.data, DT_F16, k);
+            norm.mem = dev_mem(gpu);
+            OK_(op_rmsnorm(gpu, &th, &tx, &norm, 1e-5f, e));
+            OK_(op_gemm_w4(gpu, &ty, &th, &fused, false, e));
+            tensor gate = tensor_cols(&ty, 0, n);
+            const tensor up = tensor_cols(&ty, n, n);
+            if (glu) OK_(op_glu(gpu, &gate, &gate, &up, e));
+            OK_(op_norm_gemm_w4(gpu, &one, &th, &tx, &norm, 1e-5f, &fused, glu, e));
+            float *a = download(&ty, "in turn"), *b = download(&one, "at once");
+            for (int64_t i = 0; i < m * 2 * n; i++)
+                if (!glu || i % (2 * n) < n)
+                    ck_assert_msg(a[i] == b[i],
+                                  "norm, w4, glu %d, %lld rows: at %lld: %g in turn, %g at once",
+                                  glu, (long long)m, (long long)i, a[i], b[i]);
+            void *all[] = {x, g, a, b, mem[0], mem[1]};
+            for (int i = 0; i < 6; i++) mem_free(all[i]);
+            dev_buf *bufs[] = {&wb, &xb, &hb, &nb, &yb, &ob};
+            for (int i = 0; i < 6; i++) dev_free(bufs[i]);
+        }
+    }
+}
+END_TEST
+
+/* ---- attention ---- */
+
+typedef struct {
+    int32_t heads, kv_heads, dim, block_tokens, window;
+    kv_format format;
+    bool interleaved;
+} attn_shape;
+
+typedef struct {
+    device *d;
+    kv_layer kv;
+    dev_buf data, param, ints, freq, q, y;
+    rope_spec rope;
+} side;
+
+enum { SEQS = 2, BLOCKS = 24, TABLE = 12 };
+
+static void side_open(side *s, device *d, const attn_shape *a)
+{
+    float freq[128];
+    memset(s, 0, sizeof *s);
+    s->d = d;
+    s->kv = (kv_layer){NULL,        NULL,   a->format, BLOCKS, a->block_tokens,
+                       a->kv_heads, a->dim, dev_mem(d)};
+    OK_(dev_alloc(&s->data, d,
+                  kv_layer_data_bytes(a->format, BLOCKS, a->block_tokens, a->kv_heads, a->dim),
+                  "kv", e));
+    s->kv.data = s->data.data;
+    if (a->format != KV_16) {
+        OK_(dev_alloc(&s->param, d,
+                      kv_layer_param_bytes(a->format, BLOCKS, a->block_tokens, a->kv_heads), "kv",
+                      e));
+        s->kv.param = s->param.data;
+    }
+    for (int i = 0; i < a->dim / 2; i++) freq[i] = powf(10000, -2.0f * (float)i / (float)a->dim);
+    const tensor host = tensor_1d(freq, DT_F32, a->dim / 2);
+    s->rope = (rope_spec){host, a->dim, a->interleaved, 1};
+    OK_(dev_alloc(&s->freq, d, sizeof freq, "freq", e));
+    s->rope.inv_freq.data = s->freq.data;
+    s->rope.inv_freq.mem = dev_mem(d);
+    OK_(dev_copy(d, &s->rope.inv_freq, &host, e));
+    OK_(dev_alloc(&s->ints, d, 4096 * sizeof(int32_t), "tables", e));
+    OK_(dev_sync(d, e));
+}
+
+static void side_close(side *s)
+{
+    dev_buf *b[] = {&s->data, &s->param, &s->ints, &s->freq};
+    for (int i = 0; i < 4; i++) dev_free(b[i]);
+}
+
+/* Rows of SEQS sequences from position from[s], n[s] each; blocks of a sequence lie apart. */
+static batch_rows make_rows(side *s, const int32_t *from, const int32_t *n)
+{
+    int32_t host[4096], m = 0, *start = host + 2000, *len = host + 2100, *table = host + 2200;
+    batch_rows r = {.seqs = SEQS};
+    start[0] = 0;
+    for (int i = 0; i < SEQS; i++) {
+        for (int32_t k = 0; k < n[i]; k++) host[m++] = from[i] + k;
+        start[i + 1] = m;
+        len[i] = from[i] + n[i];
+        if (n[i] > r.max_q) r.max_q = n[i];
+        if (len[i] > r.max_kv) r.max_kv = len[i];
+        for (int32_t b = 0; b < TABLE; b++) table[i * TABLE + b] = (b * SEQS + i) * 5 % BLOCKS;
+    }
+    const tensor src = tensor_1d(host, DT_I32, 4096);
+    tensor dst = src;
+    dst.data = s->ints.data;
+    dst.mem = dev_mem(s->d);
+    OK_(dev_copy(s->d, &dst, &src, e));
+    OK_(dev_sync(s->d, e));
+    int32_t *p = s->ints.data;
+    r.pos = tensor_1d(p, DT_I32, m), r.seq_start = tensor_1d(p + 2000, DT_I32, SEQS + 1);
+    r.kv_len = tensor_1d(p + 2100, DT_I32, SEQS),
+    r.block_table = tensor_2d(p + 2200, DT_I32, SEQS, TABLE);
+    r.pos.mem = r.seq_start.mem = r.kv_len.mem = r.block_table.mem = dev_mem(s->d);
+    return r;
+}
+
+static tensor heads4(const tensor *t, int64_t at, int64_t c1, int64_t c2, int64_t hd)
+{
+    const tensor c = tensor_cols(t, at, t->shape[1] - at);
+    return (tensor){.data = c.data,
+                    .dt = t->dt,
+                    .mem = t->mem,
+                    .ndim = 4,
+                    .shape = {t->shape[0], c1, c2, hd},
+                    .stride = {t->stride[0], c2 * hd, hd, 1}};
+}
+
+static tensor heads3(const tensor *t, int64_t at, int64_t c1, int64_t hd)
+{
+    tensor r = heads4(t, at, c1, 1, hd);
+    r.ndim = 3, r.shape[2] = hd, r.stride[2] = 1;
+    return r;
+}
+
+static void attend(side *s, const attn_shape *a, tensor *qkv, tensor *y, const batch_rows *rows)
+{
+    const int64_t hd = a->dim;
+    tensor q = heads4(qkv, 0, a->kv_heads, a->heads / a->kv_heads, hd);
+    tensor k = heads3(qkv, a->heads * hd, a->kv_heads, hd);
+    const tensor v = heads3(qkv, (a->heads + a->kv_heads) * hd, a->kv_heads, hd);
+    OK_(op_rope_attn(s->d, y, &q, &k, &v, &s->rope, rows, &s->kv, 1 / sqrtf((float)hd), a->window,
+                     e));
+}
+
+static void attn_step(side *c, side *g, const attn_shape *a, const int32_t *from, const int32_t *n)
+{
+    static const double tol[] = {[KV_16] = 2e-3, [KV_8] = 6e-3, [KV_4] = 4e-2};
+    const int64_t cols = (int64_t)(a->heads + 2 * a->kv_heads) * a->dim,
+                  out = (int64_t)a->heads * a->dim;
+    const batch_rows rc = make_rows(c, from, n), rg = make_rows(g, from, n);
+    const int64_t m = rc.pos.shape[0];
+    dev_buf xb, yb;
+    char what[128];
+    snprintf(what, sizeof what, "attention %d/%d heads of %d, %d bit, window %d, %lld rows at %d",
+             a->heads, a->kv_heads, a->dim, a->format == KV_16 ? 16 : (int)a->format, a->window,
+             (long long)m, from[0]);
+    float *x = values(m * cols, 0.5), *want = must((size_t)(m * out), sizeof *want);
+    tensor gx = upload(&xb, DT_F16, m, cols, 0, x), gy = upload(&yb, DT_F16, m, out, PAD, NULL);
+    tensor cx = tensor_2d(x, DT_F32, m, cols), cy = tensor_2d(want, DT_F32, m, out);
+    attend(g, a, &gx, &gy, &rg);
+    attend(c, a, &cx, &cy, &rc);
+    float *got = download(&gy, what);
+    near(got, want, m * out, tol[a->format], what);
+    mem_free(x), mem_free(want), mem_free(got);
+    dev_free(&xb), dev_free(&yb);
+}
+
+START_TEST(attention)
+{
+    static const attn_shape shapes[] = {
+        {4, 4, 128, 64, 0, KV_16, true}, {8, 2, 128, 64, 0, KV_16, false},
+        {18, 2, 64, 32, 0, KV_16, true}, {4, 2, 96, 64, 0, KV_16, false},
+        {2, 1, 256, 32, 0, KV_16, true}, {4, 2, 80, 64, 0, KV_16, false},
+        {8, 2, 128, 64, 70, KV_16, true}};
+    static const kv_format formats[] = {KV_16, KV_8, KV_4};
+    if (!gpu) return;
+    limits(1024, 2048, 4096);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        for (int f = 0; f < 3; f++) {
+            attn_shape a = shapes[i];
+            side c, g;
+            a.format = formats[f];
+            side_open(&c, cpu, &a), side_open(&g, gpu, &a);
+            attn_step(&c, &g, &a, (const int32_t[]){0, 0}, (const int32_t[]){150, 33});
+            attn_step(&c, &g, &a, (const int32_t[]){150, 33}, (const int32_t[]){1, 1});
+            attn_step(&c, &g, &a, (const int32_t[]){151, 34}, (const int32_t[]){70, 3});
+            attn_step(&c, &g, &a, (const int32_t[]){221, 37}, (const int32_t[]){1, 1});
+            side_close(&c), side_close(&g);
+        }
+    }
+}
+END_TEST
+
+int main(void)
+{
+    err e;
+    const dev_opts host = {.kind = DEV_CPU, .threads = 2, .isa = "ref"},
+                   card = {.kind = DEV_CUDA, .threads = 1};
+    if (dev_open(&gpu, &card, &e) != OK) {
+        printf("SKIP: %s\n", e.msg);
+        return 77;
+    }
+    if (dev_open(&cpu, &host, &e) != OK) return 1;
+    const op_limits lim = {1024, 2048, 4096, 32, 256, 1024, SEQS};
+    if (ops_reserve(cpu, &lim, &e) != OK) return 1;
+    Suite *s = suite_create("cuda");
+    TCase *t = tcase_create("ops");
+    tcase_set_timeout(t, 300);
+    tcase_add_test(t, w4_products);
+    tcase_add_test(t, norm_w4_glu);
+    tcase_add_test(t, attention);
+    suite_add_tcase(s, t);
+    SRunner *r = srunner_create(s);
+    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
+    srunner_run_all(r, CK_NORMAL);
+    const int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    dev_close(&cpu);
+    dev_close(&gpu);
+    return failed != 0;
+}
