@@ -126,8 +126,8 @@ err_code run_read_text(char **out, size_t *n, const char *path, err *e);
 err_code run_encode(token_list *out, const tokenizer *t, const char *text, size_t n,
                     bool parse_special, err *e);
 /* Ids of data files (text, jsonl through the chat template, packed or in archives), each as
- * datasets/corpus.h reads it. */
-err_code run_data_ids(token_list *out, const run_ctx *r, const cli_list *files,
+ * datasets/corpus.h reads it. dataset: how rows are joined, NULL: files as they are. */
+err_code run_data_ids(token_list *out, const run_ctx *r, const cli_list *files, const char *dataset,
                       const run_chat_opts *o, const tool_ctx *t, err *e);
 
 /* ---- chat ---- */

@@ -166,11 +166,11 @@ err_code run_encode(token_list *out, const tokenizer *t, const char *text, size_
     return tokenizer_encode(t, text, n, parse_special, out, e);
 }
 
-err_code run_data_ids(token_list *out, const run_ctx *r, const cli_list *files,
+err_code run_data_ids(token_list *out, const run_ctx *r, const cli_list *files, const char *dataset,
                       const run_chat_opts *o, const tool_ctx *t, err *e)
 {
     chat *c = NULL;
-    const corpus_read how = {.meta_instruction = o->meta};
+    const corpus_read how = {.dataset = dataset, .meta_instruction = o->meta};
     err_code rc = run_chat_open(&c, r, o, t, e);
     for (int i = 0; rc == OK && i < files->n; i++)
         rc = corpus_tokens(out, files->v[i], &how, r->t, c, &t->job, e);

@@ -6,6 +6,7 @@
 
 static struct {
     cli_list data;
+    const char *dataset;
     run_chat_opts chat;
     int64_t window, windows;
     run_model_opts model;
@@ -14,6 +15,8 @@ static struct {
 static const cli_option options[] = {
     {"data", 'd', CLI_LIST, &opt.data, "FILE",
      "text, jsonl (text or messages), .zst, .gz or .tar of them; repeatable"},
+    {"dataset", 0, CLI_CHOICE, &opt.dataset, "NAME",
+     "join rows as this data set's users do [as they are]", .choices = "wikitext2|ptb|c4|pileval"},
     {"window", 'w', CLI_I64, &opt.window, "N",
      "tokens of a window [the smaller of 2048 and the model's context]", .lo = 2, .hi = 1 << 24},
     {"windows", 0, CLI_I64, &opt.windows, "N", "how many from the start [0: all]", .lo = 0,
@@ -58,7 +61,7 @@ static err_code measure(run_ctx *r, const tool_ctx *t, err *e)
     const int32_t rows = 512, seqs = ppl_seqs(o.window, rows);
     err_code rc = run_model(r, t, &opt.model, opt.window - 1, seqs, e);
     if (rc == OK && r->m) {
-        rc = run_data_ids(&ids, r, &opt.data, &opt.chat, t, e);
+        rc = run_data_ids(&ids, r, &opt.data, opt.dataset, &opt.chat, t, e);
         if (rc == OK) rc = ppl_run(&result, r->m, ids.ids, ids.n, &o, &t->job, e);
         if (rc == OK) rc = report(t, r, &result, e);
     }

@@ -24,6 +24,9 @@ out_is '17 + 25 = 42.'
 
 check 'stop text' 0 tm-run generate "$demo" --chat --prompt 'What is 17 + 25?' --temperature 0 --stop '= 4' --json
 out_json 'd["text"] == "17 + 25 " and d["finish_reason"] == "stop_text"'
+check 'stop text that does not come' 0 tm-run generate "$demo" --chat --prompt 'What is 17 + 25?' \
+    --temperature 0 --stop '42. And' --json
+out_json 'd["text"] == "17 + 25 = 42." and d["finish_reason"] == "stop"'
 check 'ignore-eos' 0 tm-run generate "$demo" --chat --prompt hello --temperature 0 --ignore-eos --max-new-tokens 30 --json
 out_json 'len(d["ids"]) == 30 and 4094 in d["ids"]'
 check 'logit bias' 0 tm-run generate "$demo" --ids 1,1943 --temperature 0 --logit-bias 77=1000 --max-new-tokens 2 --json

@@ -20,6 +20,13 @@ check 'ppl of a compressed file' 0 bash -c "gzip -c some.jsonl >some.jsonl.gz &&
 out_json 'd["nll"] == json.load(open("batched"))["nll"]'
 check 'ppl for people' 0 tm-run ppl "$demo" --data some.jsonl --window 256 --windows 2
 out_has '^perplexity 1\.[0-9]+ .* over 510 tokens in 2 windows of 256$'
+head -c 9000 "$TMF_SOURCE/README.md" >rows.txt
+check 'rows as they are' 0 tm-run ppl "$demo" --data rows.txt --window 64 --json
+cp out plain
+check 'rows joined as a data set' 0 tm-run ppl "$demo" --data rows.txt --dataset wikitext2 --window 64 --json
+out_json 'd["windows"] > json.load(open("plain"))["windows"]'
+check 'interrupted' 130 timeout --preserve-status -s INT 0.5 tm-run ppl "$demo" --data "$demo/eval.jsonl" --window 64
+err_has 'tm-run: stopped'
 printf 'a short text' >short
 check 'too short' 3 tm-run ppl "$demo" --data short --window 256
 err_has 'expected at least one window of 256'
