@@ -83,7 +83,7 @@ static void begin_text(writer *w, int i)
 
 static err_code step(writer *w, int slots, const job *j, err *e)
 {
-    step_seq seqs[SLOTS];
+    step_seq seqs[SLOTS] = {0};
     int at[SLOTS], n = 0;
     for (int i = 0; i < slots; i++) {
         if (w->n[i] >= w->seqlen) continue;
