@@ -113,8 +113,8 @@ done:
     return rc;
 }
 
-/* One step of all sequences; the best ids come back, not the logits. The prompt's losses tell whether there are
- * numbers at all. */
+/* One step of all sequences; the best ids come back, not the logits. The prompt's losses tell
+ * whether there are numbers at all. */
 static err_code run_step(model *m, bench_work *w, const bench_opts *o, const int32_t *tokens,
                          int32_t n, const job *j, err *e)
 {
