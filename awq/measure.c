@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "awq/moments.h"
+#include "base/half.h"
 #include "kernels/quant_group.h"
 
 #define TILE_ELEMS ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
@@ -124,6 +125,22 @@ err_code moment_loss(const quant_block *b, const tensor *x, const second_moment 
     return OK;
 }
 
+/* As op_quant_error, for codes that the method fixed. */
+static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, const float *col,
+                        int64_t from)
+{
+    const int64_t n = w->shape[0], k = w->shape[1], g = b->o->group;
+    const f16 *scale = (const f16 *)l->scale.data + from * (k / g);
+    const uint8_t *zero = (const uint8_t *)l->zero.data + from * (k / g);
+    const uint8_t *codes = (const uint8_t *)l->codes.data + from * k / 2;
+    float *x = w->data;
+    for (int64_t i = 0; i < n * k; i++) {
+        const int code = codes[i / 2] >> 4 * (i & 1) & 15;
+        const float y = (float)(code - zero[i / g]) * f16_to_f32(scale[i / g]) - x[i];
+        x[i] = col ? y / col[i % k] : y;
+    }
+}
+
 /* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col. */
 static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l,
                            const fold_linear *f, int64_t from, err *e)
@@ -138,7 +155,10 @@ static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l
     } else {
         TRY(op_quant_range(b->d, &scale, &zero, w, NULL, b->o->group, e));
     }
-    TRY(op_quant_error(b->d, w, w, &scale, &zero, col.data ? &col : NULL, b->o->group, e));
+    if (l && l->codes.data)
+        fixed_error(b, w, l, col.data, from);
+    else
+        TRY(op_quant_error(b->d, w, w, &scale, &zero, col.data ? &col : NULL, b->o->group, e));
     if (!f || !f->row) return OK;
     for (int64_t i = 0; i < n; i++) {
         float *row = (float *)w->data + i * k;

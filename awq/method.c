@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-static const quant_method *const methods[] = {&method_rtn, &method_lmdeploy, &method_awq};
+static const quant_method *const methods[] = {&method_rtn, &method_lmdeploy, &method_awq,
+                                              &method_gptq, &method_best};
 
 const quant_method *method_at(int i)
 {

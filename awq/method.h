@@ -59,7 +59,7 @@ typedef struct {
     err_code (*plan_block)(const quant_block *b, block_plan *out, err *e);
 } quant_method;
 
-extern const quant_method method_rtn, method_lmdeploy, method_awq;
+extern const quant_method method_rtn, method_lmdeploy, method_awq, method_gptq, method_best;
 const quant_method *method_find(const char *name); /* NULL when unknown */
 const quant_method *method_at(int i);              /* NULL behind the last */
 

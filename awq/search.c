@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "awq/feedback.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
 #include "awq/moments.h"
@@ -169,6 +170,8 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "hidden states and forward pass",
                         layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
         memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (s.method->fixes_codes)
+            memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
         if (s.q.loss == LOSS_MODULE)
             memory_plan_add(p, "module loss",
                             module_loss_bytes(s.m, (int64_t)per_pass * c->seqlen));

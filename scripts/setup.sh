@@ -5,8 +5,8 @@
 set -euo pipefail
 
 build=(gcc g++ cmake ninja-build pkg-config libcjson-dev libxxhash-dev libssl-dev libzstd-dev libarchive-dev
-    libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev)
-use=(check libopenblas-dev make python3 scdoc)
+    libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev)
+use=(check make python3 scdoc)
 all=(clang-format git python3-numpy bsdutils zsh fish)
 
 packages=("${build[@]}" "${use[@]}")

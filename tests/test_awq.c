@@ -655,9 +655,10 @@ START_TEST(methods)
     static const struct {
         const char *method, *loss;
     } cases[] = {{"rtn", NULL},        {"rtn", "gram"}, {"rtn", "weights"}, {"lmdeploy", NULL},
-                 {"lmdeploy", "gram"}, {"awq", NULL},   {"awq", "blocks"},  {"awq", "module"}};
+                 {"lmdeploy", "gram"}, {"awq", NULL},   {"awq", "blocks"},  {"awq", "module"},
+                 {"gptq", NULL},       {"best", NULL}};
     search_summary s;
-    double gram_rtn = 0;
+    double gram_rtn = 0, awq = 0;
     err e;
     make_model(small(forms[_i]));
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -667,6 +668,10 @@ START_TEST(methods)
         if (strcmp(o.method, "rtn") == 0) ck_assert(s.after == s.before);
         if (strcmp(o.method, "awq") == 0)
             ck_assert_msg(s.after < s.before, "%s: %g -> %g", s.loss, s.before, s.after);
+        if (strcmp(o.method, "awq") == 0 && !o.loss) awq = s.after;
+        if (strcmp(o.method, "gptq") == 0) ck_assert(s.after < s.before);
+        if (strcmp(o.method, "best") == 0)
+            ck_assert_msg(s.after < awq, "best %g, awq %g", s.after, awq);
         if (i == 1) gram_rtn = s.before;
         if (i > 1 && strcmp(s.loss, "gram") == 0)
             ck_assert(s.before == gram_rtn); /* the same measure */
@@ -910,7 +915,7 @@ START_TEST(refusals)
     memory_plan p;
     err e;
     make_model(small(tiny_llama()));
-    search_opts o = options("best", NULL);
+    search_opts o = options("nonesuch", NULL);
     ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
     ck_assert_msg(strstr(e.msg, "method 'best': expected one of rtn, lmdeploy, awq") != NULL, "%s",
                   e.msg);

@@ -14,7 +14,8 @@ static struct {
 static const cli_option options[] = {
     {"calib", 0, CLI_STR, &opt.calib, "FILE", "what calib-collect wrote for this model"},
     {"method", 0, CLI_CHOICE, &opt.method, "NAME",
-     "how to choose factors and ranges: rtn, lmdeploy or awq [awq]", .choices = "rtn|lmdeploy|awq"},
+     "how to choose factors and ranges: rtn, lmdeploy, awq, gptq or best [awq]",
+     .choices = "rtn|lmdeploy|awq|gptq|best"},
     {"search-scale", 0, CLI_FLAG, &opt.search_scale, NULL, "the same as --method awq"},
     {"loss", 0, CLI_CHOICE, &opt.loss, "NAME",
      "what errors count by: gram (all of H), blocks (its diagonal blocks), module, weights [by "

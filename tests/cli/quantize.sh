@@ -96,7 +96,7 @@ same self self2
 check 'no output' 2 awq-search model --calib calib
 check 'no statistics' 2 awq-search model --method awq -o plan
 err_has "method 'awq' needs --calib"
-check 'unknown method' 2 awq-search model --calib calib --method best -o plan
+check 'unknown method' 2 awq-search model --calib calib --method nonesuch -o plan
 err_has "'--method'.*rtn"
 check 'unknown loss' 2 awq-search model --calib calib --loss l2 -o plan
 check 'a loss without a search' 2 awq-search model --calib calib --method rtn --loss module -o plan
