@@ -917,7 +917,7 @@ START_TEST(refusals)
     make_model(small(tiny_llama()));
     search_opts o = options("nonesuch", NULL);
     ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
-    ck_assert_msg(strstr(e.msg, "method 'best': expected one of rtn, lmdeploy, awq") != NULL, "%s",
+    ck_assert_msg(strstr(e.msg, "method 'nonesuch': expected one of rtn, lmdeploy, awq") != NULL, "%s",
                   e.msg);
     o = options("awq", NULL);
     o.calib_path = NULL;
