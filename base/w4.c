@@ -514,8 +514,8 @@ err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e)
     return OK;
 }
 
-void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0, int rows,
-                   int64_t n0, int cols)
+void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0,
+                   int rows, int64_t n0, int cols)
 {
     _Static_assert(W4_BLOCK_K == TILE_K && W4_BLOCK_N == TILE_N, "a block is a pivot tile");
     const tile_at at = {k0, n0, rows, cols};

@@ -42,8 +42,8 @@ w4_weight w4_inputs(const w4_weight *w, int64_t from, int64_t count);
  * nibble n%8. k0 and n0 are multiples of the block, cols of 8. Any on-disk layout; the reader of device
  * tilings. */
 enum { W4_BLOCK_K = 64, W4_BLOCK_N = 256 };
-void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0, int rows,
-                   int64_t n0, int cols);
+void w4_read_block(uint32_t out[W4_BLOCK_K][W4_BLOCK_N / 8], const w4_weight *w, int64_t k0,
+                   int rows, int64_t n0, int cols);
 f16 w4_scale(const w4_weight *w, int64_t n, int64_t group);
 float w4_zero(const w4_weight *w, int64_t n, int64_t group);
 /* One row n as f32 (no f16 rounding): out[k]. Any on-disk layout. */

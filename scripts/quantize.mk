@@ -7,7 +7,7 @@
 # second run does nothing, a killed one goes on where it was. A directory counts as made when its own
 # manifest.json is there, which the tools write last. Names must be free of spaces.
 #
-#   METHOD     rtn, lmdeploy or awq; rtn needs no calibration         [awq]
+#   METHOD     rtn, lmdeploy, awq, gptq or best; rtn needs no calibration [awq]
 #   DATA       calibration texts; without any the model writes its own
 #   DATASET    how the rows of DATA are joined: wikitext2 ptb c4 pileval
 #   SAMPLES    calibration windows                                    [128]
