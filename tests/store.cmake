@@ -17,3 +17,6 @@ add_test(NAME oracle_awq COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/cli/run.sh -b ${PRO
     ${CMAKE_CURRENT_SOURCE_DIR}/oracle_awq.sh)
 set_tests_properties(oracle_awq PROPERTIES LABELS e2e TIMEOUT 600 SKIP_RETURN_CODE 77
     ENVIRONMENT "TMF_SHARED=${TMF_SHARED_DIR}")
+add_test(NAME workspace_scores COMMAND ${CMAKE_CURRENT_SOURCE_DIR}/cli/run.sh -b ${PROJECT_BINARY_DIR}/tools
+    ${CMAKE_CURRENT_SOURCE_DIR}/workspace_scores.sh)
+set_tests_properties(workspace_scores PROPERTIES LABELS e2e TIMEOUT 600 SKIP_RETURN_CODE 77)
