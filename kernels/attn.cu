@@ -3,10 +3,7 @@
 #include "kernels/attn_prefill.cuh"
 #include "kernels/device_cuda.cuh"
 
-static bool fast_dim(int d)
-{
-    return d == 64 || d == 96 || d == 128 || d == 256;
-}
+static bool fast_dim(int d) { return d == 64 || d == 96 || d == 128 || d == 256; }
 
 bool attn_decodes(const batch_rows *rows, const kv_layer *kv)
 {
@@ -18,14 +15,16 @@ extern "C" {
 size_t attn_scratch_cuda(const device *d, const op_limits *lim)
 {
     const int sms = cuda_of(d)->sms;
-    const size_t parts = (size_t)lim->seqs * (size_t)lim->heads + 3 * (size_t)ATTN_MAX_WAVES * (size_t)sms;
+    const size_t parts = (size_t)lim->seqs * (size_t)lim->heads +
+                         3 * (size_t)ATTN_MAX_WAVES * (size_t)sms;
     return parts * 8 * (size_t)(lim->head_dim + 2) * sizeof(float);
 }
 
 } /* extern "C" */
 
-err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,
-                          int32_t window, const rope_call *rope, err *e)
+err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                          const batch_rows *rows, float scale, int32_t window,
+                          const rope_call *rope, err *e)
 {
     const cuda_state *s = cuda_of(d);
     const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
@@ -34,7 +33,8 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
     void *work;
     c.q = (const __half *)q->data, c.y = (__half *)y->data;
     c.data = (const uint8_t *)kv->data, c.param = (const __half2 *)kv->param;
-    c.table = (const int32_t *)rows->block_table.data, c.table_stride = (int32_t)rows->block_table.stride[0];
+    c.table = (const int32_t *)rows->block_table.data,
+    c.table_stride = (int32_t)rows->block_table.stride[0];
     c.kv_len = (const int32_t *)rows->kv_len.data, c.counters = s->counters;
     c.q_row = q->stride[0], c.q_head = q->stride[1], c.q_sub = q->stride[2], c.y_row = y->stride[0];
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
@@ -42,19 +42,21 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
     c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv, bits, s->sms);
     if ((int64_t)c.seqs * c.kv_heads * ((c.group + 7) / 8) > CUDA_COUNTERS) c.splits = 1;
     const size_t planes = cuda_planes_bytes(y->shape[1]) + 128; /* at the other end */
-    const size_t bytes = attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim, c.splits);
+    const size_t bytes = attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim,
+                                                c.splits);
     TRY(dev_scratch(d, &work, bytes + planes, "attn", e));
     c.work = (float *)work;
     if (kv->head_dim == 128) c.planes = cuda_planes_want(d, y->shape[0], y->shape[1]);
-    TRY(cuda_launched(d, "attn: decode", attn_decode(&c, kv->head_dim, bits, s->stream, s->sm >= 90), e));
+    TRY(cuda_launched(d, "attn: decode",
+                      attn_decode(&c, kv->head_dim, bits, s->stream, s->sm >= 90), e));
     cuda_planes_made(d, y, &c.planes);
     return OK;
 }
 
 extern "C" {
 
-err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows, float scale,
-                   int32_t window, err *e)
+err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                   const batch_rows *rows, float scale, int32_t window, err *e)
 {
     const cuda_state *s = cuda_of(d);
     const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
@@ -63,13 +65,15 @@ err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, co
     attn_prefill_call c = {};
     c.q = (const __half *)q->data, c.y = (__half *)y->data;
     c.data = (const uint8_t *)kv->data, c.param = (const __half2 *)kv->param;
-    c.table = (const int32_t *)rows->block_table.data, c.table_stride = (int32_t)rows->block_table.stride[0];
+    c.table = (const int32_t *)rows->block_table.data,
+    c.table_stride = (int32_t)rows->block_table.stride[0];
     c.pos = (const int32_t *)rows->pos.data, c.seq_start = (const int32_t *)rows->seq_start.data;
     c.q_row = q->stride[0], c.q_head = q->stride[1], c.q_sub = q->stride[2], c.y_row = y->stride[0];
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
     c.block_tokens = kv->block_tokens, c.window = window, c.max_q = rows->max_q, c.scale = scale;
     const cudaError_t rc = fast ? attn_prefill(&c, kv->head_dim, bits, s->stream, s->sm >= 90)
-                                : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream, s->sm >= 90);
+                                : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream,
+                                             s->sm >= 90);
     return cuda_launched(d, fast ? "attn: prefill" : "attn: plain", rc, e);
 }
 

@@ -1,15 +1,15 @@
 /* Split-KV decode attention straight from the 16, 8 and 4-bit cache.
  *
- * Scores are an mma with 16 tokens as rows and up to 8 query heads of one KV head as columns; outputs one
- * with 16 channels as rows, the same heads as columns, tokens as k. Codes become f16 integers in registers;
- * scale and zero of a token are factored out of both products:
+ * Scores are an mma with 16 tokens as rows and up to 8 query heads of one KV head as columns;
+ * outputs one with 16 channels as rows, the same heads as columns, tokens as k. Codes become f16
+ * integers in registers; scale and zero of a token are factored out of both products:
  *   q.k = s_k (q.k_int) + z_k sum(q),    sum p v = sum (p s_v) v_int + sum p z_v
- * so nothing is done per element but unpacking. Warps own disjoint tokens; warps, then splits, merge in a
- * fixed order, the splits in the block that arrives last. */
+ * so nothing is done per element but unpacking. Warps own disjoint tokens; warps, then splits,
+ * merge in a fixed order, the splits in the block that arrives last. */
 #include "kernels/attn_decode.cuh"
 
-#define NWARPS 4
-#define TILE 16
+#define NWARPS  4
+#define TILE    16
 #define P_SCALE 2048.f /* keeps p * s_v out of the f16 subnormals; undone at the end */
 
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t s)
@@ -69,28 +69,31 @@ template <int BYTES> __device__ __forceinline__ void load_vec(uint32_t *o, const
                      : "l"(p)
                      : "memory");
     } else if (BYTES == 8) {
-        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(o[0]), "=r"(o[1]) : "l"(p) : "memory");
+        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(o[0]), "=r"(o[1])
+                     : "l"(p)
+                     : "memory");
     } else
         asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(o[0]) : "l"(p) : "memory");
 }
 
 constexpr int pow2_part(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
 
-/* Which bytes of a token's row a lane reads, and which channels they are. K: lane t takes a quarter of the
- * row; V: lane g an eighth (of a padded row for head size 96 at 4 bit). */
+/* Which bytes of a token's row a lane reads, and which channels they are. K: lane t takes a
+ * quarter of the row; V: lane g an eighth (of a padded row for head size 96 at 4 bit). */
 template <int D, int BITS> struct geom {
     static constexpr int ROW = D * BITS / 8;
-    static constexpr int KV = pow2_part(ROW / 4);           /* bytes of one load */
-    static constexpr int KN = ROW / 4 / KV;                 /* loads of a row */
-    static constexpr int KW = ROW / 16;                     /* words of a row */
-    static constexpr int KD = KV * 8 / BITS;                /* channels of one load */
+    static constexpr int KV = pow2_part(ROW / 4); /* bytes of one load */
+    static constexpr int KN = ROW / 4 / KV;       /* loads of a row */
+    static constexpr int KW = ROW / 16;           /* words of a row */
+    static constexpr int KD = KV * 8 / BITS;      /* channels of one load */
     static constexpr int VV = ROW % 32 ? 4 : pow2_part(ROW / 8);
     static constexpr int VN = (ROW + 8 * VV - 1) / (8 * VV);
     static constexpr int VW = VN * VV / 4;
     static constexpr int VD = VV * 8 / BITS;
-    static constexpr int F = VN * VD;                       /* channels a lane g holds */
+    static constexpr int F = VN * VD; /* channels a lane g holds */
     static constexpr int STEPS = D / 16;
-    static constexpr int PART = 8 * (D + 2);                /* floats a split leaves: out[8][D], max, sum */
+    static constexpr int PART = 8 * (D + 2); /* floats a split leaves: out[8][D], max, sum */
 };
 
 template <int D, int BITS> struct tile_regs {
@@ -100,8 +103,8 @@ template <int D, int BITS> struct tile_regs {
 };
 
 template <int D, int BITS>
-__device__ __forceinline__ void load_tile(tile_regs<D, BITS> *r, const attn_decode_call &c, int32_t block,
-                                          int head, int first, int g, int t)
+__device__ __forceinline__ void load_tile(tile_regs<D, BITS> *r, const attn_decode_call &c,
+                                          int32_t block, int head, int first, int g, int t)
 {
     typedef geom<D, BITS> G;
     const size_t region = ((size_t)block * c.kv_heads + head) * 2 * c.block_tokens;
@@ -111,7 +114,8 @@ __device__ __forceinline__ void load_tile(tile_regs<D, BITS> *r, const attn_deco
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int n = 0; n < G::KN; n++)
-            load_vec<G::KV>(&r->k[i][n * G::KV / 4], kb + (g + 8 * i) * G::ROW + (n * 4 + t) * G::KV);
+            load_vec<G::KV>(&r->k[i][n * G::KV / 4],
+                            kb + (g + 8 * i) * G::ROW + (n * 4 + t) * G::KV);
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -132,7 +136,8 @@ __device__ __forceinline__ void load_tile(tile_regs<D, BITS> *r, const attn_deco
         }
 }
 
-/* Scores of 16 tokens for heads 2t, 2t + 1: s[0..1] token g, s[2..3] token g + 8; before scale and zero. */
+/* Scores of 16 tokens for heads 2t, 2t + 1: s[0..1] token g, s[2..3] token g + 8; before scale and
+ * zero. */
 template <int D, int BITS>
 __device__ __forceinline__ void tile_scores(float s[4], const tile_regs<D, BITS> &r,
                                             const uint32_t q[D / 16][2])
@@ -186,15 +191,20 @@ __device__ __forceinline__ void tile_values(float (*o)[4], const tile_regs<D, BI
                 mma_16816(o[w * 4 + i], a, b0, b1);
             }
         } else if (BITS == 8) {
-            const uint32_t x0 = prmt(r.v[0][w], r.v[1][w], 0x5140), x1 = prmt(r.v[0][w], r.v[1][w], 0x7362);
-            const uint32_t y0 = prmt(r.v[2][w], r.v[3][w], 0x5140), y1 = prmt(r.v[2][w], r.v[3][w], 0x7362);
-            const uint32_t a[4] = {bytes_h2(x0), bytes_h2_high(x0), bytes_h2(y0), bytes_h2_high(y0)};
-            const uint32_t b[4] = {bytes_h2(x1), bytes_h2_high(x1), bytes_h2(y1), bytes_h2_high(y1)};
+            const uint32_t x0 = prmt(r.v[0][w], r.v[1][w], 0x5140),
+                           x1 = prmt(r.v[0][w], r.v[1][w], 0x7362);
+            const uint32_t y0 = prmt(r.v[2][w], r.v[3][w], 0x5140),
+                           y1 = prmt(r.v[2][w], r.v[3][w], 0x7362);
+            const uint32_t a[4] = {bytes_h2(x0), bytes_h2_high(x0), bytes_h2(y0),
+                                   bytes_h2_high(y0)};
+            const uint32_t b[4] = {bytes_h2(x1), bytes_h2_high(x1), bytes_h2(y1),
+                                   bytes_h2_high(y1)};
             mma_16816(o[w * 2], a, b0, b1);
             mma_16816(o[w * 2 + 1], b, b0, b1);
         } else {
-            const uint32_t a[4] = {prmt(r.v[0][w], r.v[1][w], 0x5410), prmt(r.v[0][w], r.v[1][w], 0x7632),
-                                   prmt(r.v[2][w], r.v[3][w], 0x5410), prmt(r.v[2][w], r.v[3][w], 0x7632)};
+            const uint32_t a[4] = {
+                prmt(r.v[0][w], r.v[1][w], 0x5410), prmt(r.v[0][w], r.v[1][w], 0x7632),
+                prmt(r.v[2][w], r.v[3][w], 0x5410), prmt(r.v[2][w], r.v[3][w], 0x7632)};
             mma_16816(o[w], a, b0, b1);
         }
     }
@@ -208,8 +218,8 @@ template <int D, int BITS> struct softmax_state {
 
 template <int D, int BITS, int U>
 __device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
-                                        const uint32_t q[D / 16][2], const float sumq[2], float scale_log2,
-                                        int pos, int from, int to, int g)
+                                        const uint32_t q[D / 16][2], const float sumq[2],
+                                        float scale_log2, int pos, int from, int to, int g)
 {
     float s[U][4], top[2] = {st->max[0], st->max[1]};
 #pragma unroll
@@ -273,25 +283,28 @@ __device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_r
 template <int D, int BITS> __device__ __forceinline__ int channel_of(int i, int odd, int g)
 {
     typedef geom<D, BITS> G;
-    /* tile i of a word holds, by BITS: 4: channels 2i, 2i + 1; 8: pairs; 16: the pair of the word */
+    /* tile i of a word holds, by BITS: 4: channels 2i, 2i + 1; 8: pairs; 16: the pair of the word
+     * */
     const int f = 2 * i + odd;
     return (f / G::VD * 8 + g) * G::VD + f % G::VD;
 }
 
-/* Outputs of a block's heads: thread i holds (head i / D, channel i % D) of each NWARPS * 32. With planes a head is a
- * unit of the product behind, which a warp makes of it. */
+/* Outputs of a block's heads: thread i holds (head i / D, channel i % D) of each NWARPS * 32. With
+ * planes a head is a unit of the product behind, which a warp makes of it. */
 template <int D> struct out_rows {
     float v[8][D]; /* as f16 rounds them */
 };
 template <int D>
-__device__ void store_out(const attn_decode_call &c, out_rows<D> *rows, int seq, int head, int hg, int h, int d, float o)
+__device__ void store_out(const attn_decode_call &c, out_rows<D> *rows, int seq, int head, int hg,
+                          int h, int d, float o)
 {
     const __half r = __float2half_rn(o);
     c.y[seq * c.y_row + ((size_t)head * c.group + hg * 8 + h) * D + d] = r;
     if (D == 128 && c.planes.planes) rows->v[h][d] = __half2float(r);
 }
 template <int D>
-__device__ void store_out_planes(const attn_decode_call &c, const out_rows<D> *rows, int seq, int head, int hg, int heads)
+__device__ void store_out_planes(const attn_decode_call &c, const out_rows<D> *rows, int seq,
+                                 int head, int hg, int heads)
 {
     if (D != 128 || !c.planes.planes) return;
     const int lane = threadIdx.x & 31;
@@ -303,11 +316,11 @@ __device__ void store_out_planes(const attn_decode_call &c, const out_rows<D> *r
     }
 }
 
-/* The last block adds up the splits, in their order: first how much each counts, then the channels, whose
- * loads do not wait for each other. */
+/* The last block adds up the splits, in their order: first how much each counts, then the
+ * channels, whose loads do not wait for each other. */
 template <int D>
-__device__ void merge_splits(const attn_decode_call &c, const float *all, out_rows<D> *rows, int seq, int head, int hg,
-                             int heads)
+__device__ void merge_splits(const attn_decode_call &c, const float *all, out_rows<D> *rows,
+                             int seq, int head, int hg, int heads)
 {
     constexpr int PART = geom<D, 16>::PART;
     __shared__ float weight[8][ATTN_MAX_SPLITS], norm[8];
@@ -336,7 +349,8 @@ __device__ void merge_splits(const attn_decode_call &c, const float *all, out_ro
         const int h = i / D, d = i % D;
         float o = 0.f;
 #pragma unroll 8
-        for (int s = 0; s < c.splits; s++) o += weight[h][s] * __ldcg(all + (size_t)s * PART + h * (D + 2) + d);
+        for (int s = 0; s < c.splits; s++)
+            o += weight[h][s] * __ldcg(all + (size_t)s * PART + h * (D + 2) + d);
         store_out<D>(c, rows, seq, head, hg, h, d, o * norm[h]);
     }
     store_out_planes<D>(c, rows, seq, head, hg, heads);
@@ -352,7 +366,8 @@ __device__ void newest_angles(float (*cs)[128], const rope_call &r, int pos)
     }
 }
 
-__device__ __forceinline__ float turned(const __half *x, int c, const rope_call &r, const float (*cs)[128])
+__device__ __forceinline__ float turned(const __half *x, int c, const rope_call &r,
+                                        const float (*cs)[128])
 {
     const float v = __half2float(x[c]);
     if (c >= r.dims) return v;
@@ -362,10 +377,12 @@ __device__ __forceinline__ float turned(const __half *x, int c, const rope_call 
     return first ? v * cs[0][j] - o * cs[1][j] : v * cs[0][j] + o * cs[1][j];
 }
 
-/* Rotates the block's query heads into `q`, and where the block reads the newest token, puts that into the cache. */
+/* Rotates the block's query heads into `q`, and where the block reads the newest token, puts that
+ * into the cache. */
 template <int D>
-__device__ void enter_newest(const attn_decode_call &c, __half (*q)[D], float (*kv)[D], const float (*cs)[128], int seq,
-                             int head, int hg, int heads, int pos, int32_t block, bool append)
+__device__ void enter_newest(const attn_decode_call &c, __half (*q)[D], float (*kv)[D],
+                             const float (*cs)[128], int seq, int head, int hg, int heads, int pos,
+                             int32_t block, bool append)
 {
     const rope_call &r = c.rope;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -374,11 +391,14 @@ __device__ void enter_newest(const attn_decode_call &c, __half (*q)[D], float (*
         q[i / D][i % D] = __float2half_rn(turned(x, i % D, r, cs));
     }
     if (append && warp < 2) {
-        const __half *x = warp ? r.v + seq * r.v_row + head * r.v_head : r.k + seq * r.k_row + head * r.k_head;
-        for (int i = lane; i < D; i += 32) kv[warp][i] = warp ? __half2float(x[i]) : turned(x, i, r, cs);
+        const __half *x = warp ? r.v + seq * r.v_row + head * r.v_head
+                               : r.k + seq * r.k_row + head * r.k_head;
+        for (int i = lane; i < D; i += 32)
+            kv[warp][i] = warp ? __half2float(x[i]) : turned(x, i, r, cs);
         __syncwarp();
         store_vector(r, kv[warp],
-                     ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens + warp * r.block_tokens + pos % r.block_tokens,
+                     ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens +
+                         warp * r.block_tokens + pos % r.block_tokens,
                      lane);
     }
     __syncthreads();
@@ -416,8 +436,8 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     pdl_wait();
     if (c.fused) {
         /* `merged` is free until the end */
-        enter_newest<D>(c, turned_q, (float (*)[D]) &merged[0][0][0], angles, seq, head, hg, min(8, c.group - hg * 8),
-                        len - 1, newest, split == c.splits - 1);
+        enter_newest<D>(c, turned_q, (float(*)[D]) & merged[0][0][0], angles, seq, head, hg,
+                        min(8, c.group - hg * 8), len - 1, newest, split == c.splits - 1);
         qr = turned_q[r < c.group ? g : 0];
     }
 #pragma unroll
@@ -444,7 +464,8 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     if (tile < hi)
 #pragma unroll
         for (int u = 0; u < U; u++)
-            load_tile<D, BITS>(&cur[u], c, table[tile / per_block], head, (tile % per_block * U + u) * TILE, g, t);
+            load_tile<D, BITS>(&cur[u], c, table[tile / per_block], head,
+                               (tile % per_block * U + u) * TILE, g, t);
     for (; tile < hi; tile += NWARPS) {
         const int n = tile + NWARPS;
         if (n < hi) {
@@ -520,14 +541,16 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits)
 {
-    return (size_t)seqs * kv_heads * ((group + 7) / 8) * splits * 8 * (head_dim + 2) * sizeof(float);
+    return (size_t)seqs * kv_heads * ((group + 7) / 8) * splits * 8 * (head_dim + 2) *
+           sizeof(float);
 }
 
-/* Blocks run in waves of as many as fit; a wave lasts as long as its tokens and a start that costs about as
- * much as 96 of them. */
+/* Blocks run in waves of as many as fit; a wave lasts as long as its tokens and a start that costs
+ * about as much as 96 of them. */
 int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int bits, int sms)
 {
-    const int64_t units = (int64_t)seqs * kv_heads * ((group + 7) / 8), slots = (int64_t)sms * (bits == 16 ? 2 : 3);
+    const int64_t units = (int64_t)seqs * kv_heads * ((group + 7) / 8),
+                  slots = (int64_t)sms * (bits == 16 ? 2 : 3);
     int best = 1;
     int64_t least = INT64_MAX;
     for (int s = 1; s <= ATTN_MAX_SPLITS; s++) {
@@ -543,7 +566,8 @@ static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool p
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    cfg.gridDim = dim3((unsigned)c->splits, (unsigned)(c->kv_heads * ((c->group + 7) / 8)), (unsigned)c->seqs);
+    cfg.gridDim = dim3((unsigned)c->splits, (unsigned)(c->kv_heads * ((c->group + 7) / 8)),
+                       (unsigned)c->seqs);
     cfg.blockDim = dim3(NWARPS * 32);
     cfg.stream = stream;
     cfg.attrs = attr;
@@ -555,13 +579,14 @@ static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool p
     return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U>, *c);
 }
 
-cudaError_t attn_decode(const attn_decode_call *c, int head_dim, int bits, cudaStream_t stream, bool pdl)
+cudaError_t attn_decode(const attn_decode_call *c, int head_dim, int bits, cudaStream_t stream,
+                        bool pdl)
 {
-#define CASE(D)                                                                                    \
-    if (head_dim == D)                                                                             \
-        return bits == 16  ? launch<D, 16, 1>(c, stream, pdl)                                      \
-               : bits == 8 ? launch<D, 8, 1>(c, stream, pdl)                                       \
-                           : launch<D, 4, 2>(c, stream, pdl)
+#define CASE(D)                                           \
+    if (head_dim == D)                                    \
+    return bits == 16  ? launch<D, 16, 1>(c, stream, pdl) \
+           : bits == 8 ? launch<D, 8, 1>(c, stream, pdl)  \
+                       : launch<D, 4, 2>(c, stream, pdl)
     CASE(64);
     CASE(96);
     CASE(128);

@@ -1,7 +1,8 @@
-/* Flash-style attention for prefill: blocks of 64 query rows of one head walk the cache in tiles of 32 or 64 tokens.
- * A tile lies in shared memory as f16, whatever the cache's format; 16-bit tiles come by asynchronous copies while
- * the tile before is worked on. Both products run on tensor cores with an online softmax in registers; only tiles
- * that cross the diagonal or the window's edge are masked. */
+/* Flash-style attention for prefill: blocks of 64 query rows of one head walk the cache in tiles
+ * of 32 or 64 tokens. A tile lies in shared memory as f16, whatever the cache's format; 16-bit
+ * tiles come by asynchronous copies while the tile before is worked on. Both products run on
+ * tensor cores with an online softmax in registers; only tiles that cross the diagonal or the
+ * window's edge are masked. */
 #include "kernels/attn_prefill.cuh"
 
 #define ROWS  64
@@ -22,7 +23,8 @@ __device__ __forceinline__ float exp2_fast(float x)
 __device__ __forceinline__ void copy16(void *dst, const void *src)
 {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(dst)), "l"(src) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(dst)), "l"(src)
+                 : "memory");
 #else
     *(uint4 *)dst = *(const uint4 *)src;
 #endif
@@ -71,15 +73,17 @@ template <int BITS> __device__ __forceinline__ uint4 load8(const uint8_t *row, i
         const uint32_t w = *(const uint32_t *)(row + i * 4);
 #pragma unroll
         for (int j = 0; j < 4; j++) /* nibble j: channel 2j, nibble j + 4: channel 2j + 1 */
-            h[j] = __floats2half2_rn((float)(w >> (4 * j) & 15u) * s + z, (float)(w >> (4 * j + 16) & 15u) * s + z);
+            h[j] = __floats2half2_rn((float)(w >> (4 * j) & 15u) * s + z,
+                                     (float)(w >> (4 * j + 16) & 15u) * s + z);
     }
     return o;
 }
 
-/* Tokens at.. of one head; a tile of 64 may lie in two blocks of the cache. `last`: last token anybody sees. */
+/* Tokens at.. of one head; a tile of 64 may lie in two blocks of the cache. `last`: last token
+ * anybody sees. */
 template <int D, int BITS>
-__device__ __forceinline__ void load_tile(kv_tile<D> *tile, const attn_prefill_call &c, const int32_t *table, int head,
-                                          int at, int last)
+__device__ __forceinline__ void load_tile(kv_tile<D> *tile, const attn_prefill_call &c,
+                                          const int32_t *table, int head, int at, int last)
 {
     constexpr int ROW = D * BITS / 8, TOK = TILE_TOKENS(D);
     const int second = min(at + 32, last);
@@ -88,7 +92,8 @@ __device__ __forceinline__ void load_tile(kv_tile<D> *tile, const attn_prefill_c
     for (int i = threadIdx.x; i < 2 * TOK * (D / 8); i += WARPS * 32) {
         const int w = i % (D / 8), tok = i / (D / 8) % TOK, part = i / (D / 8) / TOK;
         const int32_t block = blocks[tok >> 5];
-        const size_t slot = (((size_t)block * c.kv_heads + head) * 2 + part) * c.block_tokens + (at + tok) % c.block_tokens;
+        const size_t slot = (((size_t)block * c.kv_heads + head) * 2 + part) * c.block_tokens +
+                            (at + tok) % c.block_tokens;
         __half *dst = part ? &tile->v[tok][w * 8] : &tile->k[tok][w * 8];
         if (BITS == 16)
             copy16(dst, c.data + slot * ROW + w * 16);
@@ -104,8 +109,9 @@ template <int D> struct row_state {
 
 /* One tile: rows p0 and p0 + 8 of this lane see tokens up to themselves. */
 template <int D>
-__device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> &tile, const uint32_t (*q)[4],
-                                             float scale, int at, int p0, int window, bool masked, int lane)
+__device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> &tile,
+                                             const uint32_t (*q)[4], float scale, int at, int p0,
+                                             int window, bool masked, int lane)
 {
     constexpr int TOK = TILE_TOKENS(D);
     const int t = lane & 3;
@@ -115,7 +121,8 @@ __device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> 
 #pragma unroll
         for (int n = 0; n < TOK / 16; n++) {
             uint32_t b[4]; /* tokens 16n..+7 k low, high; tokens 16n+8.. k low, high */
-            ldmatrix4(b, &tile.k[n * 16 + (lane >> 4) * 8 + (lane & 7)][i * 16 + (lane >> 3 & 1) * 8]);
+            ldmatrix4(b,
+                      &tile.k[n * 16 + (lane >> 4) * 8 + (lane & 7)][i * 16 + (lane >> 3 & 1) * 8]);
             mma_16816(s[2 * n], q[i], b[0], b[1]);
             mma_16816(s[2 * n + 1], q[i], b[2], b[3]);
         }
@@ -151,13 +158,15 @@ __device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> 
         }
 #pragma unroll
     for (int n = 0; n < TOK / 16; n++) {
-        const __half2 a[4] = {__floats2half2_rn(s[2 * n][0], s[2 * n][1]), __floats2half2_rn(s[2 * n][2], s[2 * n][3]),
+        const __half2 a[4] = {__floats2half2_rn(s[2 * n][0], s[2 * n][1]),
+                              __floats2half2_rn(s[2 * n][2], s[2 * n][3]),
                               __floats2half2_rn(s[2 * n + 1][0], s[2 * n + 1][1]),
                               __floats2half2_rn(s[2 * n + 1][2], s[2 * n + 1][3])};
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             uint32_t b[4]; /* channels 16i..+7: tokens low, high; channels 16i+8.. */
-            ldmatrix4_trans(b, &tile.v[n * 16 + (lane >> 3 & 1) * 8 + (lane & 7)][i * 16 + (lane >> 4) * 8]);
+            ldmatrix4_trans(
+                b, &tile.v[n * 16 + (lane >> 3 & 1) * 8 + (lane & 7)][i * 16 + (lane >> 4) * 8]);
             mma_16816(st->o[2 * i], (const uint32_t *)a, b[0], b[1]);
             mma_16816(st->o[2 * i + 1], (const uint32_t *)a, b[2], b[3]);
         }
@@ -165,7 +174,8 @@ __device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> 
 }
 
 template <int D, int BITS>
-__global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3) attn_prefill_kernel(attn_prefill_call c)
+__global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3)
+    attn_prefill_kernel(attn_prefill_call c)
 {
     constexpr int TOK = TILE_TOKENS(D);
     extern __shared__ __align__(16) uint8_t raw[];
@@ -187,7 +197,8 @@ __global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3) attn_prefill_kern
     /* Q fragments of this warp's 16 rows; rows past the end repeat the last. */
     uint32_t q[D / 16][4];
     {
-        const int r0 = min(row0 + warp * 16 + g, rows - 1), r1 = min(row0 + warp * 16 + g + 8, rows - 1);
+        const int r0 = min(row0 + warp * 16 + g, rows - 1),
+                  r1 = min(row0 + warp * 16 + g + 8, rows - 1);
         const __half *q0 = c.q + (int64_t)(first + r0) * c.q_row + head * c.q_head + sub * c.q_sub;
         const __half *q1 = c.q + (int64_t)(first + r1) * c.q_row + head * c.q_head + sub * c.q_sub;
 #pragma unroll
@@ -224,12 +235,14 @@ __global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3) attn_prefill_kern
         const float inv = 1.f / sum;
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
-            *(__half2 *)(y + i * 8 + 2 * t) = __floats2half2_rn(st.o[i][2 * h] * inv, st.o[i][2 * h + 1] * inv);
+            *(__half2 *)(y + i * 8 + 2 * t) = __floats2half2_rn(st.o[i][2 * h] * inv,
+                                                                st.o[i][2 * h + 1] * inv);
     }
 }
 
 /* One channel of a cached token. */
-__device__ __forceinline__ float cached(const attn_prefill_call &c, size_t slot, int ch, int dim, int bits)
+__device__ __forceinline__ float cached(const attn_prefill_call &c, size_t slot, int ch, int dim,
+                                        int bits)
 {
     const uint8_t *row = c.data + slot * (size_t)(dim * bits / 8);
     if (bits == 16) return __half2float(((const __half *)row)[ch]);
@@ -258,7 +271,8 @@ __global__ void attn_plain_kernel(attn_prefill_call c, int dim, int bits, int ro
     for (int j = 0; j < 8; j++) qv[j] = lane + 32 * j < dim ? __half2float(q[lane + 32 * j]) : 0.f;
     for (int tok = from; tok <= pos; tok++) {
         const int32_t block = c.table[(int64_t)seq * c.table_stride + tok / c.block_tokens];
-        const size_t slot = ((size_t)block * c.kv_heads + head) * 2 * c.block_tokens + tok % c.block_tokens;
+        const size_t slot = ((size_t)block * c.kv_heads + head) * 2 * c.block_tokens +
+                            tok % c.block_tokens;
         float s = 0.f;
         for (int j = 0; j < 8; j++)
             if (lane + 32 * j < dim) s += qv[j] * cached(c, slot, lane + 32 * j, dim, bits);
@@ -273,15 +287,18 @@ __global__ void attn_plain_kernel(attn_prefill_call c, int dim, int bits, int ro
     }
     for (int j = 0; j < 8; j++)
         if (lane + 32 * j < dim)
-            c.y[(int64_t)row * c.y_row + (int64_t)h * dim + lane + 32 * j] = __float2half_rn(o[j] / sum);
+            c.y[(int64_t)row * c.y_row + (int64_t)h * dim + lane + 32 * j] = __float2half_rn(o[j] /
+                                                                                             sum);
 }
 
 template <typename K, typename... A>
-static cudaError_t run(K kernel, dim3 grid, int threads, int smem, cudaStream_t stream, bool pdl, A... args)
+static cudaError_t run(K kernel, dim3 grid, int threads, int smem, cudaStream_t stream, bool pdl,
+                       A... args)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    const cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    const cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                smem);
     if (rc != cudaSuccess) return rc;
     cfg.dynamicSmemBytes = (size_t)smem;
     cfg.gridDim = grid;
@@ -294,12 +311,15 @@ static cudaError_t run(K kernel, dim3 grid, int threads, int smem, cudaStream_t 
     return cudaLaunchKernelEx(&cfg, kernel, args...);
 }
 
-cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream, bool pdl)
+cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream,
+                         bool pdl)
 {
-    const dim3 grid((unsigned)((c->max_q + ROWS - 1) / ROWS), (unsigned)(c->kv_heads * c->group), (unsigned)c->seqs);
-#define RUN(D, BITS)                                                                               \
-    run(attn_prefill_kernel<D, BITS>, grid, WARPS * 32, 2 * (int)sizeof(kv_tile<D>), stream, pdl, *c)
-#define CASE(D)                                                                                    \
+    const dim3 grid((unsigned)((c->max_q + ROWS - 1) / ROWS), (unsigned)(c->kv_heads * c->group),
+                    (unsigned)c->seqs);
+#define RUN(D, BITS)                                                                              \
+    run(attn_prefill_kernel<D, BITS>, grid, WARPS * 32, 2 * (int)sizeof(kv_tile<D>), stream, pdl, \
+        *c)
+#define CASE(D) \
     if (head_dim == D) return bits == 16 ? RUN(D, 16) : bits == 8 ? RUN(D, 8) : RUN(D, 4)
     CASE(64);
     CASE(96);
@@ -310,8 +330,10 @@ cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cud
     return cudaErrorInvalidValue;
 }
 
-cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows, cudaStream_t stream, bool pdl)
+cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows,
+                       cudaStream_t stream, bool pdl)
 {
     const int64_t warps = (int64_t)rows * c->kv_heads * c->group;
-    return run(attn_plain_kernel, dim3((unsigned)((warps + 3) / 4)), 128, 0, stream, pdl, *c, head_dim, bits, rows);
+    return run(attn_plain_kernel, dim3((unsigned)((warps + 3) / 4)), 128, 0, stream, pdl, *c,
+               head_dim, bits, rows);
 }

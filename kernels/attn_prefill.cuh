@@ -5,9 +5,9 @@
 #include "kernels/cuda_util.cuh"
 
 typedef struct {
-    const __half *q;        /* row i: [kv_heads, group, D] at q + i*q_row + h*q_head + r*q_sub */
-    __half *y;              /* [rows, kv_heads*group*D], row stride y_row */
-    const uint8_t *data;    /* [blocks][kv_heads][K,V][block_tokens][token bytes] */
+    const __half *q;     /* row i: [kv_heads, group, D] at q + i*q_row + h*q_head + r*q_sub */
+    __half *y;           /* [rows, kv_heads*group*D], row stride y_row */
+    const uint8_t *data; /* [blocks][kv_heads][K,V][block_tokens][token bytes] */
     const __half2 *param;
     const int32_t *table, *pos, *seq_start;
     int64_t q_row, q_head, q_sub, y_row;
@@ -16,8 +16,10 @@ typedef struct {
 } attn_prefill_call;
 
 /* head_dim 64, 96, 128, 256; bits 16, 8, 4; block_tokens a multiple of 32. */
-cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream, bool pdl);
+cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream,
+                         bool pdl);
 /* Any head size up to 256 that is a multiple of 8, any rows: one warp a row and head. Slow. */
-cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows, cudaStream_t stream, bool pdl);
+cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows,
+                       cudaStream_t stream, bool pdl);
 
 #endif

@@ -1,5 +1,5 @@
-/* Shared by the .cu files only: checked calls, launches with programmatic dependency, warp helpers and
- * the few PTX wrappers that more than one kernel uses. */
+/* Shared by the .cu files only: checked calls, launches with programmatic dependency, warp helpers
+ * and the few PTX wrappers that more than one kernel uses. */
 #ifndef TMF_KERNELS_CUDA_UTIL_CUH
 #define TMF_KERNELS_CUDA_UTIL_CUH
 
@@ -12,18 +12,18 @@ extern "C" {
 }
 
 /* Clears the sticky error so that the next call reports its own. */
-#define CUDA_TRY(call, e)                                                                          \
-    do {                                                                                           \
-        cudaError_t cuda_rc_ = (call);                                                             \
-        if (cuda_rc_ != cudaSuccess) {                                                             \
-            cudaGetLastError();                                                                    \
-            return err_set((e), cuda_rc_ == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE,        \
-                           "%s: %s", #call, cudaGetErrorString(cuda_rc_));                         \
-        }                                                                                          \
+#define CUDA_TRY(call, e)                                                                   \
+    do {                                                                                    \
+        cudaError_t cuda_rc_ = (call);                                                      \
+        if (cuda_rc_ != cudaSuccess) {                                                      \
+            cudaGetLastError();                                                             \
+            return err_set((e), cuda_rc_ == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE, \
+                           "%s: %s", #call, cudaGetErrorString(cuda_rc_));                  \
+        }                                                                                   \
     } while (0)
 
-/* Waits for the kernels this launch depends on (programmatic dependent launch); what precedes it may only
- * read memory that no earlier kernel of the stream writes: weights. */
+/* Waits for the kernels this launch depends on (programmatic dependent launch); what precedes it
+ * may only read memory that no earlier kernel of the stream writes: weights. */
 __device__ __forceinline__ void pdl_wait()
 {
 #if __CUDA_ARCH__ >= 900
@@ -39,7 +39,8 @@ __device__ __forceinline__ void pdl_launch()
 #endif
 }
 
-/* d += a * b for one 16x8 tile: a 16x16 row major (weights), b 16x8 column major, f16 in, f32 out. */
+/* d += a * b for one 16x8 tile: a 16x16 row major (weights), b 16x8 column major, f16 in, f32 out.
+ * */
 __device__ __forceinline__ void mma_16816(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
 #if __CUDA_ARCH__ >= 800
@@ -77,7 +78,8 @@ __device__ __forceinline__ uint32_t smem_addr(const void *p)
 }
 __device__ __forceinline__ void mbar_init(uint64_t *bar, int arrivals)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(arrivals)
+                 : "memory");
 }
 __device__ __forceinline__ void mbar_arrive(uint64_t *bar)
 {
@@ -98,16 +100,19 @@ __device__ __forceinline__ void mbar_wait(uint64_t *bar, uint32_t parity)
                  : "memory");
 #endif
 }
-/* Announces `bytes` on the barrier and starts the copy; both addresses and bytes multiples of 16. */
+/* Announces `bytes` on the barrier and starts the copy; both addresses and bytes multiples of 16.
+ * */
 __device__ __forceinline__ void bulk_load(void *dst, const void *src, uint32_t bytes, uint64_t *bar)
 {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(bar)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_addr(bar)),
+                 "r"(bytes)
                  : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     smem_addr(dst)),
-                 "l"(src), "r"(bytes), "r"(smem_addr(bar))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(smem_addr(dst)),
+        "l"(src), "r"(bytes), "r"(smem_addr(bar))
+        : "memory");
 #endif
 }
 

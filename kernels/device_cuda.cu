@@ -5,15 +5,9 @@
 
 #include "kernels/device_cuda.cuh"
 
-static cuda_state *state(const device *d)
-{
-    return (cuda_state *)d->backend_data;
-}
+static cuda_state *state(const device *d) { return (cuda_state *)d->backend_data; }
 
-cudaStream_t dev_stream(const device *d)
-{
-    return state(d)->stream;
-}
+cudaStream_t dev_stream(const device *d) { return state(d)->stream; }
 
 extern "C" {
 
@@ -25,8 +19,8 @@ static err_code cuda_alloc(void **out, device *d, size_t bytes, const char *what
     if (rc != cudaSuccess) {
         cudaGetLastError();
         *out = NULL;
-        return err_set(e, rc == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE, "%s: %zu bytes on %s: %s",
-                       what, bytes, d->name, cudaGetErrorString(rc));
+        return err_set(e, rc == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE,
+                       "%s: %zu bytes on %s: %s", what, bytes, d->name, cudaGetErrorString(rc));
     }
     CUDA_TRY(cudaMemsetAsync(*out, 0, bytes, state(d)->stream), e);
     return OK;
@@ -42,7 +36,9 @@ static err_code cuda_copy(device *d, tensor *dst, const tensor *src, err *e)
 {
     if (!tensor_count(dst)) return OK;
     state(d)->planes.x = NULL;
-    CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault, state(d)->stream), e);
+    CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault,
+                             state(d)->stream),
+             e);
     return OK;
 }
 
@@ -51,7 +47,8 @@ static err_code cuda_sync(device *d, err *e)
     const cudaError_t rc = cudaStreamSynchronize(state(d)->stream);
     if (rc == cudaSuccess) return OK;
     cudaGetLastError();
-    return err_set(e, E_DEVICE, "%s: after %s: %s", d->name, state(d)->last_op, cudaGetErrorString(rc));
+    return err_set(e, E_DEVICE, "%s: after %s: %s", d->name, state(d)->last_op,
+                   cudaGetErrorString(rc));
 }
 
 static err_code cuda_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e)
@@ -139,16 +136,17 @@ static void cuda_record_free(device *d, void *graph)
     cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
-static const dev_backend cuda_backend = {cuda_alloc,        cuda_release,    cuda_copy,       cuda_sync,
-                                         cuda_memory,       cuda_upload,     cuda_close,      cuda_record_begin,
-                                         cuda_record_end,   cuda_record_run, cuda_record_free};
+static const dev_backend cuda_backend = {
+    cuda_alloc, cuda_release,      cuda_copy,       cuda_sync,       cuda_memory,     cuda_upload,
+    cuda_close, cuda_record_begin, cuda_record_end, cuda_record_run, cuda_record_free};
 
 static err_code open_handles(device *d, cuda_state *s, err *e)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
     CUDA_TRY(cudaMalloc((void **)&s->counters, CUDA_COUNTERS * sizeof(int32_t)), e);
     CUDA_TRY(cudaMemsetAsync(s->counters, 0, CUDA_COUNTERS * sizeof(int32_t), s->stream), e);
-    if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS || cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
+    if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS ||
+        cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
         return err_set(e, E_DEVICE, "%s: cublasCreate failed", d->name);
     /* A workspace of our own: recorded work may not allocate, and its bytes are counted. */
     CUDA_TRY(cudaMalloc(&s->blas_work, CUDA_BLAS_BYTES), e);
@@ -172,7 +170,8 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     CUDA_TRY(cudaGetDeviceProperties(&p, o->index), e);
     const int sm = p.major * 10 + p.minor;
     snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
-    if (sm < 75) return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
+    if (sm < 75)
+        return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
     d->backend = &cuda_backend;
     d->mem = MEM_CUDA;
     d->act = DT_F16;

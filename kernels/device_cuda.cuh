@@ -12,10 +12,11 @@ extern "C" {
 #include "kernels/device_internal.h"
 }
 
-#define CUDA_COUNTERS   (1 << 16)        /* arrival counters of split attention */
+#define CUDA_COUNTERS   (1 << 16) /* arrival counters of split attention */
 #define CUDA_BLAS_BYTES ((size_t)32 << 20)
 
-/* The planes that lie at the end of the scratch: of these activations, until any op but a product is queued. */
+/* The planes that lie at the end of the scratch: of these activations, until any op but a product
+ * is queued. */
 typedef struct {
     const void *x;
     int64_t m, k, ld;
@@ -33,10 +34,7 @@ typedef struct {
     int sm, sms;
 } cuda_state;
 
-static inline cuda_state *cuda_of(const device *d)
-{
-    return (cuda_state *)d->backend_data;
-}
+static inline cuda_state *cuda_of(const device *d) { return (cuda_state *)d->backend_data; }
 
 /* After every launch: what the launch itself reports. */
 static inline err_code cuda_launched(device *d, const char *op, cudaError_t rc, err *e)
@@ -57,10 +55,11 @@ static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, e
     return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
 }
 
-/* Launches with programmatic dependency: the kernel calls pdl_wait before it reads what earlier ones wrote. */
+/* Launches with programmatic dependency: the kernel calls pdl_wait before it reads what earlier
+ * ones wrote. */
 template <typename... P, typename... A>
-static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P...), dim3 grid, dim3 block,
-                                   size_t smem, err *e, A... args)
+static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P...), dim3 grid,
+                                   dim3 block, size_t smem, err *e, A... args)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
@@ -75,18 +74,20 @@ static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P..
     return cuda_launched(d, op, cudaLaunchKernelEx(&cfg, kernel, P(args)...), e);
 }
 
-/* Where the op that makes activations [m,k] should leave their planes: planes NULL when no product will ask.
- * Behind its launch the op calls cuda_planes_made. */
+/* Where the op that makes activations [m,k] should leave their planes: planes NULL when no product
+ * will ask. Behind its launch the op calls cuda_planes_made. */
 w4_planes_out cuda_planes_want(device *d, int64_t m, int64_t k);
 void cuda_planes_made(device *d, const tensor *y, const w4_planes_out *o);
 /* Bytes at the end of the scratch that belong to planes. */
 size_t cuda_planes_bytes(int64_t k);
 
-/* Whether attention of these rows is one kernel of one row a sequence; `rope` as in attn_decode.cuh, or NULL. */
+/* Whether attention of these rows is one kernel of one row a sequence; `rope` as in
+ * attn_decode.cuh, or NULL. */
 struct rope_call;
 bool attn_decodes(const batch_rows *rows, const kv_layer *kv);
-err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,
-                          float scale, int32_t window, const struct rope_call *rope, err *e);
+err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                          const batch_rows *rows, float scale, int32_t window,
+                          const struct rope_call *rope, err *e);
 
 /* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
 extern "C" {
@@ -98,15 +99,16 @@ err_code nll_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, 
 err_code absstat_cuda(device *, tensor *, tensor *, const tensor *, err *);
 err_code gemm_cuda(device *, tensor *, const tensor *, const tensor *, const tensor *, bool, err *);
 err_code gemm_w4_cuda(device *, tensor *, const tensor *, const w4_weight *, bool, err *);
-err_code norm_gemm_w4_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, float, const w4_weight *, bool,
-                           err *);
+err_code norm_gemm_w4_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, float,
+                           const w4_weight *, bool, err *);
 err_code w4_upload_cuda(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
 size_t w4_upload_bytes_cuda(int64_t, int64_t, int32_t);
-err_code rope_kv_cuda(device *, tensor *, tensor *, const tensor *, const rope_spec *, const batch_rows *,
-                      const kv_layer *, err *);
-err_code attn_cuda(device *, tensor *, const tensor *, const kv_layer *, const batch_rows *, float, int32_t, err *);
-err_code rope_attn_cuda(device *, tensor *, tensor *, tensor *, const tensor *, const rope_spec *, const batch_rows *,
-                        const kv_layer *, float, int32_t, err *);
+err_code rope_kv_cuda(device *, tensor *, tensor *, const tensor *, const rope_spec *,
+                      const batch_rows *, const kv_layer *, err *);
+err_code attn_cuda(device *, tensor *, const tensor *, const kv_layer *, const batch_rows *, float,
+                   int32_t, err *);
+err_code rope_attn_cuda(device *, tensor *, tensor *, tensor *, const tensor *, const rope_spec *,
+                        const batch_rows *, const kv_layer *, float, int32_t, err *);
 err_code gram_cuda(device *, tensor *, const tensor *, err *);
 err_code gram_finish_cuda(device *, tensor *, err *);
 err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);

@@ -17,7 +17,8 @@ __global__ void bias_kernel(void *y, bool wide, int64_t ldy, const __half *bias,
 
 __global__ void mirror_kernel(float *h, int64_t k)
 {
-    const int64_t i = (int64_t)blockIdx.y * blockDim.y + threadIdx.y, j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t i = (int64_t)blockIdx.y * blockDim.y + threadIdx.y,
+                  j = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     pdl_launch();
     pdl_wait();
     if (i < k && j < i) h[j * k + i] = h[i * k + j];
@@ -43,21 +44,24 @@ __global__ void row_dot_kernel(double *out, const float *x, int64_t ldx, const f
 
 extern "C" {
 
-err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias, bool add, err *e)
+err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
+                   bool add, err *e)
 {
     const float one = 1.f, beta = add ? 1.f : 0.f;
     const int m = (int)x->shape[0], n = (int)w->shape[0], k = (int)w->shape[1];
     if (w->dt != DT_F16) /* dev_upload makes weights f16 */
-        return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name, dtype_name(w->dt));
+        return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name,
+                       dtype_name(w->dt));
     TRY(cuda_blas(d, "gemm",
-                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data, CUDA_R_16F, k,
-                               x->data, CUDA_R_16F, (int)x->stride[0], &beta, y->data,
-                               y->dt == DT_F32 ? CUDA_R_32F : CUDA_R_16F, (int)y->stride[0], CUBLAS_COMPUTE_32F,
-                               CUBLAS_GEMM_DEFAULT),
+                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
+                               CUDA_R_16F, k, x->data, CUDA_R_16F, (int)x->stride[0], &beta,
+                               y->data, y->dt == DT_F32 ? CUDA_R_32F : CUDA_R_16F,
+                               (int)y->stride[0], CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                   e));
     if (!bias) return OK;
-    return cuda_launch(d, "gemm: bias", bias_kernel, dim3((unsigned)((n + 255) / 256), (unsigned)m), dim3(256), 0, e,
-                       y->data, y->dt == DT_F32, y->stride[0], (const __half *)bias->data, (int64_t)n);
+    return cuda_launch(d, "gemm: bias", bias_kernel, dim3((unsigned)((n + 255) / 256), (unsigned)m),
+                       dim3(256), 0, e, y->data, y->dt == DT_F32, y->stride[0],
+                       (const __half *)bias->data, (int64_t)n);
 }
 
 /* Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
@@ -66,26 +70,28 @@ err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
     const float one = 1.f;
     const int k = (int)x->shape[1], m = (int)x->shape[0];
     return cuda_blas(d, "gram",
-                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one, x->data, CUDA_R_16F,
-                                  (int)x->stride[0], x->data, CUDA_R_16F, (int)x->stride[0], &one, h->data,
-                                  CUDA_R_32F, k, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one,
+                                  x->data, CUDA_R_16F, (int)x->stride[0], x->data, CUDA_R_16F,
+                                  (int)x->stride[0], &one, h->data, CUDA_R_32F, k,
+                                  CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                      e);
 }
 
 err_code gram_finish_cuda(device *d, tensor *h, err *e)
 {
     const unsigned n = (unsigned)((h->shape[0] + 15) / 16);
-    return cuda_launch(d, "gram_finish", mirror_kernel, dim3(n, n), dim3(16, 16), 0, e, (float *)h->data, h->shape[0]);
+    return cuda_launch(d, "gram_finish", mirror_kernel, dim3(n, n), dim3(16, 16), 0, e,
+                       (float *)h->data, h->shape[0]);
 }
 
 err_code matmul_cuda(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
 {
     const float one = 1.f, zero = 0.f;
     return cuda_blas(d, "matmul",
-                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1], (int)a->shape[0],
-                                 (int)a->shape[1], &one, (const float *)b->data, (int)b->stride[0],
-                                 (const float *)a->data, (int)a->stride[0], &zero, (float *)y->data,
-                                 (int)y->stride[0]),
+                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
+                                 (int)a->shape[0], (int)a->shape[1], &one, (const float *)b->data,
+                                 (int)b->stride[0], (const float *)a->data, (int)a->stride[0],
+                                 &zero, (float *)y->data, (int)y->stride[0]),
                      e);
 }
 
@@ -102,8 +108,9 @@ err_code quad_cuda(device *d, tensor *out, const tensor *x, const tensor *h, err
         const tensor part = tensor_rows(x, r, n);
         tensor xh = tensor_2d(scratch, DT_F32, n, k);
         TRY(matmul_cuda(d, &xh, &part, h, e));
-        TRY(cuda_launch(d, "quad", row_dot_kernel, dim3((unsigned)n), dim3(256), 0, e, (double *)out->data + r,
-                        (const float *)part.data, part.stride[0], (const float *)scratch, k));
+        TRY(cuda_launch(d, "quad", row_dot_kernel, dim3((unsigned)n), dim3(256), 0, e,
+                        (double *)out->data + r, (const float *)part.data, part.stride[0],
+                        (const float *)scratch, k));
     }
     return OK;
 }

@@ -1,4 +1,5 @@
-/* The W4 op on CUDA: tiling at load, few rows through the weight stream, many through f16 and cuBLAS. */
+/* The W4 op on CUDA: tiling at load, few rows through the weight stream, many through f16 and
+ * cuBLAS. */
 #include "kernels/device_cuda.cuh"
 #include "kernels/gemm_w4.cuh"
 
@@ -6,13 +7,15 @@ extern "C" {
 #include "base/w4.h"
 }
 
-#define THREADS 256
+#define THREADS     256
 #define STREAM_ROWS W4_FEW_MAX /* beyond, unpacking the weight for a dense product is faster */
-#define DENSE_BYTES ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
+#define DENSE_BYTES \
+    ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 
 /* ---- tiling ---- */
 
-/* A weight as it lies on disk: q [k, n/8] words, zeros either packed alike [k/g, n/8] or f16 [k/g, n]. */
+/* A weight as it lies on disk: q [k, n/8] words, zeros either packed alike [k/g, n/8] or f16 [k/g,
+ * n]. */
 typedef struct {
     const uint32_t *q;
     const __half *scales;
@@ -38,8 +41,8 @@ __device__ __forceinline__ uint32_t disk_code(const disk_w4 &s, int k, int n)
     return s.q[(size_t)k * (s.n / 8) + n / 8] >> (4 * nibble_of(s.awq, n)) & 15u;
 }
 
-/* One thread a row and 8 inputs. Rows g and g + 8 share bytes and may come from different parts: the buffer
- * starts as zeros and nibbles are or-ed in, in any order. */
+/* One thread a row and 8 inputs. Rows g and g + 8 share bytes and may come from different parts:
+ * the buffer starts as zeros and nibbles are or-ed in, in any order. */
 __global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_bytes)
 {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -64,16 +67,18 @@ __global__ void w4_tile_params(uint8_t *data, disk_w4 s, int units, int unit_byt
     if (i >= (int64_t)s.n * groups) return;
     const int n = (int)(i % s.n), gr = (int)(i / s.n), k = gr * s.group;
     const int2 at = tile_row(s, n);
-    const __half zero = s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
-                                                        (4 * nibble_of(true, n)) &
-                                                    15u))
-                              : ((const __half *)s.zeros)[(size_t)gr * s.n + n];
-    __half2 *p = (__half2 *)(data + ((size_t)at.x * units + k / 128) * unit_bytes + 1024) + (k % 128 / s.group) * 16 +
-                 (at.y & 7) * 2 + (at.y >> 3);
+    const __half zero =
+        s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
+                                        (4 * nibble_of(true, n)) &
+                                    15u))
+              : ((const __half *)s.zeros)[(size_t)gr * s.n + n];
+    __half2 *p = (__half2 *)(data + ((size_t)at.x * units + k / 128) * unit_bytes + 1024) +
+                 (k % 128 / s.group) * 16 + (at.y & 7) * 2 + (at.y >> 3);
     *p = __halves2half2(s.scales[(size_t)gr * s.n + n], zero);
 }
 
-/* Back to f16 rows [n0, n0 + rows) of the fused weight: out [rows, k]. One thread 8 inputs of a row. */
+/* Back to f16 rows [n0, n0 + rows) of the fused weight: out [rows, k]. One thread 8 inputs of a
+ * row. */
 __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
 {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -86,7 +91,8 @@ __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
     const int tile = w.paired ? r / 8 : r / 16, high = w.paired ? part : r >> 3 & 1;
     const int ub = 1024 + 64 * (128 / w.group), g = r & 7, step = k % 128 / 32, t = k % 32 / 8;
     const uint8_t *unit = w.data + ((size_t)tile * w.units + k / 128) * ub;
-    const uint2 q = *(const uint2 *)(unit + (((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2) * 4);
+    const uint2 q = *(const uint2 *)(unit +
+                                     (((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2) * 4);
     const __half2 p = ((const __half2 *)(unit + 1024))[(k % 128 / w.group) * 16 + g * 2 + high];
     const float scale = __low2float(p), zero = __high2float(p);
     __half v[8];
@@ -98,10 +104,7 @@ __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
     *(uint4 *)(out + (size_t)(n - n0) * w.k + k) = *(const uint4 *)v;
 }
 
-static unsigned blocks_for(int64_t n)
-{
-    return (unsigned)((n + THREADS - 1) / THREADS);
-}
+static unsigned blocks_for(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
 
 static w4_tiles tiles_of(const w4_weight *w)
 {
@@ -117,7 +120,8 @@ static w4_tiles tiles_of(const w4_weight *w)
 size_t cuda_planes_bytes(int64_t k)
 {
     const int units = (int)((k + 127) / 128);
-    return (w4_planes_bytes(units, W4_FEW_MAX) + w4_scales_bytes(units, W4_FEW_MAX, 32) + 127) & ~(size_t)127;
+    return (w4_planes_bytes(units, W4_FEW_MAX) + w4_scales_bytes(units, W4_FEW_MAX, 32) + 127) &
+           ~(size_t)127;
 }
 
 /* Planes, then scales, at the end of the scratch: what other ops keep there lies in front. */
@@ -126,7 +130,8 @@ static w4_planes_out planes_at(const device *d, int64_t m, int64_t k, int group)
     const int units = (int)((k + 127) / 128);
     w4_planes_out o = {};
     if (d->shared_bytes < cuda_planes_bytes(k)) return o;
-    o.planes = (uint8_t *)d->shared_scratch + (d->shared_bytes & ~(size_t)127) - cuda_planes_bytes(k);
+    o.planes = (uint8_t *)d->shared_scratch + (d->shared_bytes & ~(size_t)127) -
+               cuda_planes_bytes(k);
     o.scales = (float *)(o.planes + w4_planes_bytes(units, (int)m));
     o.token_tiles = w4_token_tiles((int)m);
     o.group = group;
@@ -152,14 +157,18 @@ extern "C" {
 
 size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
 {
-    return (size_t)((n + 15) / 16) * (size_t)((k + 127) / 128) * (size_t)w4_unit_bytes(group) + (size_t)n * 2;
+    return (size_t)((n + 15) / 16) * (size_t)((k + 127) / 128) * (size_t)w4_unit_bytes(group) +
+           (size_t)n * 2;
 }
 
-/* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host first. */
-static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired, int units, err *e)
+/* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host
+ * first. */
+static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
+                            int units, err *e)
 {
     const cudaStream_t stream = cuda_of(d)->stream;
-    const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales), z = tensor_bytes(&src->zeros);
+    const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales),
+                 z = tensor_bytes(&src->zeros);
     uint8_t *raw = NULL;
     disk_w4 w = {};
     err_code rc = OK;
@@ -168,21 +177,25 @@ static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int 
     cudaMemcpyAsync(raw + q, src->scales.data, s, cudaMemcpyHostToDevice, stream);
     cudaMemcpyAsync(raw + q + s, src->zeros.data, z, cudaMemcpyHostToDevice, stream);
     w.q = (const uint32_t *)raw, w.scales = (const __half *)(raw + q), w.zeros = raw + q + s;
-    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.paired = paired, w.awq = src->layout == W4_AWQ;
-    w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(data, w, units, w4_unit_bytes(w.group));
-    w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(data, w, units,
-                                                                                    w4_unit_bytes(w.group));
+    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.paired = paired,
+    w.awq = src->layout == W4_AWQ;
+    w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(
+        data, w, units, w4_unit_bytes(w.group));
+    w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(
+        data, w, units, w4_unit_bytes(w.group));
     rc = cuda_launched(d, "w4_upload", cudaStreamSynchronize(stream), e);
     cudaFree(raw);
     return rc;
 }
 
-static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired, int units, err *e)
+static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
+                           int units, err *e)
 {
     w4_weight t;
     size_t q, s, z;
     void *mem;
-    if (src->layout == W4_AWQ || src->layout == W4_TM) return upload_part(d, data, src, first, paired, units, e);
+    if (src->layout == W4_AWQ || src->layout == W4_TM)
+        return upload_part(d, data, src, first, paired, units, e);
     TRY(w4_sizes(&q, &s, &z, src->k, src->n, src->group, W4_TM, e));
     TRY(mem_alloc(&mem, q + s + z, 1, "w4 tiling", e));
     w4_shape(&t, src->k, src->n, src->group, W4_TM);
@@ -193,7 +206,8 @@ static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int f
     return rc;
 }
 
-static err_code upload_bias(device *d, __half *bias, const w4_weight *const *parts, int n_parts, err *e)
+static err_code upload_bias(device *d, __half *bias, const w4_weight *const *parts, int n_parts,
+                            err *e)
 {
     for (int i = 0; i < n_parts; i++) {
         const int64_t n = parts[i]->n;
@@ -211,7 +225,8 @@ static err_code upload_bias(device *d, __half *bias, const w4_weight *const *par
     return OK;
 }
 
-err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight *const *parts, int n_parts, err *e)
+err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight *const *parts,
+                        int n_parts, err *e)
 {
     int64_t n = 0;
     bool bias = false;
@@ -219,9 +234,11 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
     const int64_t k = parts[0]->k;
     const int units = (int)((k + 127) / 128), group = parts[0]->group;
     if (k % 32 || n > INT32_MAX || k > INT32_MAX)
-        return err_set(e, E_UNSUPPORTED, "w4_upload: inputs: expected a multiple of 32, got %lld", (long long)k);
+        return err_set(e, E_UNSUPPORTED, "w4_upload: inputs: expected a multiple of 32, got %lld",
+                       (long long)k);
     TRY(dev_alloc(buf, d, w4_upload_bytes_cuda(k, n, group), "w4 weights", e));
-    __half *b = (__half *)((uint8_t *)buf->data + w4_upload_bytes_cuda(k, n, group) - (size_t)n * 2);
+    __half *b = (__half *)((uint8_t *)buf->data + w4_upload_bytes_cuda(k, n, group) -
+                           (size_t)n * 2);
     err_code rc = OK;
     int first = 0;
     /* Two parts of one size are gate and up: their rows meet in the product's epilogue. */
@@ -259,7 +276,8 @@ static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
     cuda_state *s = cuda_of(d);
     const w4_planes_out o = planes_at(d, c->m, w->k, w->group);
     cuda_planes p = s->planes;
-    if (!o.planes) return err_set(e, E_LIMIT, "gemm_w4: ops_reserve was not told of %d inputs", w->k);
+    if (!o.planes)
+        return err_set(e, E_LIMIT, "gemm_w4: ops_reserve was not told of %d inputs", w->k);
     c->planes = o.planes;
     c->scales = o.scales;
     if (p.x != c->x || p.m != c->m || p.k != w->k || p.ld != c->ldx || p.group != w->group) {
@@ -272,7 +290,8 @@ static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
 }
 
 /* Slabs of outputs: unpack to f16, then a dense product. */
-static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e)
+static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add,
+                          err *e)
 {
     const w4_tiles t = tiles_of(w);
     int64_t slab = (int64_t)(DENSE_BYTES / ((size_t)t.k * 2)) / 64 * 64;
@@ -284,8 +303,8 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
         const int64_t rows = t.n - n < slab ? t.n - n : slab;
         tensor dense = tensor_2d(scratch, DT_F16, rows, t.k), part = tensor_cols(y, n, rows), bias;
         dense.mem = MEM_CUDA;
-        TRY(cuda_launch(d, "gemm_w4: unpack", w4_untile, dim3(blocks_for(rows * (t.k / 8))), dim3(THREADS), 0, e,
-                        (__half *)scratch, t, (int)n, (int)rows));
+        TRY(cuda_launch(d, "gemm_w4: unpack", w4_untile, dim3(blocks_for(rows * (t.k / 8))),
+                        dim3(THREADS), 0, e, (__half *)scratch, t, (int)n, (int)rows));
         if (w->bias.data) bias = tensor_rows(&w->bias, n, rows);
         TRY(gemm_cuda(d, &part, x, &dense, w->bias.data ? &bias : NULL, add, e));
     }
@@ -295,14 +314,15 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
 /* One row of activations through the kernel that makes their planes itself. */
 static bool one_row(const device *d, const tensor *x, const w4_weight *w)
 {
-    return cuda_of(d)->sm >= 90 && x->shape[0] == 1 && w->k % 128 == 0 && w->k <= W4_ONE_UNITS * 128 &&
-           (uintptr_t)x->data % 16 == 0;
+    return cuda_of(d)->sm >= 90 && x->shape[0] == 1 && w->k % 128 == 0 &&
+           w->k <= W4_ONE_UNITS * 128 && (uintptr_t)x->data % 16 == 0;
 }
 
 static err_code run_one(device *d, const w4_weight *w, const w4_one_call *c, err *e)
 {
     const w4_tiles t = tiles_of(w);
-    return cuda_launched(d, "gemm_w4: one row", gemm_w4_one(&t, c, cuda_of(d)->sms, cuda_of(d)->stream, true), e);
+    return cuda_launched(d, "gemm_w4: one row",
+                         gemm_w4_one(&t, c, cuda_of(d)->sms, cuda_of(d)->stream, true), e);
 }
 
 err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add, err *e)
@@ -314,7 +334,8 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
         c.x = (const __half *)x->data, c.y = y->data, c.add = add, c.wide = y->dt == DT_F32;
         return run_one(d, w, &c, e);
     }
-    if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4) return many_rows(d, y, x, w, add, e);
+    if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4)
+        return many_rows(d, y, x, w, add, e);
     w4_call c = {};
     c.x = (const __half *)x->data, c.y = y->data, c.m = (int)m;
     c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
@@ -322,12 +343,14 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
     return few_rows(d, &t, &c, e);
 }
 
-err_code norm_gemm_w4_cuda(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm, float eps,
-                           const w4_weight *w, bool glu, err *e)
+err_code norm_gemm_w4_cuda(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm,
+                           float eps, const w4_weight *w, bool glu, err *e)
 {
-    if (one_row(d, x, w) && x->dt == DT_F32 && y->dt == DT_F16 && w->k <= 8 * W4_ONE_NORM * 128 && (!glu || w->paired)) {
+    if (one_row(d, x, w) && x->dt == DT_F32 && y->dt == DT_F16 && w->k <= 8 * W4_ONE_NORM * 128 &&
+        (!glu || w->paired)) {
         w4_one_call c = {};
-        c.resid = (const float *)x->data, c.norm = norm->data, c.norm_dt = (int)norm->dt, c.eps = eps;
+        c.resid = (const float *)x->data, c.norm = norm->data, c.norm_dt = (int)norm->dt,
+        c.eps = eps;
         c.y = y->data, c.glu = glu;
         return run_one(d, w, &c, e);
     }

@@ -1,12 +1,12 @@
 /* W4A16 products on CUDA straight from our device tiling. Private to kernels/.
  *
- * Tiling. Outputs go in tiles of 16 rows, inputs in units of 128. A unit is 1024 bytes of codes and then
- * the parameters of its groups, so that a tile is one contiguous stream; units lie in order of k.
- * Codes: uint4 [2][32 lanes]. Lane 4*g + t of pair p holds two words for each of the steps s = 2p, 2p + 1 of 32
- * inputs: byte j of word h is code (row g, k = 32*s + 8*t + 4*h + j) in its low nibble and the same of row
- * g + 8 in its high one: the A operand of mma.m16n8k32 after one mask.
- * Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero) of row g, half2 of
- * row g + 8}. Inputs beyond k and rows beyond n have scale 0. */
+ * Tiling. Outputs go in tiles of 16 rows, inputs in units of 128. A unit is 1024 bytes of codes
+ * and then the parameters of its groups, so that a tile is one contiguous stream; units lie in
+ * order of k. Codes: uint4 [2][32 lanes]. Lane 4*g + t of pair p holds two words for each of the
+ * steps s = 2p, 2p + 1 of 32 inputs: byte j of word h is code (row g, k = 32*s + 8*t + 4*h + j) in
+ * its low nibble and the same of row g + 8 in its high one: the A operand of mma.m16n8k32 after
+ * one mask. Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero)
+ * of row g, half2 of row g + 8}. Inputs beyond k and rows beyond n have scale 0. */
 #ifndef TMF_KERNELS_GEMM_W4_CUH
 #define TMF_KERNELS_GEMM_W4_CUH
 
@@ -20,7 +20,7 @@ typedef struct {
     const __half *bias;  /* [n] or NULL */
     int n, k, group;
     int tiles, units;
-    bool paired;         /* tile t: rows 8t..8t+7, then n/2 + 8t..; else rows 16t..16t+15 */
+    bool paired; /* tile t: rows 8t..8t+7, then n/2 + 8t..; else rows 16t..16t+15 */
 } w4_tiles;
 
 typedef struct {
@@ -29,7 +29,7 @@ typedef struct {
     uint8_t *planes; /* w4_planes_bytes */
     float *scales;   /* w4_scales_bytes */
     int m, ldx, ldy;
-    bool add, wide;  /* y +=; y is f32 */
+    bool add, wide; /* y +=; y is f32 */
 } w4_call;
 
 static inline int w4_unit_bytes(int group) { return 1024 + 64 * (128 / group); }
@@ -42,13 +42,15 @@ static inline size_t w4_planes_bytes(int units, int m)
 }
 static inline size_t w4_scales_bytes(int units, int m, int group)
 {
-    return (size_t)units * w4_chunks(m) * w4_token_tiles(m) * 4 * (size_t)(1 + 128 / group) * sizeof(float);
+    return (size_t)units * w4_chunks(m) * w4_token_tiles(m) * 4 * (size_t)(1 + 128 / group) *
+           sizeof(float);
 }
 /* Row of the weight that row r (0..15) of a tile is. */
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-static inline int w4_row(int n, bool paired, int tile, int r)
+    static inline int
+    w4_row(int n, bool paired, int tile, int r)
 {
     return paired ? (r >> 3) * (n / 2) + tile * 8 + (r & 7) : tile * 16 + r;
 }
@@ -61,12 +63,14 @@ typedef struct {
 } w4_planes_out;
 
 #ifdef __CUDACC__
-/* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`. All lanes call.
- * planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds column g (token g / 2, high
- * plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k = 32*step + 8*t + 0..7 of the unit.
- * scales[chunk][unit][tokens of all tiles][1 + 128/group]: f32 scale, then the integer sum of each group. Columns of
- * tokens that nobody stored hold anything: they reach no output of another token. */
-__device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token, const float v[4], int lane)
+/* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.
+ * All lanes call. planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds
+ * column g (token g / 2, high plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k =
+ * 32*step + 8*t + 0..7 of the unit. scales[chunk][unit][tokens of all tiles][1 + 128/group]: f32
+ * scale, then the integer sum of each group. Columns of tokens that nobody stored hold anything:
+ * they reach no output of another token. */
+__device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token,
+                                                const float v[4], int lane)
 {
     float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
 #pragma unroll
@@ -98,22 +102,24 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
 
 /* Activations of up to W4_FEW_MAX rows to fixed point, then the product. */
 cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl);
-cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl);
+cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream,
+                        bool pdl);
 
-/* One row of activations, a whole step of the block in one kernel: what makes the activations and what takes the
- * product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */
+/* One row of activations, a whole step of the block in one kernel: what makes the activations and
+ * what takes the product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */
 #define W4_ONE_UNITS 256
 #define W4_ONE_NORM  8 /* units a warp of the norm: k up to 8 * W4_ONE_NORM * 128 */
 typedef struct {
-    const __half *x;   /* f16 [k], or NULL: */
+    const __half *x;    /* f16 [k], or NULL: */
     const float *resid; /* f32 [k], normed by */
-    const void *norm;  /* [k], f16, bf16 or f32 */
-    int norm_dt;       /* dtype */
+    const void *norm;   /* [k], f16, bf16 or f32 */
+    int norm_dt;        /* dtype */
     float eps;
-    void *y;           /* f16, or f32 when `wide` */
+    void *y; /* f16, or f32 when `wide` */
     bool add, wide;
-    bool glu;          /* w paired: y[i] = silu(row i) * row n/2 + i */
+    bool glu; /* w paired: y[i] = silu(row i) * row n/2 + i */
 } w4_one_call;
-cudaError_t gemm_w4_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream, bool pdl);
+cudaError_t gemm_w4_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream,
+                        bool pdl);
 
 #endif

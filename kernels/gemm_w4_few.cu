@@ -1,22 +1,24 @@
 /* W4A16 for few rows: every weight is read once, at the speed of memory.
  *
- * Activations become 16-bit fixed point, one scale for 128 of them, kept as two planes of 8 bits; codes are
- * 8-bit integers after one mask. An integer mma then gives the exact product of codes and both planes, and
- * costs a third of the instructions that f16 codes cost. The planes of a token are neighbouring columns,
- * so that one thread holds both sums.
- * One persistent block a multiprocessor walks tiles of 16 outputs. A producer warp streams the tiles through
- * a ring in shared memory with bulk copies; it starts before the dependency wait, because weights belong to
- * no earlier kernel, and the ring is small enough for the next kernel's blocks to sit beside ours and fill
- * theirs: the stream does not stop between kernels. Consumer warps split k; sums meet in shared memory in a
- * fixed order that does not depend on m. */
+ * Activations become 16-bit fixed point, one scale for 128 of them, kept as two planes of 8 bits;
+ * codes are 8-bit integers after one mask. An integer mma then gives the exact product of codes
+ * and both planes, and costs a third of the instructions that f16 codes cost. The planes of a
+ * token are neighbouring columns, so that one thread holds both sums.
+ * One persistent block a multiprocessor walks tiles of 16 outputs. A producer warp streams the
+ * tiles through a ring in shared memory with bulk copies; it starts before the dependency wait,
+ * because weights belong to no earlier kernel, and the ring is small enough for the next kernel's
+ * blocks to sit beside ours and fill theirs: the stream does not stop between kernels. Consumer
+ * warps split k; sums meet in shared memory in a fixed order that does not depend on m. */
 #include "kernels/gemm_w4.cuh"
 
 #define STAGE_UNITS 16
 
 /* ---- activations ---- */
-__global__ void __launch_bounds__(128) w4_planes_kernel(w4_planes_out o, const __half *x, int m, int k, int ldx)
+__global__ void __launch_bounds__(128)
+    w4_planes_kernel(w4_planes_out o, const __half *x, int m, int k, int ldx)
 {
-    const int lane = threadIdx.x & 31, token = blockIdx.y * 4 + (threadIdx.x >> 5), unit = blockIdx.x;
+    const int lane = threadIdx.x & 31, token = blockIdx.y * 4 + (threadIdx.x >> 5),
+              unit = blockIdx.x;
     const int at = unit * 128 + lane * 4;
     pdl_launch();
     pdl_wait();
@@ -24,7 +26,8 @@ __global__ void __launch_bounds__(128) w4_planes_kernel(w4_planes_out o, const _
     float v[4] = {};
     if (at < k) {
         const uint2 raw = *(const uint2 *)(x + (size_t)token * ldx + at);
-        const float2 a = __half22float2(*(const __half2 *)&raw.x), b = __half22float2(*(const __half2 *)&raw.y);
+        const float2 a = __half22float2(*(const __half2 *)&raw.x),
+                     b = __half22float2(*(const __half2 *)&raw.y);
         v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
     }
     w4_store_planes(o, unit, token, v, lane);
@@ -32,10 +35,11 @@ __global__ void __launch_bounds__(128) w4_planes_kernel(w4_planes_out o, const _
 
 __device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* Planes and scales of one unit for 4 tokens, as a lane needs them. */
@@ -45,7 +49,8 @@ template <int GROUP> struct unit_x {
 };
 
 template <int GROUP>
-__device__ __forceinline__ void load_x(unit_x<GROUP> *x, const uint8_t *planes, const float *scales, int at, int lane)
+__device__ __forceinline__ void load_x(unit_x<GROUP> *x, const uint8_t *planes, const float *scales,
+                                       int at, int lane)
 {
     const uint4 *p = (const uint4 *)(planes + (size_t)at * 1024) + lane;
     const float *s = scales + ((size_t)at * 4 + (lane & 3)) * (1 + 128 / GROUP);
@@ -62,7 +67,8 @@ template <int R, int GROUP> struct unit_w {
 };
 
 template <int R, int GROUP>
-__device__ __forceinline__ void load_w(unit_w<R, GROUP> *w, const uint8_t *unit, int stride, int lane)
+__device__ __forceinline__ void load_w(unit_w<R, GROUP> *w, const uint8_t *unit, int stride,
+                                       int lane)
 {
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -82,7 +88,8 @@ __device__ __forceinline__ void load_w(unit_w<R, GROUP> *w, const uint8_t *unit,
 
 /* acc[r][0]: row g of token t, acc[r][1]: row g + 8, of tile r. */
 template <int R, int GROUP>
-__device__ __forceinline__ void mul_unit(float (*acc)[2], int stride, const unit_w<R, GROUP> &w, const unit_x<GROUP> &x)
+__device__ __forceinline__ void mul_unit(float (*acc)[2], int stride, const unit_w<R, GROUP> &w,
+                                         const unit_x<GROUP> &x)
 {
     int part[R][4];
 #pragma unroll
@@ -92,12 +99,14 @@ __device__ __forceinline__ void mul_unit(float (*acc)[2], int stride, const unit
             for (int i = 0; i < R * 4; i++) (&part[0][0])[i] = 0;
 #pragma unroll
         for (int r = 0; r < R; r++)
-            mma_u8s8(part[r], w.a[r][h], (&x.b[h / 2].x)[(h & 1) * 2], (&x.b[h / 2].x)[(h & 1) * 2 + 1]);
+            mma_u8s8(part[r], w.a[r][h], (&x.b[h / 2].x)[(h & 1) * 2],
+                     (&x.b[h / 2].x)[(h & 1) * 2 + 1]);
         if ((h * 32 + 32) % GROUP == 0)
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 const uint2 p = w.p[r][h * 32 / GROUP];
-                const float2 p0 = __half22float2(*(const __half2 *)&p.x), p1 = __half22float2(*(const __half2 *)&p.y);
+                const float2 p0 = __half22float2(*(const __half2 *)&p.x),
+                             p1 = __half22float2(*(const __half2 *)&p.y);
                 const float sum = x.s[1 + h * 32 / GROUP];
                 float *o = acc[r * stride];
                 o[0] += p0.x * x.s[0] * ((float)(part[r][0] * 256 + part[r][1]) - p0.y * sum);
@@ -107,8 +116,8 @@ __device__ __forceinline__ void mul_unit(float (*acc)[2], int stride, const unit
 }
 
 /* Row `row` (0..7) and row + 8 of a tile, one token. */
-__device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, int tile, int row, int col,
-                                           float v0, float v1)
+__device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, int tile, int row,
+                                           int col, float v0, float v1)
 {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -126,15 +135,19 @@ __device__ __forceinline__ void store_pair(const w4_tiles &w, const w4_call &c, 
     }
 }
 
-/* NT tiles of 4 tokens, R tiles of 16 outputs a warp: more tokens read more activations, which R tiles share.
- * blockIdx.y is the chunk of W4_CHUNK tokens; chunks walk the weights together, so the second reads them from L2. */
+/* NT tiles of 4 tokens, R tiles of 16 outputs a warp: more tokens read more activations, which R
+ * tiles share. blockIdx.y is the chunk of W4_CHUNK tokens; chunks walk the weights together, so
+ * the second reads them from L2. */
 template <int NT, int R, int GROUP, int CW, int STAGES>
-__global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_kernel(w4_tiles w, w4_call c)
+__global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2)
+    gemm_w4_few_kernel(w4_tiles w, w4_call c)
 {
 #if __CUDA_ARCH__ >= 900
-    constexpr int UNIT = 1024 + 64 * (128 / GROUP), SU = STAGE_UNITS / R, STAGE = STAGE_UNITS * UNIT;
+    constexpr int UNIT = 1024 + 64 * (128 / GROUP), SU = STAGE_UNITS / R,
+                  STAGE = STAGE_UNITS * UNIT;
     constexpr bool TWICE = NT * R <= 4; /* sums of two turns fit */
-    extern __shared__ __align__(128) uint8_t ring[]; /* [STAGES][R][SU][UNIT], then sums[1 or 2][CW][R*NT*64] */
+    extern __shared__ __align__(128)
+        uint8_t ring[]; /* [STAGES][R][SU][UNIT], then sums[1 or 2][CW][R*NT*64] */
     __shared__ uint64_t full[STAGES], empty[STAGES];
     float *sums = (float *)(ring + STAGES * STAGE);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -155,8 +168,9 @@ __global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_ker
                 const int first = s * SU, n = min(SU, w.units - first);
                 for (int r = 0; r < R; r++) {
                     const int tile = min(item * R + r, w.tiles - 1); /* an odd last one twice */
-                    bulk_load(ring + slot * STAGE + r * SU * UNIT, w.data + ((size_t)tile * w.units + first) * UNIT,
-                              n * UNIT, &full[slot]);
+                    bulk_load(ring + slot * STAGE + r * SU * UNIT,
+                              w.data + ((size_t)tile * w.units + first) * UNIT, n * UNIT,
+                              &full[slot]);
                 }
                 if (++slot == STAGES) slot = 0, round++;
             }
@@ -186,7 +200,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_ker
                 load_w<R, GROUP>(&uw, ring + slot * STAGE + (u + warp) * UNIT, SU * UNIT, lane);
 #pragma unroll
                 for (int b = 0; b < NT; b++) { /* the next tokens' planes are on their way */
-                    load_x<GROUP>(&next, planes, scales, b + 1 < NT ? at * NT + b + 1 : then * NT, lane);
+                    load_x<GROUP>(&next, planes, scales, b + 1 < NT ? at * NT + b + 1 : then * NT,
+                                  lane);
                     mul_unit<R, GROUP>(acc + b, NT, uw, x);
                     x = next;
                 }
@@ -198,7 +213,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_ker
         float *sum = sums + (TWICE ? turn : 0) * CW * R * NT * 64;
         turn ^= 1;
 #pragma unroll
-        for (int i = 0; i < R * NT * 2; i++) sum[warp * R * NT * 64 + i * 32 + lane] = (&acc[0][0])[i];
+        for (int i = 0; i < R * NT * 2; i++)
+            sum[warp * R * NT * 64 + i * 32 + lane] = (&acc[0][0])[i];
         asm volatile("bar.sync 1, %0;" ::"n"(CW * 32) : "memory");
         for (int p = threadIdx.x; p < R * NT * 32; p += CW * 32) {
             const int l = p & 31, b = p >> 5, col = b % NT * 4 + (l & 3), tile = item * R + b / NT;
@@ -217,7 +233,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, NT > 4 ? 1 : 2) gemm_w4_few_ker
 }
 
 template <int NT, int R, int GROUP, int CW, int STAGES>
-static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream, bool pdl)
+static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream,
+                              bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
@@ -226,8 +243,10 @@ static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cuda
     const cudaError_t rc = cudaFuncSetAttribute(gemm_w4_few_kernel<NT, R, GROUP, CW, STAGES>,
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (rc != cudaSuccess) return rc;
-    /* Two blocks a multiprocessor hide each other's ends; one where registers or a longer ring fill it. */
-    const int chunks = w4_chunks(c->m), items = (w->tiles + R - 1) / R, most = NT > 4 ? sms / chunks : 2 * sms;
+    /* Two blocks a multiprocessor hide each other's ends; one where registers or a longer ring
+     * fill it. */
+    const int chunks = w4_chunks(c->m), items = (w->tiles + R - 1) / R,
+              most = NT > 4 ? sms / chunks : 2 * sms;
     cfg.gridDim = dim3((unsigned)(items < most ? items : most), (unsigned)chunks);
     cfg.blockDim = dim3((CW + 1) * 32);
     cfg.dynamicSmemBytes = (size_t)smem;
@@ -239,7 +258,8 @@ static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cuda
     return cudaLaunchKernelEx(&cfg, gemm_w4_few_kernel<NT, R, GROUP, CW, STAGES>, *w, *c);
 }
 
-template <int GROUP> static cudaError_t few_group(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t s, bool pdl)
+template <int GROUP>
+static cudaError_t few_group(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t s, bool pdl)
 {
     switch (w4_token_tiles(c->m)) {
     case 1: return launch_few<1, 1, GROUP, 8, 3>(w, c, sms, s, pdl);

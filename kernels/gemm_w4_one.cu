@@ -1,7 +1,8 @@
-/* W4A16 for one row: the weight stream of gemm_w4_few with the ends of its neighbours inside. Every block makes the
- * planes of the one row for itself, in shared memory (of the residual stream through the norm, or of f16), while
- * its ring fills; gate and up rows meet in one thread. A block of the model is then five kernels. The sums are
- * those of norm, planes and product as kernels of their own, to the bit. */
+/* W4A16 for one row: the weight stream of gemm_w4_few with the ends of its neighbours inside.
+ * Every block makes the planes of the one row for itself, in shared memory (of the residual stream
+ * through the norm, or of f16), while its ring fills; gate and up rows meet in one thread. A block
+ * of the model is then five kernels. The sums are those of norm, planes and product as kernels of
+ * their own, to the bit. */
 #include "kernels/gemm_w4.cuh"
 
 #include <cuda_bf16.h>
@@ -14,12 +15,14 @@ extern "C" {
 #define STAGES      3
 #define STAGE_UNITS 16
 
-__device__ __forceinline__ void mma_u8s8_one(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+__device__ __forceinline__ void mma_u8s8_one(int d[4], const uint32_t a[4], uint32_t b0,
+                                             uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void consumers_sync()
@@ -27,10 +30,11 @@ __device__ __forceinline__ void consumers_sync()
     asm volatile("bar.sync 1, %0;" ::"n"(CW * 32) : "memory");
 }
 
-/* Planes of a unit: 16 bytes for each (pair of steps i, plane, t) at ((i*2 + plane)*4 + t)*16: the two steps' inputs
- * 8t..8t+7. Scales: scale, then the integer sum of each group. */
+/* Planes of a unit: 16 bytes for each (pair of steps i, plane, t) at ((i*2 + plane)*4 + t)*16: the
+ * two steps' inputs 8t..8t+7. Scales: scale, then the integer sum of each group. */
 template <int GROUP>
-__device__ __forceinline__ void one_planes(uint8_t *planes, float *scales, int unit, const float v[4], int lane)
+__device__ __forceinline__ void one_planes(uint8_t *planes, float *scales, int unit,
+                                           const float v[4], int lane)
 {
     float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
 #pragma unroll
@@ -67,19 +71,21 @@ __device__ __forceinline__ float norm_weight(const void *p, int i, int dt)
 __device__ __forceinline__ void round4(float v[4])
 {
 #pragma unroll
-    for (int j = 0; j < 4; j++) v[j] = __half2float(__float2half_rn(fminf(fmaxf(v[j], -65504.f), 65504.f)));
+    for (int j = 0; j < 4; j++)
+        v[j] = __half2float(__float2half_rn(fminf(fmaxf(v[j], -65504.f), 65504.f)));
 }
 
 template <int GROUP>
-__device__ __forceinline__ void planes_of_norm(uint8_t *planes, float *scales, float *part, const w4_one_call &c,
-                                               int units, int warp, int lane)
+__device__ __forceinline__ void planes_of_norm(uint8_t *planes, float *scales, float *part,
+                                               const w4_one_call &c, int units, int warp, int lane)
 {
     float v[W4_ONE_NORM][4], g[W4_ONE_NORM][4];
 #pragma unroll
     for (int i = 0; i < W4_ONE_NORM; i++) /* weights belong to no earlier kernel */
         if (warp + CW * i < units)
 #pragma unroll
-            for (int j = 0; j < 4; j++) g[i][j] = norm_weight(c.norm, (warp + CW * i) * 128 + lane * 4 + j, c.norm_dt);
+            for (int j = 0; j < 4; j++)
+                g[i][j] = norm_weight(c.norm, (warp + CW * i) * 128 + lane * 4 + j, c.norm_dt);
     pdl_wait();
 #pragma unroll
     for (int i = 0; i < W4_ONE_NORM; i++)
@@ -92,7 +98,8 @@ __device__ __forceinline__ void planes_of_norm(uint8_t *planes, float *scales, f
 #pragma unroll
     for (int i = 0; i < W4_ONE_NORM; i++)
         if (warp + CW * i < units) {
-            float sum = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+            float sum = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] +
+                        v[i][3] * v[i][3];
             for (int x = 16; x; x >>= 1) sum += __shfl_xor_sync(~0u, sum, x);
             if (lane == 0) part[warp + CW * i] = sum;
         }
@@ -111,7 +118,8 @@ __device__ __forceinline__ void planes_of_norm(uint8_t *planes, float *scales, f
 }
 
 template <int GROUP>
-__device__ __forceinline__ void planes_of_x(uint8_t *planes, float *scales, const __half *x, int units, int warp, int lane)
+__device__ __forceinline__ void planes_of_x(uint8_t *planes, float *scales, const __half *x,
+                                            int units, int warp, int lane)
 {
     pdl_wait();
     for (int u = warp; u < units; u += 4 * CW) {
@@ -122,7 +130,8 @@ __device__ __forceinline__ void planes_of_x(uint8_t *planes, float *scales, cons
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (u + i * CW < units) {
-                const float2 a = __half22float2(*(const __half2 *)&raw[i].x), b = __half22float2(*(const __half2 *)&raw[i].y);
+                const float2 a = __half22float2(*(const __half2 *)&raw[i].x),
+                             b = __half22float2(*(const __half2 *)&raw[i].y);
                 const float v[4] = {a.x, a.y, b.x, b.y};
                 one_planes<GROUP>(planes, scales, u + i * CW, v, lane);
             }
@@ -130,8 +139,8 @@ __device__ __forceinline__ void planes_of_x(uint8_t *planes, float *scales, cons
 }
 
 template <int GROUP>
-__device__ __forceinline__ void mul_one(float acc[2], const uint8_t *unit, const uint8_t *planes, const float *scales,
-                                        int lane)
+__device__ __forceinline__ void mul_one(float acc[2], const uint8_t *unit, const uint8_t *planes,
+                                        const float *scales, int lane)
 {
     const uint4 *codes = (const uint4 *)unit + lane;
     const uint2 *params = (const uint2 *)(unit + 1024) + (lane >> 2);
@@ -142,11 +151,13 @@ __device__ __forceinline__ void mul_one(float acc[2], const uint8_t *unit, const
     for (int h = 0; h < 4; h++) {
         if (h * 32 % GROUP == 0) part[0] = part[1] = part[2] = part[3] = 0;
         const uint32_t w0 = (&q[h / 2].x)[(h & 1) * 2], w1 = (&q[h / 2].x)[(h & 1) * 2 + 1];
-        const uint32_t a[4] = {w0 & 0x0f0f0f0fu, w0 >> 4 & 0x0f0f0f0fu, w1 & 0x0f0f0f0fu, w1 >> 4 & 0x0f0f0f0fu};
+        const uint32_t a[4] = {w0 & 0x0f0f0f0fu, w0 >> 4 & 0x0f0f0f0fu, w1 & 0x0f0f0f0fu,
+                               w1 >> 4 & 0x0f0f0f0fu};
         mma_u8s8_one(part, a, (&x[h / 2].x)[(h & 1) * 2], (&x[h / 2].x)[(h & 1) * 2 + 1]);
         if ((h * 32 + 32) % GROUP == 0) {
             const uint2 p = params[h * 32 / GROUP * 8];
-            const float2 p0 = __half22float2(*(const __half2 *)&p.x), p1 = __half22float2(*(const __half2 *)&p.y);
+            const float2 p0 = __half22float2(*(const __half2 *)&p.x),
+                         p1 = __half22float2(*(const __half2 *)&p.y);
             const float s = scales[0], sum = scales[1 + h * 32 / GROUP];
             acc[0] += p0.x * s * ((float)(part[0] * 256 + part[1]) - p0.y * sum);
             acc[1] += p1.x * s * ((float)(part[2] * 256 + part[3]) - p1.y * sum);
@@ -154,7 +165,8 @@ __device__ __forceinline__ void mul_one(float acc[2], const uint8_t *unit, const
     }
 }
 
-__device__ __forceinline__ void store_one(const w4_tiles &w, const w4_one_call &c, int tile, int r, float v)
+__device__ __forceinline__ void store_one(const w4_tiles &w, const w4_one_call &c, int tile, int r,
+                                          float v)
 {
     const int o = w4_row(w.n, w.paired, tile, r);
     if (o >= w.n) return;
@@ -172,7 +184,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
 {
 #if __CUDA_ARCH__ >= 900
     constexpr int UNIT = 1024 + 64 * (128 / GROUP), STAGE = STAGE_UNITS * UNIT;
-    extern __shared__ __align__(128) uint8_t ring[]; /* [STAGES][STAGE], planes [units][256], scales */
+    extern __shared__ __align__(128)
+        uint8_t ring[]; /* [STAGES][STAGE], planes [units][256], scales */
     __shared__ uint64_t full[STAGES], empty[STAGES];
     __shared__ float sums[2][CW][16], part[64];
     uint8_t *planes = ring + STAGES * STAGE;
@@ -193,7 +206,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
             for (int s = 0; s < slabs; s++) {
                 if (round) mbar_wait(&empty[slot], (round - 1) & 1);
                 const int first = s * STAGE_UNITS, n = min(STAGE_UNITS, w.units - first);
-                bulk_load(ring + slot * STAGE, w.data + ((size_t)tile * w.units + first) * UNIT, n * UNIT, &full[slot]);
+                bulk_load(ring + slot * STAGE, w.data + ((size_t)tile * w.units + first) * UNIT,
+                          n * UNIT, &full[slot]);
                 if (++slot == STAGES) slot = 0, round++;
             }
         return;
@@ -219,7 +233,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
             if (lane == 0) mbar_arrive(&empty[slot]);
             if (++slot == STAGES) slot = 0, round++;
         }
-        if ((lane & 3) == 0) sums[turn][warp][lane >> 2] = acc[0], sums[turn][warp][8 + (lane >> 2)] = acc[1];
+        if ((lane & 3) == 0)
+            sums[turn][warp][lane >> 2] = acc[0], sums[turn][warp][8 + (lane >> 2)] = acc[1];
         consumers_sync();
         if (threadIdx.x < 16) {
             float v = 0.f;
@@ -233,7 +248,8 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
                 const float up = __shfl_down_sync(0xffffu, v, 8);
                 v = v / (1.f + __expf(-v)) * up;
                 if (threadIdx.x < 8)
-                    ((__half *)c.y)[tile * 8 + threadIdx.x] = __float2half_rn(fminf(fmaxf(v, -65504.f), 65504.f));
+                    ((__half *)c.y)[tile * 8 + threadIdx.x] = __float2half_rn(
+                        fminf(fmaxf(v, -65504.f), 65504.f));
             }
         }
     }
@@ -241,14 +257,15 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
 }
 
 template <int GROUP>
-static cudaError_t launch_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream, bool pdl)
+static cudaError_t launch_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream,
+                              bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
     const int smem = STAGES * STAGE_UNITS * w4_unit_bytes(GROUP) +
                      w->units * (256 + (1 + 128 / GROUP) * (int)sizeof(float));
-    const cudaError_t rc =
-        cudaFuncSetAttribute(gemm_w4_one_kernel<GROUP>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+    const cudaError_t rc = cudaFuncSetAttribute(gemm_w4_one_kernel<GROUP>,
+                                                cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
     if (rc != cudaSuccess) return rc;
     cfg.gridDim = dim3((unsigned)(w->tiles < 2 * sms ? w->tiles : 2 * sms));
     cfg.blockDim = dim3((CW + 1) * 32);
@@ -261,7 +278,8 @@ static cudaError_t launch_one(const w4_tiles *w, const w4_one_call *c, int sms, 
     return cudaLaunchKernelEx(&cfg, gemm_w4_one_kernel<GROUP>, *w, *c);
 }
 
-cudaError_t gemm_w4_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream, bool pdl)
+cudaError_t gemm_w4_one(const w4_tiles *w, const w4_one_call *c, int sms, cudaStream_t stream,
+                        bool pdl)
 {
     if (w->group == 128) return launch_one<128>(w, c, sms, stream, pdl);
     if (w->group == 64) return launch_one<64>(w, c, sms, stream, pdl);

@@ -1,5 +1,5 @@
-/* Rotary embedding of q and k in place, and the append to the paged cache in its format: one block a row and
- * KV head, one warp a head vector. */
+/* Rotary embedding of q and k in place, and the append to the paged cache in its format: one block
+ * a row and KV head, one warp a head vector. */
 #include "kernels/device_cuda.cuh"
 #include "kernels/kv_append.cuh"
 
@@ -17,7 +17,8 @@ __global__ void rope_kv_kernel(rope_call r)
     int seq = 0;
     while (seq + 1 < r.seqs && r.seq_start[seq + 1] <= row) seq++;
     const int32_t block = r.table[(int64_t)seq * r.table_stride + pos / r.block_tokens];
-    const int64_t region = ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens + pos % r.block_tokens;
+    const int64_t region = ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens +
+                           pos % r.block_tokens;
     const int warps = blockDim.x >> 5;
     pdl_wait();
     for (int i = warp; i < r.group + 2; i += warps) { /* q heads, then k, then v */
@@ -46,17 +47,19 @@ __global__ void rope_kv_kernel(rope_call r)
 }
 
 /* What the kernels need of a rotation and append. */
-static rope_call rope_call_of(tensor *q, tensor *k, const tensor *v, const rope_spec *spec, const batch_rows *rows,
-                              const kv_layer *kv)
+static rope_call rope_call_of(tensor *q, tensor *k, const tensor *v, const rope_spec *spec,
+                              const batch_rows *rows, const kv_layer *kv)
 {
     rope_call r = {};
     r.q = (__half *)q->data, r.k = (__half *)k->data, r.v = (const __half *)v->data;
     r.inv_freq = (const float *)spec->inv_freq.data;
     r.pos = (const int32_t *)rows->pos.data, r.seq_start = (const int32_t *)rows->seq_start.data;
-    r.table = (const int32_t *)rows->block_table.data, r.table_stride = (int32_t)rows->block_table.stride[0];
+    r.table = (const int32_t *)rows->block_table.data,
+    r.table_stride = (int32_t)rows->block_table.stride[0];
     r.data = (uint8_t *)kv->data, r.param = (__half2 *)kv->param;
     r.q_row = q->stride[0], r.q_head = q->stride[1], r.q_sub = q->stride[2];
-    r.k_row = k->stride[0], r.k_head = k->stride[1], r.v_row = v->stride[0], r.v_head = v->stride[1];
+    r.k_row = k->stride[0], r.k_head = k->stride[1], r.v_row = v->stride[0],
+    r.v_head = v->stride[1];
     r.seqs = rows->seqs, r.block_tokens = kv->block_tokens, r.kv_heads = kv->kv_heads;
     r.group = (int32_t)q->shape[2], r.dim = kv->head_dim, r.dims = spec->dims;
     r.bits = kv->format == KV_16 ? 16 : (int32_t)kv->format;
@@ -64,20 +67,24 @@ static rope_call rope_call_of(tensor *q, tensor *k, const tensor *v, const rope_
     return r;
 }
 
-extern "C" err_code rope_kv_cuda(device *d, tensor *q, tensor *k, const tensor *v, const rope_spec *spec,
-                                 const batch_rows *rows, const kv_layer *kv, err *e)
+extern "C" err_code rope_kv_cuda(device *d, tensor *q, tensor *k, const tensor *v,
+                                 const rope_spec *spec, const batch_rows *rows, const kv_layer *kv,
+                                 err *e)
 {
     if (kv->head_dim > MAX_DIM || kv->head_dim % 8)
-        return err_set(e, E_UNSUPPORTED, "rope_kv: head size: expected a multiple of 8 up to %d, got %d", MAX_DIM,
+        return err_set(e, E_UNSUPPORTED,
+                       "rope_kv: head size: expected a multiple of 8 up to %d, got %d", MAX_DIM,
                        kv->head_dim);
     const rope_call r = rope_call_of(q, k, v, spec, rows, kv);
     const int warps = r.group + 2 < 8 ? r.group + 2 : 8;
-    return cuda_launch(d, "rope_kv", rope_kv_kernel, dim3((unsigned)q->shape[0], (unsigned)kv->kv_heads),
+    return cuda_launch(d, "rope_kv", rope_kv_kernel,
+                       dim3((unsigned)q->shape[0], (unsigned)kv->kv_heads),
                        dim3((unsigned)warps * 32), (size_t)(warps * r.dim) * sizeof(float), e, r);
 }
 
-extern "C" err_code rope_attn_cuda(device *d, tensor *y, tensor *q, tensor *k, const tensor *v, const rope_spec *spec,
-                                   const batch_rows *rows, const kv_layer *kv, float scale, int32_t window, err *e)
+extern "C" err_code rope_attn_cuda(device *d, tensor *y, tensor *q, tensor *k, const tensor *v,
+                                   const rope_spec *spec, const batch_rows *rows,
+                                   const kv_layer *kv, float scale, int32_t window, err *e)
 {
     if (attn_decodes(rows, kv)) {
         const rope_call r = rope_call_of(q, k, v, spec, rows, kv);

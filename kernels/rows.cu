@@ -33,17 +33,18 @@ __device__ __forceinline__ float block_sum(float v)
     return v;
 }
 
-__global__ void embed_kernel(void *y, dtype ydt, int64_t ldy, const void *table, dtype dt, const int32_t *ids,
-                             int64_t h)
+__global__ void embed_kernel(void *y, dtype ydt, int64_t ldy, const void *table, dtype dt,
+                             const int32_t *ids, int64_t h)
 {
     pdl_launch();
     pdl_wait();
     const int64_t row = blockIdx.x, from = (int64_t)ids[row] * h;
-    for (int64_t i = threadIdx.x; i < h; i += blockDim.x) store_f(y, row * ldy + i, ydt, load_f(table, from + i, dt));
+    for (int64_t i = threadIdx.x; i < h; i += blockDim.x)
+        store_f(y, row * ldy + i, ydt, load_f(table, from + i, dt));
 }
 
-__global__ void rmsnorm_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt, int64_t ldx, const void *w,
-                               dtype wdt, float eps, int64_t k)
+__global__ void rmsnorm_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt,
+                               int64_t ldx, const void *w, dtype wdt, float eps, int64_t k)
 {
     pdl_launch();
     pdl_wait();
@@ -58,8 +59,9 @@ __global__ void rmsnorm_kernel(void *y, dtype ydt, int64_t ldy, const void *x, d
         store_f(y, row * ldy + i, ydt, load_f(x, row * ldx + i, xdt) * inv * load_f(w, i, wdt));
 }
 
-/* The step's norm: f32 in, f16 out, k a multiple of 128 up to 32 * NORM_UNITS * 128. A warp keeps whole units of
- * 128 in registers, so x is read once and the planes of the product behind it cost no kernel. */
+/* The step's norm: f32 in, f16 out, k a multiple of 128 up to 32 * NORM_UNITS * 128. A warp keeps
+ * whole units of 128 in registers, so x is read once and the planes of the product behind it cost
+ * no kernel. */
 #define NORM_UNITS 4
 __device__ __forceinline__ void load4(float v[4], const void *p, int64_t i, dtype dt)
 {
@@ -84,8 +86,9 @@ __device__ __forceinline__ void store4(__half *y, float v[4])
     v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
 }
 
-__global__ void __launch_bounds__(1024) norm_units_kernel(__half *y, int64_t ldy, const float *x, int64_t ldx, const void *w,
-                                                         dtype wdt, float eps, int k, w4_planes_out o)
+__global__ void __launch_bounds__(1024)
+    norm_units_kernel(__half *y, int64_t ldy, const float *x, int64_t ldx, const void *w, dtype wdt,
+                      float eps, int k, w4_planes_out o)
 {
     __shared__ float part[32];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, units = k / 128, row = blockIdx.x;
@@ -97,11 +100,13 @@ __global__ void __launch_bounds__(1024) norm_units_kernel(__half *y, int64_t ldy
     pdl_wait();
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++)
-        if (warp + 32 * i < units) load4(v[i], x + row * ldx, (warp + 32 * i) * 128 + lane * 4, DT_F32);
+        if (warp + 32 * i < units)
+            load4(v[i], x + row * ldx, (warp + 32 * i) * 128 + lane * 4, DT_F32);
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++) {
         float s = 0.f;
-        if (warp + 32 * i < units) s = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+        if (warp + 32 * i < units)
+            s = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
         for (int j = 16; j; j >>= 1) s += __shfl_xor_sync(~0u, s, j);
         sum += s;
     }
@@ -122,34 +127,40 @@ __global__ void __launch_bounds__(1024) norm_units_kernel(__half *y, int64_t ldy
 }
 
 /* One warp 128 outputs of a row. */
-__global__ void __launch_bounds__(128) glu_units_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg,
-                                                        const __half *up, int64_t ldu, int units, w4_planes_out o)
+__global__ void __launch_bounds__(128)
+    glu_units_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg, const __half *up,
+                     int64_t ldu, int units, w4_planes_out o)
 {
     const int lane = threadIdx.x & 31, unit = blockIdx.x * 4 + (threadIdx.x >> 5), row = blockIdx.y;
     pdl_launch();
     pdl_wait();
     if (unit >= units) return;
     const int at = unit * 128 + lane * 4;
-    const uint2 graw = *(const uint2 *)(gate + row * ldg + at), uraw = *(const uint2 *)(up + row * ldu + at);
-    const float2 g0 = __half22float2(*(const __half2 *)&graw.x), g1 = __half22float2(*(const __half2 *)&graw.y);
-    const float2 u0 = __half22float2(*(const __half2 *)&uraw.x), u1 = __half22float2(*(const __half2 *)&uraw.y);
+    const uint2 graw = *(const uint2 *)(gate + row * ldg + at),
+                uraw = *(const uint2 *)(up + row * ldu + at);
+    const float2 g0 = __half22float2(*(const __half2 *)&graw.x),
+                 g1 = __half22float2(*(const __half2 *)&graw.y);
+    const float2 u0 = __half22float2(*(const __half2 *)&uraw.x),
+                 u1 = __half22float2(*(const __half2 *)&uraw.y);
     float v[4] = {g0.x / (1.f + __expf(-g0.x)) * u0.x, g0.y / (1.f + __expf(-g0.y)) * u0.y,
                   g1.x / (1.f + __expf(-g1.x)) * u1.x, g1.y / (1.f + __expf(-g1.y)) * u1.y};
     store4(y + row * ldy + at, v);
     if (o.planes) w4_store_planes(o, unit, row, v, lane);
 }
 
-__global__ void add_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt, int64_t ldx, int64_t k)
+__global__ void add_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt, int64_t ldx,
+                           int64_t k)
 {
     pdl_launch();
     pdl_wait();
     const int64_t row = blockIdx.x;
     for (int64_t i = threadIdx.x; i < k; i += blockDim.x)
-        store_f(y, row * ldy + i, ydt, load_f(y, row * ldy + i, ydt) + load_f(x, row * ldx + i, xdt));
+        store_f(y, row * ldy + i, ydt,
+                load_f(y, row * ldy + i, ydt) + load_f(x, row * ldx + i, xdt));
 }
 
-__global__ void glu_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg, const __half *up, int64_t ldu,
-                           int64_t n)
+__global__ void glu_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg,
+                           const __half *up, int64_t ldu, int64_t n)
 {
     pdl_launch();
     pdl_wait();
@@ -159,7 +170,8 @@ __global__ void glu_kernel(__half *y, int64_t ldy, const __half *gate, int64_t l
     store_f(y, row * ldy + i, DT_F16, g / (1.f + __expf(-g)) * u);
 }
 
-__global__ void nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld, const int32_t *target, int64_t v)
+__global__ void nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld,
+                           const int32_t *target, int64_t v)
 {
     __shared__ float tops[THREADS];
     __shared__ int32_t ids[THREADS];
@@ -193,7 +205,8 @@ __global__ void nll_kernel(float *nll, int32_t *best, const float *logits, int64
 }
 
 /* One thread a channel, rows in order. */
-__global__ void absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m, int64_t k)
+__global__ void absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m,
+                               int64_t k)
 {
     const int64_t c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     pdl_launch();
@@ -215,7 +228,8 @@ __global__ void bf16_to_f16_kernel(uint16_t *p, int64_t n)
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     pdl_launch();
     pdl_wait();
-    if (i < n) p[i] = __half_as_ushort(__float2half_rn(__bfloat162float(__ushort_as_bfloat16(p[i]))));
+    if (i < n)
+        p[i] = __half_as_ushort(__float2half_rn(__bfloat162float(__ushort_as_bfloat16(p[i]))));
 }
 
 extern "C" {
@@ -223,14 +237,16 @@ extern "C" {
 err_code bf16_to_f16_cuda(device *d, tensor *t, err *e)
 {
     const int64_t n = tensor_count(t);
-    return cuda_launch(d, "bf16_to_f16", bf16_to_f16_kernel, dim3((unsigned)((n + THREADS - 1) / THREADS)),
-                       dim3(THREADS), 0, e, (uint16_t *)t->data, n);
+    return cuda_launch(d, "bf16_to_f16", bf16_to_f16_kernel,
+                       dim3((unsigned)((n + THREADS - 1) / THREADS)), dim3(THREADS), 0, e,
+                       (uint16_t *)t->data, n);
 }
 
 err_code embed_cuda(device *d, tensor *y, const tensor *table, const tensor *ids, err *e)
 {
-    return cuda_launch(d, "embed", embed_kernel, dim3((unsigned)y->shape[0]), dim3(THREADS), 0, e, y->data, y->dt,
-                       y->stride[0], (const void *)table->data, table->dt, (const int32_t *)ids->data, y->shape[1]);
+    return cuda_launch(d, "embed", embed_kernel, dim3((unsigned)y->shape[0]), dim3(THREADS), 0, e,
+                       y->data, y->dt, y->stride[0], (const void *)table->data, table->dt,
+                       (const int32_t *)ids->data, y->shape[1]);
 }
 
 static bool aligned4(const void *p, int64_t ld, size_t unit)
@@ -244,54 +260,57 @@ err_code rmsnorm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, fl
     if (x->dt == DT_F32 && y->dt == DT_F16 && k % 128 == 0 && k <= 32 * NORM_UNITS * 128 &&
         aligned4(x->data, x->stride[0], 4) && aligned4(y->data, y->stride[0], 2)) {
         const w4_planes_out o = cuda_planes_want(d, x->shape[0], k);
-        TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]), dim3(1024), 0, e,
-                        (__half *)y->data, y->stride[0], (const float *)x->data, x->stride[0], (const void *)w->data,
-                        w->dt, eps, (int)k, o));
+        TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]), dim3(1024), 0,
+                        e, (__half *)y->data, y->stride[0], (const float *)x->data, x->stride[0],
+                        (const void *)w->data, w->dt, eps, (int)k, o));
         cuda_planes_made(d, y, &o);
         return OK;
     }
-    return cuda_launch(d, "rmsnorm", rmsnorm_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0, e, y->data, y->dt,
-                       y->stride[0], (const void *)x->data, x->dt, x->stride[0], (const void *)w->data, w->dt, eps,
-                       x->shape[1]);
+    return cuda_launch(d, "rmsnorm", rmsnorm_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0,
+                       e, y->data, y->dt, y->stride[0], (const void *)x->data, x->dt, x->stride[0],
+                       (const void *)w->data, w->dt, eps, x->shape[1]);
 }
 
 err_code add_cuda(device *d, tensor *y, const tensor *x, err *e)
 {
-    return cuda_launch(d, "add", add_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0, e, y->data, y->dt,
-                       y->stride[0], (const void *)x->data, x->dt, x->stride[0], x->shape[1]);
+    return cuda_launch(d, "add", add_kernel, dim3((unsigned)x->shape[0]), dim3(THREADS), 0, e,
+                       y->data, y->dt, y->stride[0], (const void *)x->data, x->dt, x->stride[0],
+                       x->shape[1]);
 }
 
 err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, err *e)
 {
-    if (y->shape[1] % 128 == 0 && aligned4(y->data, y->stride[0], 2) && aligned4(gate->data, gate->stride[0], 2) &&
-        aligned4(up->data, up->stride[0], 2)) {
+    if (y->shape[1] % 128 == 0 && aligned4(y->data, y->stride[0], 2) &&
+        aligned4(gate->data, gate->stride[0], 2) && aligned4(up->data, up->stride[0], 2)) {
         const int units = (int)(y->shape[1] / 128);
         const w4_planes_out o = cuda_planes_want(d, y->shape[0], y->shape[1]);
-        TRY(cuda_launch(d, "glu", glu_units_kernel, dim3((unsigned)(units + 3) / 4, (unsigned)y->shape[0]), dim3(128), 0,
-                        e, (__half *)y->data, y->stride[0], (const __half *)gate->data, gate->stride[0],
-                        (const __half *)up->data, up->stride[0], units, o));
+        TRY(cuda_launch(d, "glu", glu_units_kernel,
+                        dim3((unsigned)(units + 3) / 4, (unsigned)y->shape[0]), dim3(128), 0, e,
+                        (__half *)y->data, y->stride[0], (const __half *)gate->data,
+                        gate->stride[0], (const __half *)up->data, up->stride[0], units, o));
         cuda_planes_made(d, y, &o);
         return OK;
     }
     const dim3 grid((unsigned)((y->shape[1] + THREADS - 1) / THREADS), (unsigned)y->shape[0]);
-    return cuda_launch(d, "glu", glu_kernel, grid, dim3(THREADS), 0, e, (__half *)y->data, y->stride[0],
-                       (const __half *)gate->data, gate->stride[0], (const __half *)up->data, up->stride[0],
-                       y->shape[1]);
+    return cuda_launch(d, "glu", glu_kernel, grid, dim3(THREADS), 0, e, (__half *)y->data,
+                       y->stride[0], (const __half *)gate->data, gate->stride[0],
+                       (const __half *)up->data, up->stride[0], y->shape[1]);
 }
 
-err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits, const tensor *target, err *e)
+err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
+                  const tensor *target, err *e)
 {
     return cuda_launch(d, "nll", nll_kernel, dim3((unsigned)logits->shape[0]), dim3(THREADS), 0, e,
                        (float *)nll->data, argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
-                       (const float *)logits->data, logits->stride[0], (const int32_t *)target->data,
-                       logits->shape[1]);
+                       (const float *)logits->data, logits->stride[0],
+                       (const int32_t *)target->data, logits->shape[1]);
 }
 
 err_code absstat_cuda(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)
 {
-    return cuda_launch(d, "absstat", absstat_kernel, dim3((unsigned)((x->shape[1] + 31) / 32)), dim3(32), 0, e,
-                       (float *)absmax->data, (double *)abssum->data, (const __half *)x->data, x->stride[0],
-                       x->shape[0], x->shape[1]);
+    return cuda_launch(d, "absstat", absstat_kernel, dim3((unsigned)((x->shape[1] + 31) / 32)),
+                       dim3(32), 0, e, (float *)absmax->data, (double *)abssum->data,
+                       (const __half *)x->data, x->stride[0], x->shape[0], x->shape[1]);
 }
 
 } /* extern "C" */

@@ -1,5 +1,5 @@
-/* Ops of a CUDA device against the CPU's references: odd sizes, every format, guards behind outputs. Without a
- * GPU, or in a build without CUDA, the cases are skipped out loud. */
+/* Ops of a CUDA device against the CPU's references: odd sizes, every format, guards behind
+ * outputs. Without a GPU, or in a build without CUDA, the cases are skipped out loud. */
 #include <check.h>
 #include <math.h>
 #include <stdio.h>
@@ -49,7 +49,8 @@ static float *values(int64_t n, double scale)
     return v;
 }
 
-/* A device tensor [m,k] with `pad` elements behind each row, from f32 values (NULL: guards everywhere). */
+/* A device tensor [m,k] with `pad` elements behind each row, from f32 values (NULL: guards
+ * everywhere). */
 static tensor upload(dev_buf *b, dtype dt, int64_t m, int64_t k, int64_t pad, const float *v)
 {
     const int64_t ld = k + pad, all = m * ld;

@@ -408,7 +408,8 @@ static err_code add_entry(const plan *p, entries *l, tensor_role r, int32_t laye
     return OK;
 }
 
-/* A linear as AWQ packs it: codes and zeros 8 a word along the outputs, groups of W4_GROUP inputs. */
+/* A linear as AWQ packs it: codes and zeros 8 a word along the outputs, groups of W4_GROUP
+ * inputs. */
 static err_code add_packed(const plan *p, entries *l, tensor_role r, int32_t layer, int64_t n,
                            int64_t k, err *e)
 {
