@@ -86,8 +86,8 @@ static void gather_row(void *ctx, int64_t i, int worker)
         s->h[i * s->k + q] = row[s->order[q]] / (c * (j->col ? j->col[s->order[q]] : 1.f));
 }
 
-/* With the order reversed, H = L L^T; the inverse of L, read from its end, is the upper factor of H's inverse in
- * rounding order. */
+/* With the order reversed, H = L L^T; the inverse of L, read from its end, is the upper factor of
+ * H's inverse in rounding order. */
 static bool factor(feedback *s, float add)
 {
     const int n = (int)s->k;

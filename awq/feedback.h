@@ -1,6 +1,7 @@
-/* Codes by error feedback: each weight's rounding error is spread over the weights not yet rounded (GPTQ,
- * Frantar et al. 2022, with columns in descending order of diag H and the groups' scales fixed beforehand), then
- * sweeps of coordinate descent over the codes. Both minimise tr(E H E^T) of the linear's own input. */
+/* Codes by error feedback: each weight's rounding error is spread over the weights not yet rounded
+ * (GPTQ, Frantar et al. 2022, with columns in descending order of diag H and the groups' scales
+ * fixed beforehand), then sweeps of coordinate descent over the codes. Both minimise tr(E H E^T) of
+ * the linear's own input. */
 #ifndef TMF_AWQ_FEEDBACK_H
 #define TMF_AWQ_FEEDBACK_H
 
@@ -14,8 +15,8 @@ typedef struct {
 
 /* Bytes beside the plan that a linear of k inputs takes at most. */
 size_t feedback_bytes(int64_t k);
-/* Fills out->codes, from b->mem, for the scale and zero that are there. Needs LOSS_GRAM. Results do not depend on
- * threads. */
+/* Fills out->codes, from b->mem, for the scale and zero that are there. Needs LOSS_GRAM. Results do
+ * not depend on threads. */
 err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
                         const feedback_opts *o, err *e);
 

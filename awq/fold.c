@@ -40,8 +40,8 @@ static err_code scale_cols(fold *f, const model_desc *m, tensor_role r, const fl
     return OK;
 }
 
-/* Where head `h` of a part (0: first Q head of its group, then K, V) begins among the rows of the fused
- * projection, or of its own linear when split. */
+/* Where head `h` of a part (0: first Q head of its group, then K, V) begins among the rows of the
+ * fused projection, or of its own linear when split. */
 static int64_t head_row(const model_desc *m, tensor_role part, int32_t h)
 {
     const int64_t hd = m->head_dim, share = m->heads / m->kv_heads;
@@ -89,7 +89,8 @@ static err_code scale_o(fold *f, const model_desc *m, const float *s, err *e)
     return OK;
 }
 
-/* RoPE turns pairs of dims into each other: both must carry the same factor, and no norm may stand between. */
+/* RoPE turns pairs of dims into each other: both must carry the same factor, and no norm may stand
+ * between. */
 static err_code check_k(const model_desc *m, const float *s, err *e)
 {
     const int32_t half = m->rope_dims / 2;

@@ -1,5 +1,6 @@
-/* The factors of a block's channel groups, expanded to what each linear takes: W'[n][k] = W[n][k] * col[k] / row[n].
- * Search and packing both go through here, so the weights they round are the same bits. */
+/* The factors of a block's channel groups, expanded to what each linear takes: W'[n][k] = W[n][k] *
+ * col[k] / row[n]. Search and packing both go through here, so the weights they round are the same
+ * bits. */
 #ifndef TMF_AWQ_FOLD_H
 #define TMF_AWQ_FOLD_H
 
@@ -24,8 +25,8 @@ err_code fold_init(fold *f, const model_desc *m, const block_plan *p, err *e);
 void fold_free(fold *f);
 const fold_linear *fold_find(const fold *f, tensor_role r);
 
-/* Rows [from, from+n) of a dense linear as f32 [n,k], contiguous, with its factors (l NULL: without). E_INPUT
- * "layer 3: gate: row 5 column 7: ..." when a result is not finite. */
+/* Rows [from, from+n) of a dense linear as f32 [n,k], contiguous, with its factors (l NULL:
+ * without). E_INPUT "layer 3: gate: row 5 column 7: ..." when a result is not finite. */
 err_code fold_rows(tensor *out, const tensor *dense, const fold_linear *l, int64_t from, int64_t n,
                    int32_t layer, tensor_role r, err *e);
 /* bias [n] as f32 with the row factors; norm [hidden] as f32 divided by `div` (NULL: 1). */

@@ -1,5 +1,5 @@
-/* Tiles and losses. Sums run over rows in order and tiles in order, in double, so that they depend neither on
- * threads nor on anything but the shapes. */
+/* Tiles and losses. Sums run over rows in order and tiles in order, in double, so that they depend
+ * neither on threads nor on anything but the shapes. */
 #include "awq/measure.h"
 
 #include <string.h>
@@ -141,7 +141,8 @@ static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, c
     }
 }
 
-/* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col. */
+/* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col.
+ */
 static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l,
                            const fold_linear *f, int64_t from, err *e)
 {

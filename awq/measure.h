@@ -1,4 +1,5 @@
-/* Weights in tiles of rows, and the loss of an error matrix: what every method's search is made of. */
+/* Weights in tiles of rows, and the loss of an error matrix: what every method's search is made of.
+ */
 #ifndef TMF_AWQ_MEASURE_H
 #define TMF_AWQ_MEASURE_H
 
@@ -37,8 +38,8 @@ int64_t tile_rows(const quant_scratch *s, int64_t k);
 err_code moment_loss(const quant_block *b, const tensor *err_rows, const second_moment *h,
                      double *loss, err *e);
 
-/* Loss of a linear in the terms of its own input: of the plan's scale and zero (l NULL: of plain rounding). f:
- * the factors the plan's weights carry, NULL none. */
+/* Loss of a linear in the terms of its own input: of the plan's scale and zero (l NULL: of plain
+ * rounding). f: the factors the plan's weights carry, NULL none. */
 err_code linear_loss(const quant_block *b, tensor_role r, const fold *f, const plan_linear *l,
                      double *loss, err *e);
 /* Fills loss_before and loss_after of every linear of the plan. */

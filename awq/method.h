@@ -1,6 +1,6 @@
-/* The table of quantization methods, and what a method is given. A method is one file method_<name>.c and one
- * line in method.c: it fills a block_plan, and everything around it (layer loop, second moments, losses, resume,
- * the artifact, packing) stays as it is. */
+/* The table of quantization methods, and what a method is given. A method is one file
+ * method_<name>.c and one line in method.c: it fills a block_plan, and everything around it (layer
+ * loop, second moments, losses, resume, the artifact, packing) stays as it is. */
 #ifndef TMF_AWQ_METHOD_H
 #define TMF_AWQ_METHOD_H
 
@@ -55,7 +55,8 @@ typedef struct {
     loss_kind loss;   /* its own choice when --loss is not given and there is a calib file */
     bool searches;    /* compares candidates: LOSS_MODULE means something */
     bool fixes_codes; /* fills plan_linear.codes */
-    /* out comes from plan_shape with scale and zero allocated; factors come from b->mem (plan_factors). */
+    /* out comes from plan_shape with scale and zero allocated; factors come from b->mem
+     * (plan_factors). */
     err_code (*plan_block)(const quant_block *b, block_plan *out, err *e);
 } quant_method;
 

@@ -1,4 +1,5 @@
-/* AWQ: per channel group the best of a grid of factors, then the best range of every group of weights. */
+/* AWQ: per channel group the best of a grid of factors, then the best range of every group of
+ * weights. */
 #include <math.h>
 #include <string.h>
 
@@ -10,8 +11,9 @@
 #define CANDIDATES (2 * (POINTS + 1) + 1)
 #define FLOOR      1e-4
 
-/* Candidate factors of one group: the identity first, then a^r, then a^r / w^(1-r) (the "duo" form), a: mean |x|,
- * w: mean relative |W|. Candidates that are not finite, or whose folded norm leaves f16, are left out. */
+/* Candidate factors of one group: the identity first, then a^r, then a^r / w^(1-r) (the "duo"
+ * form), a: mean |x|, w: mean relative |W|. Candidates that are not finite, or whose folded norm
+ * leaves f16, are left out. */
 typedef struct {
     float *s;     /* [n][k] */
     double *loss; /* [n] */
@@ -93,7 +95,8 @@ done:
     return rc;
 }
 
-/* q and k feed a softmax: llm-awq leaves their range alone, except where one projection holds q, k and v. */
+/* q and k feed a softmax: llm-awq leaves their range alone, except where one projection holds q, k
+ * and v. */
 static bool clips(tensor_role r) { return r != ROLE_Q && r != ROLE_K; }
 
 static err_code plan_block(const quant_block *b, block_plan *out, err *e)

@@ -1,4 +1,5 @@
-/* GPTQ: error feedback over plain ranges; and "best": over AWQ's factors and ranges, with sweeps behind. */
+/* GPTQ: error feedback over plain ranges; and "best": over AWQ's factors and ranges, with sweeps
+ * behind. */
 #include "awq/feedback.h"
 #include "awq/range.h"
 

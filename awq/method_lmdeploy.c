@@ -1,5 +1,6 @@
-/* What `lmdeploy lite auto_awq` does by default: one factor per channel from the largest activation and the mean
- * relative weight, both to the power 1/2, then plain rounding. No search, no clipping. */
+/* What `lmdeploy lite auto_awq` does by default: one factor per channel from the largest activation
+ * and the mean relative weight, both to the power 1/2, then plain rounding. No search, no clipping.
+ */
 #include <math.h>
 
 #include "awq/range.h"

@@ -1,5 +1,6 @@
-/* H = sum x x^T of every input of the bound block, f32 [k,k], over the windows of a layer walk. All taps are
- * gathered in one forward pass where they fit a budget; else one at a time, when asked for. */
+/* H = sum x x^T of every input of the bound block, f32 [k,k], over the windows of a layer walk. All
+ * taps are gathered in one forward pass where they fit a budget; else one at a time, when asked
+ * for. */
 #ifndef TMF_AWQ_MOMENTS_H
 #define TMF_AWQ_MOMENTS_H
 
@@ -15,12 +16,12 @@ err_code moments_open(moment_source **out, device *d, layer_walk *w, const model
                       size_t budget, err *e);
 void moments_close(moment_source **s);
 
-/* A new layer is bound. Where all fit, they are gathered now; `advance` lets this pass replace the states (then
- * *advanced is true and the caller needs no further pass). */
+/* A new layer is bound. Where all fit, they are gathered now; `advance` lets this pass replace the
+ * states (then *advanced is true and the caller needs no further pass). */
 err_code moments_layer(moment_source *s, int32_t layer, bool advance, bool *advanced,
                        const walk_progress *p, err *e);
-/* H of the input of linear r (q, k, v: qkv; up: gate), both triangles; valid until the next call. E_INPUT naming
- * layer and tap when it is not finite. */
+/* H of the input of linear r (q, k, v: qkv; up: gate), both triangles; valid until the next call.
+ * E_INPUT naming layer and tap when it is not finite. */
 err_code moments_get(moment_source *s, tensor_role r, tensor *h, err *e);
 
 #endif

@@ -1,4 +1,5 @@
-/* Applying a plan: fold factors, give every weight its code, hand it all to the directory writer. */
+/* Applying a plan: fold factors, give every weight its code, hand it all to the directory writer.
+ */
 #include "awq/pack.h"
 
 #include <inttypes.h>
@@ -246,7 +247,8 @@ static err_code write_all(pack *p, w4_dir_writer *w, err *e)
     return OK;
 }
 
-/* What lies at out_dir: nothing or a directory of ours may be replaced; one made from this plan is done. */
+/* What lies at out_dir: nothing or a directory of ours may be replaced; one made from this plan is
+ * done. */
 static err_code look_at_target(const pack *p, bool *fresh, err *e)
 {
     manifest found = {0};

@@ -1,5 +1,5 @@
-/* pack-w4 as a library call: a model and its plan in, a Hugging Face AWQ directory out. One linear is held at a
- * time. */
+/* pack-w4 as a library call: a model and its plan in, a Hugging Face AWQ directory out. One linear
+ * is held at a time. */
 #ifndef TMF_AWQ_PACK_H
 #define TMF_AWQ_PACK_H
 
@@ -25,8 +25,9 @@ err_code pack_memory(memory_plan *p, device *d, const pack_opts *o, err *e);
 /* Nothing appears under out_dir unless all of it was written. */
 err_code pack_run(pack_summary *out, device *d, const pack_opts *o, const job *j, err *e);
 /* Makes one tensor of the finished out_dir again and compares bytes: a full name
- * ("model.layers.3.mlp.up_proj.qweight", "...scales", "...weight") or a linear without suffix for all its parts.
- * E_CHECK naming the first place that differs; E_USAGE when there is no such tensor. */
+ * ("model.layers.3.mlp.up_proj.qweight", "...scales", "...weight") or a linear without suffix for
+ * all its parts. E_CHECK naming the first place that differs; E_USAGE when there is no such tensor.
+ */
 err_code pack_compare(device *d, const pack_opts *o, const char *tensor_name, err *e);
 
 #endif

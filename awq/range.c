@@ -55,7 +55,8 @@ static void largest(range_tile *t)
     }
 }
 
-/* H's block of one quantization group: a square on the diagonal of a calib block, whose size it divides. */
+/* H's block of one quantization group: a square on the diagonal of a calib block, whose size it
+ * divides. */
 static tensor group_block(const range_tile *t, int64_t group)
 {
     const int64_t g = t->b->o->group, s = t->tap->g, at = group * g % s;

@@ -137,8 +137,8 @@ static size_t plan_bytes(const search *s)
     return n;
 }
 
-/* What the search asks of the ops beside the forward pass, whose own reserve covers op_gram: op_quad alone, and
- * its scratch does not depend on the rows of a call. */
+/* What the search asks of the ops beside the forward pass, whose own reserve covers op_gram:
+ * op_quad alone, and its scratch does not depend on the rows of a call. */
 static op_limits search_limits(const search *s)
 {
     const int64_t k = walks(s) ? s->scratch.widest : 128;
@@ -243,7 +243,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
 
 /* ---- the loop ---- */
 
-/* Saving may cost at most a twentieth of the time: then an interruption costs little and so does the insurance. */
+/* Saving may cost at most a twentieth of the time: then an interruption costs little and so does
+ * the insurance. */
 static err_code save_states(search *s, int32_t next, err *e)
 {
     const double start = now_s(),

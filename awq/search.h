@@ -1,4 +1,5 @@
-/* awq-search as a library call: model and calib file in, plan file out, layer by layer with resume. */
+/* awq-search as a library call: model and calib file in, plan file out, layer by layer with resume.
+ */
 #ifndef TMF_AWQ_SEARCH_H
 #define TMF_AWQ_SEARCH_H
 

@@ -1,7 +1,8 @@
-/* Host conversion between the 4-bit layouts. Every layout is read into and written from one pivot: a tile of
- * sequential words as W4_TM has them (row k, word n/8, nibble n%8). So a new layout is one reader and one
- * writer, and any pair works. Nibbles move by word tricks (interleave, 8x8 byte transpose), never one at a
- * time, except for the 32x32 tiles of W4_TM_A, which nothing hot uses. */
+/* Host conversion between the 4-bit layouts. Every layout is read into and written from one pivot:
+ * a tile of sequential words as W4_TM has them (row k, word n/8, nibble n%8). So a new layout is
+ * one reader and one writer, and any pair works. Nibbles move by word tricks (interleave, 8x8 byte
+ * transpose), never one at a time, except for the 32x32 tiles of W4_TM_A, which nothing hot uses.
+ */
 #include "base/w4.h"
 
 #include <assert.h>
@@ -249,7 +250,8 @@ static int zero_at(const w4_weight *w, int64_t group, int64_t n)
     return 0;
 }
 
-/* The zero as a float: W4_TM and W4_TM_A may hold fractions, which only a copy or a dequantizer takes. */
+/* The zero as a float: W4_TM and W4_TM_A may hold fractions, which only a copy or a dequantizer
+ * takes. */
 static float zero_value(const w4_weight *w, int64_t group, int64_t n)
 {
     if (w->layout == W4_TM) return f16_to_f32(half_row(&w->zeros, group)[n]);

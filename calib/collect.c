@@ -49,7 +49,8 @@ static err_code collect_layer(collect *c, int32_t layer, const walk_progress *p,
     return calib_put_layer(c->spool, layer, &b, e);
 }
 
-/* Saving may cost at most a twentieth of the time: then an interruption costs little and so does the insurance. */
+/* Saving may cost at most a twentieth of the time: then an interruption costs little and so does
+ * the insurance. */
 static err_code save_states(collect *c, int32_t next, err *e)
 {
     const double start = now_s(),

@@ -1,4 +1,5 @@
-/* calib-collect as a library call: token windows in, calib file out, one block resident at a time. */
+/* calib-collect as a library call: token windows in, calib file out, one block resident at a time.
+ */
 #ifndef TMF_CALIB_COLLECT_H
 #define TMF_CALIB_COLLECT_H
 

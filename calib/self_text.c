@@ -1,5 +1,5 @@
-/* A model's own text as calibration data. Several windows are written side by side, since a step of many
- * sequences reads the weights once. */
+/* A model's own text as calibration data. Several windows are written side by side, since a step of
+ * many sequences reads the weights once. */
 #include <inttypes.h>
 #include <string.h>
 

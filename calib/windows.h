@@ -1,4 +1,5 @@
-/* Token windows for calibration: from local texts (datasets/corpus.h), or written by the model itself. */
+/* Token windows for calibration: from local texts (datasets/corpus.h), or written by the model
+ * itself. */
 #ifndef TMF_CALIB_WINDOWS_H
 #define TMF_CALIB_WINDOWS_H
 
@@ -25,9 +26,10 @@ void windows_describe(char *buf, size_t cap, const windows_opts *o);
 /* Names the tokenizer by the bytes of its files. */
 err_code windows_tokenizer_digest(hash128 *out, const char *tokenizer_dir, err *e);
 
-/* Windows of the model's own text: each starts with what the tokenizer puts before a text, every other one
- * with the head of a user's turn where there is a chat template; sampled at temperature 1, top-p 0.95. When an
- * answer ends, the next text begins behind it. The same seed gives the same ids at any thread count. */
+/* Windows of the model's own text: each starts with what the tokenizer puts before a text, every
+ * other one with the head of a user's turn where there is a chat template; sampled at temperature
+ * 1, top-p 0.95. When an answer ends, the next text begins behind it. The same seed gives the same
+ * ids at any thread count. */
 err_code self_windows(int32_t *ids, device *d, weight_src *src, const tokenizer *t, const chat *c,
                       const windows_opts *o, const job *j, err *e);
 err_code self_memory(memory_plan *p, device *d, weight_src *src, int32_t samples, int32_t seqlen,

@@ -1,8 +1,9 @@
 /* The calib artifact: what calib-collect saw. One safetensors file (docs/formats.md "Calib file"):
- *   tokens i32 [samples,seqlen], held_out u8 [samples] (1: kept apart for acceptance; one window in eight)
- *   layers.<i>.<tap>.absmax f32 [k], .abssum f64 [k], .count i64 [1] (tokens seen), .blocks f32 [k/g,g,g]
- * tap: the linear whose input it is: qkv, o, gate, down. blocks: the g x g diagonal blocks of H = sum x x^T, with
- * g = calib_block_size(k). The statistics cover all windows, held out or not. */
+ *   tokens i32 [samples,seqlen], held_out u8 [samples] (1: kept apart for acceptance; one window in
+ * eight) layers.<i>.<tap>.absmax f32 [k], .abssum f64 [k], .count i64 [1] (tokens seen), .blocks
+ * f32 [k/g,g,g] tap: the linear whose input it is: qkv, o, gate, down. blocks: the g x g diagonal
+ * blocks of H = sum x x^T, with g = calib_block_size(k). The statistics cover all windows, held out
+ * or not. */
 #ifndef TMF_FORMATS_CALIB_FILE_H
 #define TMF_FORMATS_CALIB_FILE_H
 
@@ -15,7 +16,8 @@
 #define CALIB_TAPS           4
 #define CALIB_HELD_OUT_EVERY 8
 
-/* 128, 64 or 32, the largest that divides k; where none does, the largest divisor of k up to 128. */
+/* 128, 64 or 32, the largest that divides k; where none does, the largest divisor of k up to 128.
+ */
 int32_t calib_block_size(int64_t k);
 
 typedef struct {
@@ -53,10 +55,11 @@ const calib_info *calib_info_of(const calib_file *f); /* strings live as long as
 hash128 calib_digest(const calib_file *f);            /* what a plan records as its parent */
 tensor calib_tokens(const calib_file *f);             /* i32 [samples,seqlen] */
 tensor calib_held_out(const calib_file *f);           /* u8 [samples] */
-/* Views into the file. E_INPUT naming tap and channel when a statistic is negative or not finite. */
+/* Views into the file. E_INPUT naming tap and channel when a statistic is negative or not finite.
+ */
 err_code calib_layer(const calib_file *f, int32_t layer, calib_block *view, err *e);
-/* E_INPUT with both digests unless it was collected from the model with this digest; E_INPUT when layers or tap
- * widths are not the model's. */
+/* E_INPUT with both digests unless it was collected from the model with this digest; E_INPUT when
+ * layers or tap widths are not the model's. */
 err_code calib_check_model(const calib_file *f, const model_desc *m, const char *digest, err *e);
 
 /* ---- writing: layers go to the spool as they are done, calib_finish makes the file ---- */

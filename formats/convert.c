@@ -1,5 +1,5 @@
-/* The conversion's decisions: what a workspace can hold, its configuration, its options, and the walk over
- * its files. */
+/* The conversion's decisions: what a workspace can hold, its configuration, its options, and the
+ * walk over its files. */
 #include "formats/convert.h"
 
 #include <assert.h>

@@ -1,5 +1,5 @@
-/* From 16-bit or AWQ weights to a TurboMind workspace (docs/formats.md "TurboMind workspace"): q, k and v
- * fused with their rotary columns interleaved, linears stored inputs first, ranks split. */
+/* From 16-bit or AWQ weights to a TurboMind workspace (docs/formats.md "TurboMind workspace"): q, k
+ * and v fused with their rotary columns interleaved, linears stored inputs first, ranks split. */
 #ifndef TMF_FORMATS_CONVERT_H
 #define TMF_FORMATS_CONVERT_H
 
@@ -17,9 +17,10 @@ typedef struct {
 
 typedef struct convert convert;
 
-/* Decides everything, writes nothing. Borrows `src` and `j` until convert_close. E_UNSUPPORTED for what
- * a workspace cannot hold (group other than 128, experts, q/k norms, mixed precision, a source that is
- * a workspace) or what tp does not divide; warnings through j for what LMDeploy will not do. */
+/* Decides everything, writes nothing. Borrows `src` and `j` until convert_close. E_UNSUPPORTED for
+ * what a workspace cannot hold (group other than 128, experts, q/k norms, mixed precision, a source
+ * that is a workspace) or what tp does not divide; warnings through j for what LMDeploy will not
+ * do. */
 err_code convert_open(convert **out, weight_src *src, const convert_opts *o, const job *j, err *e);
 void convert_close(convert **c);
 
@@ -30,14 +31,15 @@ uint64_t convert_bytes(const convert *c); /* of all weight files */
 size_t convert_memory(const convert *c);  /* what convert_write allocates at most */
 
 /* The state of an output path. CURRENT: a workspace of ours from the same parent, options and tool
- * version, with every byte as its manifest says. STALE: ours, but not that. FOREIGN: anything else there. */
+ * version, with every byte as its manifest says. STALE: ours, but not that. FOREIGN: anything else
+ * there. */
 typedef enum { CONVERT_ABSENT, CONVERT_CURRENT, CONVERT_STALE, CONVERT_FOREIGN } convert_state;
 convert_state convert_look(const convert *c, const char *path);
 
 /* Writes the workspace; `force` replaces whatever is at path. */
 err_code convert_write(convert *c, const char *path, bool force, err *e);
-/* Makes one weight file again ("layers.0.attention.w_qkv.0.qweight") and compares it with the one in the
- * workspace: E_CHECK with the first byte that differs, E_INPUT for an unknown name. */
+/* Makes one weight file again ("layers.0.attention.w_qkv.0.qweight") and compares it with the one
+ * in the workspace: E_CHECK with the first byte that differs, E_INPUT for an unknown name. */
 err_code convert_compare(convert *c, const char *workspace, const char *name, err *e);
 
 #endif

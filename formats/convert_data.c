@@ -1,7 +1,7 @@
-/* The bytes of a workspace. A linear of a rank is a list of segments: runs of output columns with the place
- * they come from, rotary ones to be interleaved. Rows (inputs) are made in bands, so memory does not grow
- * with the matrix. Two makers read the same segments: one gathers and transposes 16-bit rows, one
- * moves packed words. */
+/* The bytes of a workspace. A linear of a rank is a list of segments: runs of output columns with
+ * the place they come from, rotary ones to be interleaved. Rows (inputs) are made in bands, so
+ * memory does not grow with the matrix. Two makers read the same segments: one gathers and
+ * transposes 16-bit rows, one moves packed words. */
 #include <assert.h>
 #include <stdio.h>
 #include <stdlib.h>

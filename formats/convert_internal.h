@@ -1,4 +1,5 @@
-/* What the two halves of the conversion share: convert.c decides and files, convert_data.c makes bytes. */
+/* What the two halves of the conversion share: convert.c decides and files, convert_data.c makes
+ * bytes. */
 #ifndef TMF_FORMATS_CONVERT_INTERNAL_H
 #define TMF_FORMATS_CONVERT_INTERNAL_H
 
@@ -26,8 +27,8 @@ struct convert {
     char options[512]; /* canonical, for the manifest */
 };
 
-/* Makes the files [first, first + count) of convert_files, which belong together: one tensor, or the
- * qweight, scales and zeros of one linear. */
+/* Makes the files [first, first + count) of convert_files, which belong together: one tensor, or
+ * the qweight, scales and zeros of one linear. */
 size_t convert_unit(const convert *c, size_t first); /* how many belong together from there */
 err_code convert_make(convert *c, size_t first, const convert_sink *sink, err *e);
 size_t convert_make_bytes(const convert *c); /* what convert_make allocates at most */

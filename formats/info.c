@@ -1,4 +1,5 @@
-/* tm-run info as a library: opens a path the way everything else does, so what it says is what a run sees. */
+/* tm-run info as a library: opens a path the way everything else does, so what it says is what a
+ * run sees. */
 #include "formats/info.h"
 
 #include <stdio.h>
@@ -175,7 +176,8 @@ static void add_model(obj *x, const model_desc *m)
     x->ok = x->ok && o.ok;
 }
 
-/* A directory without a tokenizer that opens is still worth describing: the reason goes in its place. */
+/* A directory without a tokenizer that opens is still worth describing: the reason goes in its
+ * place. */
 static void add_tokenizer(obj *x, const char *dir)
 {
     tokenizer *t = NULL;
@@ -240,7 +242,8 @@ static err_code read_source(obj *x, const char *path, err *e)
     return rc;
 }
 
-/* A workspace split for several devices, which weights_open does not read: config and file list tell. */
+/* A workspace split for several devices, which weights_open does not read: config and file list
+ * tell. */
 static err_code read_split(obj *x, const tm_config *c, const char *path, err *e)
 {
     char dir[PATH_CAP];

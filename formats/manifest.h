@@ -1,5 +1,6 @@
-/* manifest.json of a directory artifact: every file with its size and XXH3-128, the tool version, the options
- * and the digest of the parent, closed by a SHA-256 over all of it (docs/formats.md "Manifest"). */
+/* manifest.json of a directory artifact: every file with its size and XXH3-128, the tool version,
+ * the options and the digest of the parent, closed by a SHA-256 over all of it (docs/formats.md
+ * "Manifest"). */
 #ifndef TMF_FORMATS_MANIFEST_H
 #define TMF_FORMATS_MANIFEST_H
 
@@ -34,8 +35,8 @@ err_code manifest_add_file(manifest *m, const char *dir, const char *name, err *
 err_code manifest_write(manifest *m, const char *dir, err *e);
 
 bool manifest_exists(const char *dir);
-/* E_INPUT when it is not a manifest of ours or names leave the directory, E_CHECK when its own digest does
- * not agree. */
+/* E_INPUT when it is not a manifest of ours or names leave the directory, E_CHECK when its own
+ * digest does not agree. */
 err_code manifest_read(manifest *m, const char *dir, err *e);
 const manifest_file *manifest_find(const manifest *m, const char *name); /* NULL when absent */
 /* Every file there with its size: cheap. E_CHECK naming the file, expected and found. */

@@ -1,5 +1,6 @@
-/* Which files of a Hugging Face directory go along with converted weights: tokenizer, generation settings,
- * chat template, model code for other readers, licence. Not config.json, which writers change. */
+/* Which files of a Hugging Face directory go along with converted weights: tokenizer, generation
+ * settings, chat template, model code for other readers, licence. Not config.json, which writers
+ * change. */
 #ifndef TMF_FORMATS_MODEL_FILES_H
 #define TMF_FORMATS_MODEL_FILES_H
 

@@ -182,7 +182,8 @@ static err_code get_number(const plan_file *f, const char *key, int lo, int hi, 
     return OK;
 }
 
-/* Every tensor of the file must be one that get_layer or plan_rotation would return: nothing is dropped. */
+/* Every tensor of the file must be one that get_layer or plan_rotation would return: nothing is
+ * dropped. */
 static err_code check_names(plan_file *f, err *e)
 {
     int64_t known = 0;

@@ -1,15 +1,12 @@
-/* The plan artifact: what a method decided, whatever the method. One safetensors file (docs/formats.md "Plan
- * file"):
- *   layers.<i>.fold.<source>   f32 [c]    factors s of a channel group: the source's rows take 1/s, what reads
- *                                         those channels takes s
- *   layers.<i>.<linear>.scale  f16 [n,k/g]   W' = (code - zero) * scale, W' the weight with its factors
- *   layers.<i>.<linear>.zero   u8  [n,k/g]   0..15
- *   layers.<i>.<linear>.codes  u8  [n,k/2]   only where the method fixed them: low nibble first; without them
- *                                            code = clamp(rne(W'/scale) + zero, 0, 15)
- *   layers.<i>.<linear>.loss   f64 [2]       before (plain rounding) and after
- *   rotation.<name>            f32 [d,d]     optional, orthogonal, by name
- * Sources: attn_norm (read by q k v), ffn_norm (gate up), up (down); v (o, one factor per KV head and dim, [kv_heads*D]);
- * k (q, the same shape). */
+/* The plan artifact: what a method decided, whatever the method. One safetensors file
+ * (docs/formats.md "Plan file"): layers.<i>.fold.<source>   f32 [c]    factors s of a channel
+ * group: the source's rows take 1/s, what reads those channels takes s layers.<i>.<linear>.scale
+ * f16 [n,k/g]   W' = (code - zero) * scale, W' the weight with its factors layers.<i>.<linear>.zero
+ * u8  [n,k/g]   0..15 layers.<i>.<linear>.codes  u8  [n,k/2]   only where the method fixed them:
+ * low nibble first; without them code = clamp(rne(W'/scale) + zero, 0, 15) layers.<i>.<linear>.loss
+ * f64 [2]       before (plain rounding) and after rotation.<name>            f32 [d,d] optional,
+ * orthogonal, by name Sources: attn_norm (read by q k v), ffn_norm (gate up), up (down); v (o, one
+ * factor per KV head and dim, [kv_heads*D]); k (q, the same shape). */
 #ifndef TMF_FORMATS_PLAN_FILE_H
 #define TMF_FORMATS_PLAN_FILE_H
 
@@ -62,14 +59,14 @@ err_code plan_open_memory(plan_file **out, const void *data, size_t size, const 
 void plan_close(plan_file **f);
 const plan_info *plan_info_of(const plan_file *f);
 hash128 plan_digest(const plan_file *f);
-/* Views into the file. Values are checked: factors finite and positive, scales finite and positive, zeros up to
- * 15 (E_INPUT naming layer, part and place). */
+/* Views into the file. Values are checked: factors finite and positive, scales finite and positive,
+ * zeros up to 15 (E_INPUT naming layer, part and place). */
 err_code plan_layer(const plan_file *f, int32_t layer, block_plan *view, err *e);
 bool plan_rotation(const plan_file *f, const char *name,
                    tensor *view); /* f32 [d,d]; false when absent */
 int plan_rotation_count(const plan_file *f);
-/* E_INPUT with both digests unless made from the model with this digest; E_INPUT when layers or shapes are not
- * the model's. */
+/* E_INPUT with both digests unless made from the model with this digest; E_INPUT when layers or
+ * shapes are not the model's. */
 err_code plan_check_model(const plan_file *f, const model_desc *m, const char *digest, err *e);
 
 /* ---- writing ---- */

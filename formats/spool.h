@@ -1,6 +1,6 @@
-/* Finished layers of a long run, kept in the directory "<target>.part" until the target itself is written:
- * what a killed run leaves, the next one takes up. Every file in it is an artifact with its digests; one that
- * does not check is treated as not done, never as an error. */
+/* Finished layers of a long run, kept in the directory "<target>.part" until the target itself is
+ * written: what a killed run leaves, the next one takes up. Every file in it is an artifact with
+ * its digests; one that does not check is treated as not done, never as an error. */
 #ifndef TMF_FORMATS_SPOOL_H
 #define TMF_FORMATS_SPOOL_H
 
@@ -17,10 +17,10 @@ typedef struct {
     bool force; /* make it again, and replace whatever lies there */
 } spool_opts;
 
-/* Takes the lock of the target (E_IO naming the holder when another run has it), and keeps the finished layers that
- * were made with the same fingerprint. *fresh: the target is there, intact and of this fingerprint: nothing is to
- * be done. A target that is not an artifact of this kind is E_USAGE without `force`, before any work. Strings are
- * copied. */
+/* Takes the lock of the target (E_IO naming the holder when another run has it), and keeps the
+ * finished layers that were made with the same fingerprint. *fresh: the target is there, intact and
+ * of this fingerprint: nothing is to be done. A target that is not an artifact of this kind is
+ * E_USAGE without `force`, before any work. Strings are copied. */
 err_code spool_open(spool **out, const spool_opts *o, bool *fresh, err *e);
 /* Drops the lock. The directory stays for the next run unless spool_finish was reached. */
 void spool_close(spool **s);
@@ -33,12 +33,12 @@ err_code spool_get(const spool *s, int32_t layer, st_file **out, err *e);
 
 /* Hidden states as they enter `layer`: saved whole, one at a time. */
 err_code spool_put_state(spool *s, int32_t layer, const tensor *state, err *e);
-/* *layer of the saved state, whose values go to `state` when dtype and shape agree; 0 when there is none and
- * `state` is untouched. */
+/* *layer of the saved state, whose values go to `state` when dtype and shape agree; 0 when there is
+ * none and `state` is untouched. */
 err_code spool_get_state(spool *s, int32_t *layer, tensor *state, err *e);
 
-/* Writes the target from `extra` and every layer's tensors, then removes the directory. meta: "key", "value", ...,
- * NULL, to which the fingerprint is added. */
+/* Writes the target from `extra` and every layer's tensors, then removes the directory. meta:
+ * "key", "value", ..., NULL, to which the fingerprint is added. */
 err_code spool_finish(spool *s, const char *const *meta, const artifact_part *extra,
                       int64_t n_extra, err *e);
 

@@ -58,8 +58,8 @@ static err_code refuse_nonzero(const cJSON *o, const char *const *keys, err *e)
     return OK;
 }
 
-/* What the family table looks at in a config.json: the architecture and, for families that share one,
- * the vocabulary. */
+/* What the family table looks at in a config.json: the architecture and, for families that share
+ * one, the vocabulary. */
 static cJSON *family_key(const char *arch, int32_t vocab)
 {
     cJSON *o = cJSON_CreateObject(), *list = o ? cJSON_AddArrayToObject(o, "architectures") : NULL;
@@ -88,7 +88,8 @@ static err_code read_architecture(tm_config *c, const cJSON *model, err *e)
     return get_text(model, "model_arch", c->m.architecture, sizeof c->m.architecture, e);
 }
 
-/* A number in C1, one entry a layer in C2; layers of different width have no place in model_desc. */
+/* A number in C1, one entry a layer in C2; layers of different width have no place in model_desc.
+ */
 static err_code read_inter_size(tm_config *c, const cJSON *model, err *e)
 {
     const cJSON *v = cJSON_GetObjectItemCaseSensitive(model, "inter_size"), *item;

@@ -1,5 +1,5 @@
-/* Writer of a TurboMind workspace: files stream through a digest into a hidden directory, which the manifest
- * closes and a rename makes visible. */
+/* Writer of a TurboMind workspace: files stream through a digest into a hidden directory, which the
+ * manifest closes and a rename makes visible. */
 #include "formats/tm_store.h"
 
 #include <assert.h>

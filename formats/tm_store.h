@@ -1,5 +1,5 @@
-/* TurboMind workspace on disk: reader (as weight_src) and writer. Layout of LMDeploy v0.6.4 .. v0.7.3, and
- * v0.6.0 .. v0.6.3 for reading; see docs/formats.md "TurboMind workspace". */
+/* TurboMind workspace on disk: reader (as weight_src) and writer. Layout of LMDeploy v0.6.4 ..
+ * v0.7.3, and v0.6.0 .. v0.6.3 for reading; see docs/formats.md "TurboMind workspace". */
 #ifndef TMF_FORMATS_TM_STORE_H
 #define TMF_FORMATS_TM_STORE_H
 
@@ -14,10 +14,11 @@
 
 /* ---- reading ---- */
 
-/* Opens a workspace: config.yaml is read, every weight file that it implies must be there with its exact
- * size (E_INPUT with expected and found; LMDeploy only warns), and where there is a manifest it must list
- * them with the same sizes. Contents are not hashed here (manifest_verify). Files are mapped on first use.
- * E_UNSUPPORTED for config.ini (v0.1.0 .. v0.5.3), for tp above 1 and for what tm_config_read refuses. */
+/* Opens a workspace: config.yaml is read, every weight file that it implies must be there with its
+ * exact size (E_INPUT with expected and found; LMDeploy only warns), and where there is a manifest
+ * it must list them with the same sizes. Contents are not hashed here (manifest_verify). Files are
+ * mapped on first use. E_UNSUPPORTED for config.ini (v0.1.0 .. v0.5.3), for tp above 1 and for what
+ * tm_config_read refuses. */
 err_code tm_store_weights(weight_src **out, const char *path, err *e);
 /* The configuration alone, for info: "<path>/triton_models/weights/config.yaml". */
 err_code tm_store_config(tm_config *out, const char *path, err *e);

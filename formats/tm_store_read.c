@@ -1,4 +1,5 @@
-/* Reader of a TurboMind workspace as weight_src: views into files that are mapped when first asked for. */
+/* Reader of a TurboMind workspace as weight_src: views into files that are mapped when first asked
+ * for. */
 #include <assert.h>
 #include <math.h>
 #include <stdio.h>
@@ -73,8 +74,8 @@ static err_code disagree(const char *key, double yaml, double json, err *e)
     return err_set(e, E_INPUT, "%s is %g in config.yaml but %g in config.json", key, yaml, json);
 }
 
-/* The yaml rules; config.json beside the tokenizer must not contradict it, and adds what the yaml has no key
- * for: stop ids and the window, which TurboMind itself ignores. */
+/* The yaml rules; config.json beside the tokenizer must not contradict it, and adds what the yaml
+ * has no key for: stop ids and the window, which TurboMind itself ignores. */
 static err_code merge_config(model_desc *m, const model_desc *h, err *e)
 {
     const struct {
@@ -159,7 +160,8 @@ static err_code check_manifest(const tm_store *s, const manifest *man, err *e)
                            s->path, name, (unsigned long long)f->size,
                            (unsigned long long)s->files[i].bytes);
     }
-    /* weights are verified on demand; the configuration is small and decides what the weights mean */
+    /* weights are verified on demand; the configuration is small and decides what the weights mean
+     */
     const manifest_file *config = manifest_find(man, TM_WEIGHTS_DIR "/" TM_CONFIG_NAME);
     if (!config) return err_set(e, E_CHECK, "%s: config.yaml is not in the manifest", s->path);
     TRY(join(path, s->path, TM_WEIGHTS_DIR, TM_CONFIG_NAME, e));
@@ -174,7 +176,8 @@ static err_code check_manifest(const tm_store *s, const manifest *man, err *e)
     return OK;
 }
 
-/* Without a manifest: names, sizes and the ends of every file, so that two models of one shape differ. */
+/* Without a manifest: names, sizes and the ends of every file, so that two models of one shape
+ * differ. */
 static err_code sample_digest(const tm_store *s, hash256 *out, err *e)
 {
     char path[PATH_CAP];

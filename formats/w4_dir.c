@@ -1,5 +1,5 @@
-/* Writer of an AWQ directory: a table of all tensors made at open, one st_writer per shard, then the side
- * files and the manifest. */
+/* Writer of an AWQ directory: a table of all tensors made at open, one st_writer per shard, then
+ * the side files and the manifest. */
 #include "formats/w4_dir.h"
 
 #include <assert.h>

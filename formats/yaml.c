@@ -41,7 +41,8 @@ static const char *const words_true[] = {"true", "True", "TRUE", "yes", "Yes",
 static const char *const words_false[] = {"false", "False", "FALSE", "no",  "No",
                                           "NO",    "off",   "Off",   "OFF", NULL};
 
-/* Decimal integers without a leading zero, and floats; not octal, hex, underscores or sexagesimals. */
+/* Decimal integers without a leading zero, and floats; not octal, hex, underscores or sexagesimals.
+ */
 static bool is_number(const char *s)
 {
     s += *s == '-' || *s == '+';

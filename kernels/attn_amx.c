@@ -1,9 +1,10 @@
-/* Attention of many rows on AMX tiles (amx.h). A work item is up to 128 query vectors of one sequence and
- * kv head (rows times the heads that share it) against its cached tokens, 64 at a time:
- *   S [tokens, vectors] = K q     weights P, softmax running over the chunks     Y [channels, vectors] += V^T P
- * Vectors lie along the lanes, so maxima and sums need no shuffles and P is packed as it comes. Codes of the
- * cache are exact in bf16 and stay codes, as in attn_cpu.c. Lanes never meet: a vector has the same bytes in
- * any tile, as masked tokens add exactly 0 and a fully masked chunk changes nothing. */
+/* Attention of many rows on AMX tiles (amx.h). A work item is up to 128 query vectors of one
+ * sequence and kv head (rows times the heads that share it) against its cached tokens, 64 at a
+ * time: S [tokens, vectors] = K q     weights P, softmax running over the chunks     Y [channels,
+ * vectors] += V^T P Vectors lie along the lanes, so maxima and sums need no shuffles and P is
+ * packed as it comes. Codes of the cache are exact in bf16 and stay codes, as in attn_cpu.c. Lanes
+ * never meet: a vector has the same bytes in any tile, as masked tokens add exactly 0 and a fully
+ * masked chunk changes nothing. */
 #include <math.h>
 
 #include "kernels/amx.h"
@@ -119,7 +120,8 @@ static void pack_keys(const attn_ctx *c, uint8_t *dst, const uint8_t *const row[
     }
 }
 
-/* A rows: channels along the tile's rows, tokens along k, by way of pairs of tokens and a transpose. */
+/* A rows: channels along the tile's rows, tokens along k, by way of pairs of tokens and a
+ * transpose. */
 static void pack_values(const attn_ctx *c, uint8_t *dst, const uint8_t *const row[CHUNK])
 {
     const int64_t d = c->kv->head_dim;
@@ -143,8 +145,8 @@ static void pack_values(const attn_ctx *c, uint8_t *dst, const uint8_t *const ro
 
 /* ---- softmax: 16 vectors at a time ---- */
 
-/* Scores as they count: scaled back from codes, -infinity where a vector does not see the token. Returns the
- * largest of each lane. */
+/* Scores as they count: scaled back from codes, -infinity where a vector does not see the token.
+ * Returns the largest of each lane. */
 static vf finish_scores(const attn_tile *t, float *s, int64_t pitch, int64_t v0, int32_t t0,
                         bool coded)
 {
@@ -166,7 +168,8 @@ static vf finish_scores(const attn_tile *t, float *s, int64_t pitch, int64_t v0,
     return top;
 }
 
-/* Weights of 16 vectors into the P panel; what sums so far are worth and what zeros add go to keep, shift. */
+/* Weights of 16 vectors into the P panel; what sums so far are worth and what zeros add go to keep,
+ * shift. */
 static void weigh(attn_tile *t, const float *s, int64_t pitch, int64_t v0, vf top, bool coded)
 {
     const vf old = vf_load(t->max + v0), max = vf_max(old, top);

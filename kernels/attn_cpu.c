@@ -92,7 +92,8 @@ typedef struct {
     row_kind kind;
 } attn_rows;
 
-/* Channels c.. of a row: values of f16 and f32, codes of the others. `kind` is constant at every call. */
+/* Channels c.. of a row: values of f16 and f32, codes of the others. `kind` is constant at every
+ * call. */
 ALWAYS_INLINE vf row_vec(const uint8_t *row, int64_t c, const row_kind kind)
 {
     if (kind == ROW_F16) return vf_f16((const f16 *)(const void *)row + c);
@@ -145,8 +146,9 @@ static void unpack_params(float *par, const f16 *p, int32_t n)
     }
 }
 
-/* Tokens [t0, t0+n) of a head and their scales and zeros (par [2, CHUNK]). Where they lie in one block
- * and are read once (`once`) as whole vectors, they are used where they are, else unpacked to dst. */
+/* Tokens [t0, t0+n) of a head and their scales and zeros (par [2, CHUNK]). Where they lie in one
+ * block and are read once (`once`) as whole vectors, they are used where they are, else unpacked to
+ * dst. */
 static attn_rows load_chunk(const attn_ctx *c, const int32_t *blocks, int32_t t0, int32_t n,
                             int32_t head, int part, bool once, float *dst, float *par)
 {
@@ -173,8 +175,8 @@ static attn_rows load_chunk(const attn_ctx *c, const int32_t *blocks, int32_t t0
 
 /* ---- the two products ---- */
 
-/* s[i][t] = q_i . k_t for nv vectors and n tokens; whole groups of VL / nv rows of k can be read. Each
- * sum is the same whatever nv: VL lanes along the channels, then vf_sum. */
+/* s[i][t] = q_i . k_t for nv vectors and n tokens; whole groups of VL / nv rows of k can be read.
+ * Each sum is the same whatever nv: VL lanes along the channels, then vf_sum. */
 ALWAYS_INLINE void dot_tile(float *s, const float *q, const attn_rows *k, int64_t dp, int32_t n,
                             const int nv, const row_kind kind)
 {

@@ -1,6 +1,6 @@
-/* A device: one in-order stream, its op table, its scratch. The CPU device runs ops at once on a thread
- * pool; on CUDA they are queued and errors surface in dev_sync, naming the last op. One thread at a time
- * may use a device. */
+/* A device: one in-order stream, its op table, its scratch. The CPU device runs ops at once on a
+ * thread pool; on CUDA they are queued and errors surface in dev_sync, naming the last op. One
+ * thread at a time may use a device. */
 #ifndef TMF_KERNELS_DEVICE_H
 #define TMF_KERNELS_DEVICE_H
 
@@ -15,7 +15,8 @@ typedef struct {
     dev_kind kind;
     int32_t index;   /* CUDA ordinal */
     int32_t threads; /* CPU: pool size, 0 = CPUs of this process */
-    const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the kernels used */
+    const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the
+                        kernels used */
 } dev_opts;
 
 typedef struct {
@@ -25,31 +26,35 @@ typedef struct {
     device *dev;
 } dev_buf;
 
-err_code dev_open(device **out, const dev_opts *o, err *e); /* E_UNSUPPORTED without that backend or driver */
-void dev_close(device **d);                                 /* NULL accepted */
+err_code dev_open(device **out, const dev_opts *o,
+                  err *e);  /* E_UNSUPPORTED without that backend or driver */
+void dev_close(device **d); /* NULL accepted */
 dev_kind dev_kind_of(const device *d);
 memspace dev_mem(const device *d);
-dtype dev_act(const device *d);          /* activations: DT_F32 on the CPU, DT_F16 on CUDA */
-dtype dev_resid(const device *d);        /* the residual stream: DT_F32 on both */
-pool *dev_pool(device *d);               /* host threads (also of a CUDA device, for host work) */
-const char *dev_name(const device *d);   /* "cpu (avx512-vnni, 2 threads)" */
+dtype dev_act(const device *d);        /* activations: DT_F32 on the CPU, DT_F16 on CUDA */
+dtype dev_resid(const device *d);      /* the residual stream: DT_F32 on both */
+pool *dev_pool(device *d);             /* host threads (also of a CUDA device, for host work) */
+const char *dev_name(const device *d); /* "cpu (avx512-vnni, 2 threads)" */
 
 err_code dev_alloc(dev_buf *out, device *d, size_t bytes, const char *what, err *e); /* zeroed */
 void dev_free(dev_buf *b); /* an empty one is fine */
-err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e); /* same dtype and shape, contiguous, any space */
+err_code dev_copy(device *d, tensor *dst, const tensor *src,
+                  err *e); /* same dtype and shape, contiguous, any space */
 err_code dev_sync(device *d, err *e);
 err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
-/* A host tensor as the device sees it: on the CPU the same pointer (nothing copied, buf stays empty), on
- * CUDA a copy in `buf`. */
+/* A host tensor as the device sees it: on the CPU the same pointer (nothing copied, buf stays
+ * empty), on CUDA a copy in `buf`. */
 err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
 
-/* Recorded work: ops between begin and end are not run but kept, and run again at each dev_graph_run with
- * what their tensors hold then. Only on devices that can; shapes, pointers and host-side values (batch_rows'
- * max_q and max_kv) are fixed at recording. Nothing may be allocated or copied from the host meanwhile. */
+/* Recorded work: ops between begin and end are not run but kept, and run again at each
+ * dev_graph_run with what their tensors hold then. Only on devices that can; shapes, pointers and
+ * host-side values (batch_rows' max_q and max_kv) are fixed at recording. Nothing may be allocated
+ * or copied from the host meanwhile. */
 typedef struct dev_graph dev_graph;
 bool dev_can_record(const device *d);
 err_code dev_record_begin(device *d, err *e);
-err_code dev_record_end(device *d, dev_graph **out, err *e); /* also after a failed op, to leave the state */
+err_code dev_record_end(device *d, dev_graph **out,
+                        err *e); /* also after a failed op, to leave the state */
 err_code dev_graph_run(dev_graph *g, err *e);
 void dev_graph_free(dev_graph **g);
 

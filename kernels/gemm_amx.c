@@ -1,8 +1,8 @@
 /* y (+)= x w^T + bias on AMX tiles (amx.h). Weights are the A side, packed a block of k at a time
  * from where they are mapped; x is the B side, packed once for all strips, at most CHUNK_M rows at
- * a time. The order of sums is the same for any number of rows above AMX_VECTOR_ROWS; up to there memory
- * is what limits, splitting weights costs more than it gains (f16: 5 against 12 GB/s a core), and
- * the f32 product takes over. */
+ * a time. The order of sums is the same for any number of rows above AMX_VECTOR_ROWS; up to there
+ * memory is what limits, splitting weights costs more than it gains (f16: 5 against 12 GB/s a
+ * core), and the f32 product takes over. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 

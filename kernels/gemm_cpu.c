@@ -136,8 +136,8 @@ static void panel_rows(const gemm_job *j, int64_t n0, int64_t n, int64_t k0, int
     }
 }
 
-/* Rows of a block of k that lie far apart are put together once for a strip: each would begin a page and
- * a stream of its own. */
+/* Rows of a block of k that lie far apart are put together once for a strip: each would begin a
+ * page and a stream of its own. */
 static const float *gather_x(const gemm_job *j, int64_t k0, int64_t k, int64_t m0, int64_t m1,
                              int64_t *ldx, float *dst)
 {

@@ -2,12 +2,11 @@
  *
  * Weights. A tile is 16 outputs and all of k, contiguous: first the parameters, then the codes.
  *   scales  f16 [k/g][16]
- *   zeros   u8 [k/g][8], two nibbles a byte, the lower output low, when all zeros are integers 0..15;
- *           else f16 [k/g][16]
- *   (padded to 64 bytes)
- *   codes   u8 [k/8][16][4]: byte j of output i has code 8s+j low and code 8s+4+j high, so that one
- *           64-byte load gives two steps of a 4-way byte dot product for 16 outputs.
- * Outputs beyond n have code, scale and zero 0. One copy serves every instruction set and every m.
+ *   zeros   u8 [k/g][8], two nibbles a byte, the lower output low, when all zeros are integers
+ * 0..15; else f16 [k/g][16] (padded to 64 bytes) codes   u8 [k/8][16][4]: byte j of output i has
+ * code 8s+j low and code 8s+4+j high, so that one 64-byte load gives two steps of a 4-way byte dot
+ * product for 16 outputs. Outputs beyond n have code, scale and zero 0. One copy serves every
+ * instruction set and every m.
  *
  * Activations. Each row is cut into the weights' groups; in a group x = scale * X, X an integer in
  * -2039..2039 split as X = 16*hi + lo, hi and lo int8. Sums of X*q over a group are exact in int32
@@ -41,9 +40,9 @@ typedef struct {
 void w4_tiles_layout(w4_tiles *t, int64_t k, int64_t n, int32_t group, bool zeros_f16);
 w4_tiles w4_tiles_of(const w4_weight *w); /* layout W4_DEVICE */
 
-/* One call of op_gemm_w4. Rows are quantized in blocks: the block that starts at row r has its 64-byte
- * lines at x + r*2*k as [k/32][rows of the block] and its parameters at param + r*2*groups as
- * [groups][rows of the block]{scale, sum of X}. */
+/* One call of op_gemm_w4. Rows are quantized in blocks: the block that starts at row r has its
+ * 64-byte lines at x + r*2*k as [k/32][rows of the block] and its parameters at param + r*2*groups
+ * as [groups][rows of the block]{scale, sum of X}. */
 typedef struct {
     w4_tiles w;
     int64_t m, m_stored; /* m_stored: rows with scratch, the last block padded with zero rows */
@@ -65,9 +64,9 @@ typedef struct {
     void (*compute)(const w4_call *c, int64_t tile, int64_t tiles, int worker); /* all rows */
 } w4_kernels;
 
-/* Scale of a group of activations from the bits of its largest magnitude, and what to multiply by. A
- * group below 2^-100 counts as zero (its inverse could overflow); one with a NaN or an infinity has
- * X = 0 and scale NaN, so that the row's outputs are NaN. */
+/* Scale of a group of activations from the bits of its largest magnitude, and what to multiply by.
+ * A group below 2^-100 counts as zero (its inverse could overflow); one with a NaN or an infinity
+ * has X = 0 and scale NaN, so that the row's outputs are NaN. */
 typedef struct {
     float scale, inv;
 } w4_x_scale;

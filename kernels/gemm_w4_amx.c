@@ -1,10 +1,10 @@
-/* W4 rows on AMX: 32 rows against 32 outputs, four accumulator tiles. A 32-k chunk is one tile step: the
- * activations' line is [hi 32][lo 32] and the weights are unpacked to [16*q][q] in the same order, so
- * that one product of depth 64 sums (16*hi + lo)*q without another shift. A group's codes are unpacked
- * once for all rows. While the tile unit works on one block, the vector unit turns the integers of the
- * block before into floats: both take about as long.
- * Tiles are loaded by inline assembly: compilers differ in whether their intrinsics order the tile
- * loads behind the stores that made the data. */
+/* W4 rows on AMX: 32 rows against 32 outputs, four accumulator tiles. A 32-k chunk is one tile
+ * step: the activations' line is [hi 32][lo 32] and the weights are unpacked to [16*q][q] in the
+ * same order, so that one product of depth 64 sums (16*hi + lo)*q without another shift. A group's
+ * codes are unpacked once for all rows. While the tile unit works on one block, the vector unit
+ * turns the integers of the block before into floats: both take about as long. Tiles are loaded by
+ * inline assembly: compilers differ in whether their intrinsics order the tile loads behind the
+ * stores that made the data. */
 #include <assert.h>
 #include <immintrin.h>
 #include <string.h>
@@ -48,8 +48,8 @@ typedef struct {
 } work;
 _Static_assert(sizeof(work) <= DEV_WORKER_BYTES, "fits the worker's scratch");
 
-/* A block whose integers, in work.acc, wait to become floats. They have become so when the next block's
- * are stored there: a second buffer would only push the outputs out of the first cache. */
+/* A block whose integers, in work.acc, wait to become floats. They have become so when the next
+ * block's are stored there: a second buffer would only push the outputs out of the first cache. */
 typedef struct {
     const float *param; /* [tiles of rows][16]{scale, sum} */
     size_t param_step;  /* floats from one tile of rows to the next */

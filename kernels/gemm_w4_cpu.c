@@ -59,7 +59,8 @@ static void quantize_item(void *ctx, int64_t item, int worker)
 }
 
 /* Items shrink: each takes its thread's half share of what is left. The first ones are long runs of
- * memory, which is what the fetch ahead wants; the last ones are short, so that threads end together. */
+ * memory, which is what the fetch ahead wants; the last ones are short, so that threads end
+ * together. */
 static int64_t item_tiles(int64_t left, int threads)
 {
     const int64_t share = left / (2 * threads) / ITEM_TILES * ITEM_TILES;

@@ -1,7 +1,7 @@
-/* W4 rows by byte dot products (vpdpbusd), compiled for AVX-512 VNNI and for AVX-VNNI: a few rows against
- * several streams of tiles. Codes are unpacked in registers and serve all rows of the block, so decode
- * and prefill read the same bytes. One product takes four k of a register of outputs, the activation's
- * four bytes are broadcast. */
+/* W4 rows by byte dot products (vpdpbusd), compiled for AVX-512 VNNI and for AVX-VNNI: a few rows
+ * against several streams of tiles. Codes are unpacked in registers and serve all rows of the
+ * block, so decode and prefill read the same bytes. One product takes four k of a register of
+ * outputs, the activation's four bytes are broadcast. */
 #include <assert.h>
 #include <immintrin.h>
 #include <string.h>
@@ -153,7 +153,8 @@ INLINE vi broadcast4(const uint8_t *p)
 }
 
 /* Sums X*q of one group: register p of tile t and row r is acc[(r*T + t)*PARTS + p]. A block of few
- * registers keeps a sum of each plane; a large one shifts the codes, which then serve all its rows. */
+ * registers keeps a sum of each plane; a large one shifts the codes, which then serve all its rows.
+ */
 INLINE void group_dot(vi *acc, const uint8_t *const *codes, const uint8_t *x, int chunks,
                       const int R, const int T)
 {

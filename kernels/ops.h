@@ -43,11 +43,11 @@ size_t kv_layer_param_bytes(kv_format f, int32_t blocks, int32_t block_tokens, i
 
 /* ---- rotary embedding ---- */
 typedef struct {
-    tensor inv_freq; /* f32 [dims/2]: scaling (linear, llama3, yarn) already applied */
-    int32_t dims;    /* rotated dims of a head, the rest pass through */
-    bool
-        interleaved; /* pairs (2j,2j+1) as TurboMind stores them; else (j, j+dims/2) as Hugging Face */
-    float mscale;    /* multiplies cos and sin; 1 normally */
+    tensor inv_freq;  /* f32 [dims/2]: scaling (linear, llama3, yarn) already applied */
+    int32_t dims;     /* rotated dims of a head, the rest pass through */
+    bool interleaved; /* pairs (2j,2j+1) as TurboMind stores them; else (j, j+dims/2) as Hugging
+                         Face */
+    float mscale;     /* multiplies cos and sin; 1 normally */
 } rope_spec;
 
 /* ---- ops ---- */

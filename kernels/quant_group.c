@@ -1,6 +1,6 @@
-/* The rounding rule of quant_group.h. Plain loops: every operation is exact IEEE f32, so that a vectorizing
- * compiler changes nothing but the time. rne(x) adds and takes away 1.5 * 2^23, exact for |x| < 2^22; x is
- * bounded first, which no code between 0 and 15 can notice. */
+/* The rounding rule of quant_group.h. Plain loops: every operation is exact IEEE f32, so that a
+ * vectorizing compiler changes nothing but the time. rne(x) adds and takes away 1.5 * 2^23, exact
+ * for |x| < 2^22; x is bounded first, which no code between 0 and 15 can notice. */
 #include "kernels/quant_group.h"
 
 #include <inttypes.h>
@@ -32,7 +32,8 @@ static inline void *row_of(const tensor *t, int64_t i)
     return (char *)t->data + (size_t)(i * t->stride[0]) * dtype_bytes(t->dt);
 }
 
-/* (code - zero) as a float, -15..15. zero - 32 and zero + 32 lie beyond both ends of the code range. */
+/* (code - zero) as a float, -15..15. zero - 32 and zero + 32 lie beyond both ends of the code
+ * range. */
 static inline float step_of(float w, float scale, float zero)
 {
     const float q = rne(minf(maxf(w / scale, -32.f), 32.f)) + zero;

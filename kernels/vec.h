@@ -245,8 +245,8 @@ static inline void vf_to_f16_n(f16 *p, vf a, int64_t n)
     memcpy(p, tmp, (size_t)n * sizeof *p);
 }
 
-/* Keeps a loaded vector in a register: compilers like to load it again into each of its uses, and where two
- * uses share a load port is what limits. */
+/* Keeps a loaded vector in a register: compilers like to load it again into each of its uses, and
+ * where two uses share a load port is what limits. */
 static inline vf vf_pin(vf a)
 {
     __asm__("" : "+v"(a));
@@ -267,8 +267,8 @@ static inline vf vf_any_n(const void *row, dtype dt, int64_t i, int64_t n)
     return vf_load_n((const float *)row + i, n);
 }
 
-/* e^r and the n of x = n ln2 + r, |r| <= ln2/2: Taylor to r^7 by Horner (remainder under 6e-9), ln2 in two
- * parts. */
+/* e^r and the n of x = n ln2 + r, |r| <= ln2/2: Taylor to r^7 by Horner (remainder under 6e-9), ln2
+ * in two parts. */
 static inline vf vf_exp_parts_(vf x, vf *n)
 {
     *n = vf_round(vf_mul(x, vf_set(1.44269504089f)));
@@ -293,8 +293,9 @@ static inline vf vf_exp(vf x)
     return vf_ldexp(p, n);
 }
 
-/* The same for the weights of a softmax, x <= 0: 0 under -64 (1e-28 beside a largest of 1). So neither they
- * nor what they are multiplied with becomes subnormal, which costs a hundred cycles a time. */
+/* The same for the weights of a softmax, x <= 0: 0 under -64 (1e-28 beside a largest of 1). So
+ * neither they nor what they are multiplied with becomes subnormal, which costs a hundred cycles a
+ * time. */
 static inline vf vf_exp_neg(vf x)
 {
     vf n;

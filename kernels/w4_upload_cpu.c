@@ -1,6 +1,6 @@
-/* Fuses linears along n into the CPU's tiling (gemm_w4.h). Parts are read in blocks through base/w4's
- * pivot words, so that every on-disk layout works and each cache line of a row-major source is used
- * whole; nothing but the tiles is allocated. */
+/* Fuses linears along n into the CPU's tiling (gemm_w4.h). Parts are read in blocks through
+ * base/w4's pivot words, so that every on-disk layout works and each cache line of a row-major
+ * source is used whole; nothing but the tiles is allocated. */
 #include <assert.h>
 #include <inttypes.h>
 #include <stdatomic.h>
@@ -115,8 +115,9 @@ static inline uint64_t nibbles_to_bytes(uint32_t w)
     return (x | x << 4) & 0x0f0f0f0f0f0f0f0full;
 }
 
-/* Eight outputs by eight k: word i*ld is one k, its nibbles the outputs. Writes four bytes an output:
- * the bytes of four sums of two words, interleaved first in pairs and then in pairs of pairs. */
+/* Eight outputs by eight k: word i*ld is one k, its nibbles the outputs. Writes four bytes an
+ * output: the bytes of four sums of two words, interleaved first in pairs and then in pairs of
+ * pairs. */
 static inline void put_8x8(uint8_t *out, const uint32_t *w, int64_t ld)
 {
     const uint64_t m8 = 0x00ff00ff00ff00ffull, m16 = 0x0000ffff0000ffffull;

@@ -9,8 +9,8 @@
 #include "base/mem.h"
 #include "runtime/kv_cache.h"
 
-/* Rows of a pass: enough for the kernels, small beside the states. Fixed, since the order of sums over rows
- * depends on it. */
+/* Rows of a pass: enough for the kernels, small beside the states. Fixed, since the order of sums
+ * over rows depends on it. */
 #define PASS_ROWS 2048
 #define KV_BLOCK  64
 
@@ -210,7 +210,8 @@ const block *layer_walk_block(const layer_walk *w) { return &w->b; }
 
 /* ---- binding ---- */
 
-/* First row that holds something else than finite numbers; rows are claimed in order, so the least one wins. */
+/* First row that holds something else than finite numbers; rows are claimed in order, so the least
+ * one wins. */
 typedef struct {
     const tensor *t;
     int64_t rows, cols;

@@ -1,5 +1,5 @@
-/* A model layer by layer: one block bound at a time, the hidden states of all windows in host memory, passes of
- * a few windows through the block. What calibration and search share. */
+/* A model layer by layer: one block bound at a time, the hidden states of all windows in host
+ * memory, passes of a few windows through the block. What calibration and search share. */
 #ifndef TMF_RUNTIME_LAYER_WALK_H
 #define TMF_RUNTIME_LAYER_WALK_H
 
@@ -12,8 +12,8 @@ typedef struct layer_walk layer_walk;
 size_t layer_walk_bytes(const device *d, const model_desc *m, weight_src *src, int32_t windows,
                         int32_t seqlen);
 
-/* tokens i32 [windows,seqlen]; every window is a sequence of its own from position 0. The states start as the
- * embeddings. d and src are borrowed until close. */
+/* tokens i32 [windows,seqlen]; every window is a sequence of its own from position 0. The states
+ * start as the embeddings. d and src are borrowed until close. */
 err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const tensor *tokens,
                          err *e);
 void layer_walk_close(layer_walk **w);
@@ -26,8 +26,8 @@ tensor layer_walk_states(layer_walk *w);
 int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 
-/* Looks through the weights, biases and norms of a layer: E_INPUT "<path>: layer 3: gate: weight row 5 column 7: ..."
- * at the first number that is not finite. */
+/* Looks through the weights, biases and norms of a layer: E_INPUT "<path>: layer 3: gate: weight
+ * row 5 column 7: ..." at the first number that is not finite. */
 err_code layer_check_finite(device *d, weight_src *src, int32_t layer, err *e);
 /* Binds a layer, after layer_check_finite. Unbinds what was bound before. */
 err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e);
@@ -43,9 +43,10 @@ typedef struct {
 /* All windows through the bound block, in order; the states become its output unless `keep`. */
 err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, const walk_progress *p,
                         err *e);
-/* One pass by itself: the states of `n` windows from `first` go through `b` (the bound block or a variant of it)
- * into scratch; the states stay. *y: the block's output, valid until the next pass. NULL when not wanted. A tap
- * that returns E_CANCELED ends the pass early: layer_walk_pass then returns OK and *y is unset. */
+/* One pass by itself: the states of `n` windows from `first` go through `b` (the bound block or a
+ * variant of it) into scratch; the states stay. *y: the block's output, valid until the next pass.
+ * NULL when not wanted. A tap that returns E_CANCELED ends the pass early: layer_walk_pass then
+ * returns OK and *y is unset. */
 err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n, tap_fn tap,
                          void *tap_ctx, tensor *y, err *e);
 

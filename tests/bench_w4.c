@@ -1,7 +1,7 @@
-/* Times op_gemm_w4 on the linears of whole models, random weights: each layer has its own copy, so that
- * decode reads far more than the caches hold. Prints the rate of bytes against a plain read by the same
- * pool, and prefill operations a second.
- * usage: bench_w4 [isa] [threads] [group] [rounds] [most rows] [shape] [least rows]; not a test, not installed. */
+/* Times op_gemm_w4 on the linears of whole models, random weights: each layer has its own copy, so
+ * that decode reads far more than the caches hold. Prints the rate of bytes against a plain read by
+ * the same pool, and prefill operations a second. usage: bench_w4 [isa] [threads] [group] [rounds]
+ * [most rows] [shape] [least rows]; not a test, not installed. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -339,8 +339,8 @@ static float *attn_mag(const attn_arg *a)
     return p;
 }
 
-/* The last rows of each sequence as a batch of their own: how many of them. With AMX a sequence with
- * more than 4 rows takes another kernel than one with fewer, and 5 rows stand for it. */
+/* The last rows of each sequence as a batch of their own: how many of them. With AMX a sequence
+ * with more than 4 rows takes another kernel than one with fewer, and 5 rows stand for it. */
 static int32_t tail_rows(const char *isa, int32_t rows)
 {
     return strcmp(isa, "amx") == 0 && rows > 4 ? 5 : 1;

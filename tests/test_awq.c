@@ -1,5 +1,5 @@
-/* awq/ and calib/: folding, candidates and ranges against numbers made by NumPy, statistics and losses against a
- * plain forward pass, and whole runs with resume. */
+/* awq/ and calib/: folding, candidates and ranges against numbers made by NumPy, statistics and
+ * losses against a plain forward pass, and whole runs with resume. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,8 +69,8 @@ static double next_value(uint32_t *x)
     return ((*x = *x * 1664525u + 1013904223u) >> 8) / 16777216.;
 }
 
-/* All five folds with factors 2^-2 .. 2^2: exact, so that the rounding of keys and values does not move. Factors
- * of k are equal within a rotated pair. */
+/* All five folds with factors 2^-2 .. 2^2: exact, so that the rounding of keys and values does not
+ * move. Factors of k are equal within a rotated pair. */
 static void random_folds(const model_desc *m, block_plan *p, uint32_t seed)
 {
     *p = plan_shape(m, 1);
@@ -139,7 +139,8 @@ static weight_src *folded_model(weight_src *src)
     return out;
 }
 
-/* A folded model is the same function: grouped-query, multi-head, fused and split projections, with biases. */
+/* A folded model is the same function: grouped-query, multi-head, fused and split projections, with
+ * biases. */
 START_TEST(folding_preserves)
 {
     model_desc forms[4] = {tiny_llama(), tiny_internlm2(), tiny_qwen2(), tiny_llama()};
@@ -343,7 +344,8 @@ START_TEST(lmdeploy_against_numpy)
 }
 END_TEST
 
-/* Channels that never fire, all-zero weights, one huge channel: factors stay finite and nothing gets worse. */
+/* Channels that never fire, all-zero weights, one huge channel: factors stay finite and nothing
+ * gets worse. */
 START_TEST(degenerate_statistics)
 {
     one_block b;
@@ -784,7 +786,8 @@ static pack_opts pack_options(void)
     return (pack_opts){.model_dir = model_dir, .plan_path = plan_path, .out_dir = awq_dir};
 }
 
-/* What an AWQ reader gets is the folded weight within half a step (plus what saturates), factor by factor. */
+/* What an AWQ reader gets is the folded weight within half a step (plus what saturates), factor by
+ * factor. */
 START_TEST(packing)
 {
     const model_desc forms[] = {tiny_llama(), tiny_internlm2(), tiny_qwen2()};
@@ -917,8 +920,8 @@ START_TEST(refusals)
     make_model(small(tiny_llama()));
     search_opts o = options("nonesuch", NULL);
     ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
-    ck_assert_msg(strstr(e.msg, "method 'nonesuch': expected one of rtn, lmdeploy, awq") != NULL, "%s",
-                  e.msg);
+    ck_assert_msg(strstr(e.msg, "method 'nonesuch': expected one of rtn, lmdeploy, awq") != NULL,
+                  "%s", e.msg);
     o = options("awq", NULL);
     o.calib_path = NULL;
     ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
@@ -1005,8 +1008,8 @@ START_TEST(not_finite)
                       "%s", e.msg);
         ck_assert(!file_exists(calib_path));
         weights_close(&src);
-        char part
-            [400]; /* sources in memory have no digest: what is left would pass for the next one's */
+        char part[400]; /* sources in memory have no digest: what is left would pass for the next
+                           one's */
         (void)snprintf(part, sizeof part, "%s.part", calib_path);
         if (file_exists(part)) MUST(dir_remove_tree(part, &e));
     }

@@ -1,4 +1,5 @@
-/* formats/calib_file and the spool behind it: what is written reads back, nothing else passes, resume. */
+/* formats/calib_file and the spool behind it: what is written reads back, nothing else passes,
+ * resume. */
 #include "formats/calib_file.h"
 
 #include <math.h>
@@ -288,7 +289,8 @@ START_TEST(values_are_checked)
 }
 END_TEST
 
-/* What a killed run leaves: its layers are there for the same fingerprint only, damaged ones are not. */
+/* What a killed run leaves: its layers are there for the same fingerprint only, damaged ones are
+ * not. */
 START_TEST(resume)
 {
     float states[6] = {1, 2, 3, 4, 5, 6}, found[6] = {0};

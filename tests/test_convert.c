@@ -1,5 +1,5 @@
-/* formats/convert: every element of every file against the rules of the format, written out here once more in
- * their plainest form: where does input k, output column n of rank r come from? */
+/* formats/convert: every element of every file against the rules of the format, written out here
+ * once more in their plainest form: where does input k, output column n of rank r come from? */
 #include "formats/convert.h"
 
 #include <check.h>
@@ -71,8 +71,8 @@ typedef struct {
     int64_t row;
 } place;
 
-/* Output column n of w_qkv of rank r: [Q heads | K heads | V heads] of that rank, rotary columns of Q and K
- * interleaved: new[2j+h] = old[h*D/2+j]. */
+/* Output column n of w_qkv of rank r: [Q heads | K heads | V heads] of that rank, rotary columns of
+ * Q and K interleaved: new[2j+h] = old[h*D/2+j]. */
 static place qkv_place(const model_desc *m, int32_t tp, int32_t rank, int64_t n)
 {
     const int64_t d = m->head_dim, per = m->heads / m->kv_heads;

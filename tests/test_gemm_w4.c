@@ -1,11 +1,11 @@
-/* op_gemm_w4 and w4_upload: every instruction set against sums over the source's own weights, bits equal
- * between instruction sets, batch sizes and thread counts, every layout to the same tiles.
+/* op_gemm_w4 and w4_upload: every instruction set against sums over the source's own weights, bits
+ * equal between instruction sets, batch sizes and thread counts, every layout to the same tiles.
  *
- * Tolerance. A variant rounds each activation to an integer of step s = max|x| of its group / 2039, an
- * error of at most s/2 (1 + 2^-20: the inverse is rounded too), so its part of the sum is at most
- * s/2 * sum|w| over the group. Each group then passes four float operations, and the sum of groups one
- * addition each: (groups + 4) * 2^-24 of sum|x||w|, doubled for the partial sums of (q - z). The
- * reference sums in double: one rounding of w, one of the result. */
+ * Tolerance. A variant rounds each activation to an integer of step s = max|x| of its group / 2039,
+ * an error of at most s/2 (1 + 2^-20: the inverse is rounded too), so its part of the sum is at
+ * most s/2 * sum|w| over the group. Each group then passes four float operations, and the sum of
+ * groups one addition each: (groups + 4) * 2^-24 of sum|x||w|, doubled for the partial sums of (q -
+ * z). The reference sums in double: one rounding of w, one of the result. */
 #include "kernels/ops.h"
 
 #include <check.h>
@@ -223,8 +223,8 @@ static void check_values(const problem *p, const char *isa)
         }
 }
 
-/* All instruction sets, 1 and 2 threads, the whole batch and row by row; the quantizing variants have one
- * result. */
+/* All instruction sets, 1 and 2 threads, the whole batch and row by row; the quantizing variants
+ * have one result. */
 static void check_all(problem *p, const w4_weight *const *parts, int n_parts, bool add)
 {
     const size_t bytes = (size_t)(p->m * p->ldy + GUARD) * sizeof(float);

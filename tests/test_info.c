@@ -66,13 +66,15 @@ START_TEST(directories)
     ck_assert_str_eq(str(h, "kind"), "hf");
     ck_assert_str_eq(str(a, "kind"), "awq");
     ck_assert_str_eq(str(w, "kind"), "workspace");
-    /* 2 layers of (q 256x256, k and v 128x256, o 256x256, 3 x 384x256, two norms), embedding and head 50x256 */
+    /* 2 layers of (q 256x256, k and v 128x256, o 256x256, 3 x 384x256, two norms), embedding and
+     * head 50x256 */
     const double attention = 2.0 * (2 * 256 * 256 + 2 * 128 * 256), ffn = 2.0 * 3 * 384 * 256;
     const double params = attention + ffn + 2 * 2 * 256 + 256 + 2 * 50 * 256;
     ck_assert(num(h, "parameters") == params && num(w, "parameters") == params);
     ck_assert(num(h, "bytes.attention") == 2 * attention && num(h, "bytes.ffn") == 2 * ffn);
     ck_assert(num(h, "bytes.total") == 2 * params);
-    /* codes, and per group of 128 one scale of 2 bytes and one zero: half a byte packed, 2 bytes as f16 */
+    /* codes, and per group of 128 one scale of 2 bytes and one zero: half a byte packed, 2 bytes as
+     * f16 */
     ck_assert(num(a, "bytes.ffn") == ffn / 2 + ffn / 128 * 2.5);
     ck_assert(num(w, "bytes.ffn") == ffn / 2 + ffn / 128 * 4);
     ck_assert(num(w, "bytes.head") == 50 * 256 * 2 && num(w, "model.w4_group") == 128);

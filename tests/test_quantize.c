@@ -1,4 +1,5 @@
-/* kernels/quant_group: the rounding rule against numbers made by NumPy, its edges, threads and refusals. */
+/* kernels/quant_group: the rounding rule against numbers made by NumPy, its edges, threads and
+ * refusals. */
 #include "kernels/quant_group.h"
 
 #include <math.h>
@@ -134,7 +135,8 @@ START_TEST(threads_and_strides)
 }
 END_TEST
 
-/* Without saturation an error is at most half a step; with a limit the range shrinks and far weights saturate. */
+/* Without saturation an error is at most half a step; with a limit the range shrinks and far
+ * weights saturate. */
 START_TEST(half_a_step_and_limits)
 {
     enum { K = 64 };

@@ -1,5 +1,5 @@
-/* formats/tm_store, tm_config, yaml and manifest: what LMDeploy and we write is read; what is broken is refused
- * with the place, the expected and the found. */
+/* formats/tm_store, tm_config, yaml and manifest: what LMDeploy and we write is read; what is
+ * broken is refused with the place, the expected and the found. */
 #include "formats/tm_store.h"
 
 #include <check.h>
@@ -155,7 +155,8 @@ END_TEST
 
 /* ---- config ---- */
 
-/* The minimal example of the format description, flow style, as a workspace of LMDeploy may hold it. */
+/* The minimal example of the format description, flow style, as a workspace of LMDeploy may hold
+ * it. */
 static const char example[] = "attention_config: {cache_block_seq_len: 64, "
                               "max_position_embeddings: 4096, rope_theta: 10000.0, "
                               "rotary_embedding: 128}\n"
@@ -686,7 +687,8 @@ START_TEST(writing_out_of_memory)
         const err_code rc = convert_to(path, &e);
         again = alloc_failed();
         alloc_fail_at(0);
-        /* a source whose manifest cannot be read for lack of memory is named by its content instead */
+        /* a source whose manifest cannot be read for lack of memory is named by its content instead
+         */
         ck_assert_msg(rc == E_NOMEM || rc == OK, "%ld: %s", k, e.msg);
         ck_assert(again || rc == OK);
         ck_assert_int_eq(file_exists(path), rc == OK);

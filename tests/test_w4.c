@@ -1,4 +1,5 @@
-/* base/w4: golden vectors made outside this code (docs/formats.md), round trips of all pairs, refusals. */
+/* base/w4: golden vectors made outside this code (docs/formats.md), round trips of all pairs,
+ * refusals. */
 #include "base/w4.h"
 
 #include <check.h>
@@ -40,7 +41,8 @@ static uint32_t hash32(uint32_t x)
     return x ^ x >> 16;
 }
 
-/* Codes, zeros in 1..15 (the range every layout holds) and finite scales, all different by place. */
+/* Codes, zeros in 1..15 (the range every layout holds) and finite scales, all different by place.
+ */
 static w4_weight random_codes(int64_t k, int64_t n, int32_t group)
 {
     w4_weight w = make(k, n, group, W4_CODES);

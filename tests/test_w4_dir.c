@@ -1,4 +1,5 @@
-/* formats/w4_dir: what is written reads back as what was given; shards, casts, refusals, manifest. */
+/* formats/w4_dir: what is written reads back as what was given; shards, casts, refusals, manifest.
+ */
 #include "formats/w4_dir.h"
 
 #include <check.h>

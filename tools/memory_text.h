@@ -4,7 +4,8 @@
 
 #include "runtime/memory_plan.h"
 
-/* Lines "   12.3 MB  hidden states", the sum last; or one JSON object {"memory": {what: bytes}, "total": bytes}. */
+/* Lines "   12.3 MB  hidden states", the sum last; or one JSON object {"memory": {what: bytes},
+ * "total": bytes}. */
 err_code tool_print_memory(const memory_plan *p, bool json, err *e);
 
 #endif

@@ -67,7 +67,8 @@ static err_code print_json(const convert *c, bool fresh, err *e)
     return rc;
 }
 
-/* The files with their sizes, then the memory; as JSON the memory alone has the form of every tool. */
+/* The files with their sizes, then the memory; as JSON the memory alone has the form of every tool.
+ */
 static err_code print_plan(const tool_ctx *t, const convert *c, err *e)
 {
     memory_plan plan = {0};

@@ -1,4 +1,5 @@
-/* Any bytes as a plan file: refused with a message, or a file whose views have the shapes that it states. */
+/* Any bytes as a plan file: refused with a message, or a file whose views have the shapes that it
+ * states. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

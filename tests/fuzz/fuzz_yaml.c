@@ -1,5 +1,5 @@
-/* Any bytes as a workspace's config.yaml: refused with one line, or a value that survives printing, and where it
- * is a configuration, one whose file list is sound and which prints to itself. */
+/* Any bytes as a workspace's config.yaml: refused with one line, or a value that survives printing,
+ * and where it is a configuration, one whose file list is sound and which prints to itself. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

@@ -26,7 +26,8 @@ static inline golden golden_open(const char *name)
     return g;
 }
 
-/* The text behind the first "key " at the start of a line at or behind `from`; NULL when there is none. */
+/* The text behind the first "key " at the start of a line at or behind `from`; NULL when there is
+ * none. */
 static inline const char *golden_find(const char *from, const char *key)
 {
     const size_t n = strlen(key);

@@ -4,8 +4,8 @@
  *
  *     make_model --shape internlm2_1p8b --seed 1 --dtype bf16 --shards 2 OUT_DIR
  *
- * Weights are normal with deviation 0.02, norms around 1. Every tensor's values follow from the seed
- * and its name alone, whatever the shards and layers. */
+ * Weights are normal with deviation 0.02, norms around 1. Every tensor's values follow from the
+ * seed and its name alone, whatever the shards and layers. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>

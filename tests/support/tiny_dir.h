@@ -1,12 +1,12 @@
-/* A small Hugging Face directory on disk from weights in memory: config.json as the families read it, one
- * safetensors file, and stand-ins for the files that travel along. */
+/* A small Hugging Face directory on disk from weights in memory: config.json as the families read
+ * it, one safetensors file, and stand-ins for the files that travel along. */
 #ifndef TMF_TESTS_TINY_DIR_H
 #define TMF_TESTS_TINY_DIR_H
 
 #include "formats/weights.h"
 
-/* Llama: split q, k, v, no bias, own head. 2 layers, hidden 256, 4 heads of 64 over 2, ffn 384, vocabulary 50:
- * groups of 128 fit. */
+/* Llama: split q, k, v, no bias, own head. 2 layers, hidden 256, 4 heads of 64 over 2, ffn 384,
+ * vocabulary 50: groups of 128 fit. */
 model_desc tiny_llama(void);
 model_desc tiny_internlm2(void); /* grouped qkv, 2 heads of 128 over 1 */
 model_desc tiny_qwen2(void);     /* q, k, v biases, tied head */

@@ -1,5 +1,6 @@
-/* w4_dump PATH: every linear of every block as f16, for a comparison outside of this project. On standard
- * output, for each: a line "LAYER ROLE N K", then n rows of k f16 values, bias not included. */
+/* w4_dump PATH: every linear of every block as f16, for a comparison outside of this project. On
+ * standard output, for each: a line "LAYER ROLE N K", then n rows of k f16 values, bias not
+ * included. */
 #include <stdio.h>
 
 #include "base/half.h"
