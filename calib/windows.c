@@ -1,5 +1,6 @@
 /* Where calibration tokens come from. */
 #include "calib/windows.h"
+#include "calib/collect.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -85,4 +86,16 @@ err_code windows_tokenizer_digest(hash128 *out, const char *dir, err *e)
     }
     *out = hash_xxh_end(&h);
     return rc;
+}
+
+err_code windows_run_memory(memory_plan *p, device *d, weight_src *src, const windows_opts *w,
+                            err *e)
+{
+    *p = (memory_plan){0};
+    memory_plan_add(p, "program", memory_plan_process_bytes());
+    memory_plan_add(p, "windows",
+                    (size_t)w->corpus.samples * (size_t)w->corpus.seqlen * sizeof(int32_t));
+    TRY(windows_memory(p, d, src, w, e));
+    collect_memory(p, d, src, w->corpus.samples, w->corpus.seqlen);
+    return OK;
 }

@@ -34,5 +34,8 @@ err_code self_windows(int32_t *ids, device *d, weight_src *src, const tokenizer 
                       const windows_opts *o, const job *j, err *e);
 err_code self_memory(memory_plan *p, device *d, weight_src *src, int32_t samples, int32_t seqlen,
                      err *e);
+/* The whole memory of a calibration run over these windows: program, windows, forward passes. */
+err_code windows_run_memory(memory_plan *p, device *d, weight_src *src, const windows_opts *w,
+                            err *e);
 
 #endif

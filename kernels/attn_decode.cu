@@ -404,6 +404,82 @@ __device__ void enter_newest(const attn_decode_call &c, __half (*q)[D], float (*
     __syncthreads();
 }
 
+/* Query fragments of this lane's head, and the sums of heads 2t, 2t + 1. */
+template <int D, int BITS>
+__device__ __forceinline__ void load_query(uint32_t q[D / 16][2], float sumq[2], const __half *qr,
+                                           bool real, int t)
+{
+    typedef geom<D, BITS> G;
+    float sum = 0.f;
+#pragma unroll
+    for (int s = 0; s < G::STEPS; s++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int e = 4 * s + 2 * i, d = (e / G::KD * 4 + t) * G::KD + e % G::KD;
+            q[s][i] = real ? *(const uint32_t *)(qr + d) : 0u;
+            const float2 f = __half22float2(*(__half2 *)&q[s][i]);
+            sum += f.x + f.y;
+        }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    sumq[0] = __shfl_sync(~0u, sum, 8 * t);
+    sumq[1] = __shfl_sync(~0u, sum, 8 * t + 4);
+}
+
+/* A warp's state into its [8][D + 2]: channels, then max and sum. */
+template <int D, int BITS>
+__device__ __forceinline__ void leave_warp(float (*out)[D + 2], softmax_state<D, BITS> *st, int g,
+                                           int t)
+{
+#pragma unroll
+    for (int x = 4; x < 32; x <<= 1)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            st->sum[h] += __shfl_xor_sync(~0u, st->sum[h], x);
+            st->zsum[h] += __shfl_xor_sync(~0u, st->zsum[h], x);
+        }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float *m = out[2 * t + h];
+        if (g == 0) m[D] = st->max[h], m[D + 1] = st->sum[h];
+#pragma unroll
+        for (int i = 0; i < geom<D, BITS>::F / 2; i++)
+#pragma unroll
+            for (int odd = 0; odd < 2; odd++) {
+                const int d = channel_of<D, BITS>(i, odd, g);
+                const float v = st->o[i][2 * odd + h];
+                if (d < D) m[d] = BITS < 16 ? v * (1.f / P_SCALE) + st->zsum[h] : v;
+            }
+    }
+}
+
+/* The warps of the block in order 0.., one thread per (head, channel). */
+template <int D>
+__device__ __forceinline__ void merge_warps(const attn_decode_call &c,
+                                            const float (*merged)[8][D + 2], float *work,
+                                            out_rows<D> *rows, int seq, int head, int hg, int heads)
+{
+    for (int i = threadIdx.x; i < heads * D; i += NWARPS * 32) {
+        const int h = i / D, d = i % D;
+        float m = -INFINITY, sum = 0.f, o = 0.f;
+#pragma unroll
+        for (int w = 0; w < NWARPS; w++) m = fmaxf(m, merged[w][h][D]);
+        const float base = m == -INFINITY ? 0.f : m;
+#pragma unroll
+        for (int w = 0; w < NWARPS; w++) {
+            const float f = exp2f(merged[w][h][D] - base);
+            sum += f * merged[w][h][D + 1];
+            o += f * merged[w][h][d];
+        }
+        if (c.splits == 1)
+            store_out<D>(c, rows, seq, head, hg, h, d, o / sum);
+        else {
+            work[h * (D + 2) + d] = o;
+            if (d == 0) work[h * (D + 2) + D] = m, work[h * (D + 2) + D + 1] = sum;
+        }
+    }
+}
+
 template <int D, int BITS, int U>
 __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_call c)
 {
@@ -427,7 +503,7 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
 
     uint32_t q[G::STEPS][2];
-    float sumq_g = 0.f, sumq[2];
+    float sumq[2];
     const int r = hg * 8 + g;
     const __half *qr = c.q + seq * c.q_row + head * c.q_head + (r < c.group ? r : 0) * c.q_sub;
     if (c.fused) newest_angles(angles, c.rope, len - 1);
@@ -440,19 +516,7 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
                         min(8, c.group - hg * 8), len - 1, newest, split == c.splits - 1);
         qr = turned_q[r < c.group ? g : 0];
     }
-#pragma unroll
-    for (int s = 0; s < G::STEPS; s++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int e = 4 * s + 2 * i, d = (e / G::KD * 4 + t) * G::KD + e % G::KD;
-            q[s][i] = r < c.group ? *(const uint32_t *)(qr + d) : 0u;
-            const float2 f = __half22float2(*(__half2 *)&q[s][i]);
-            sumq_g += f.x + f.y;
-        }
-    sumq_g += __shfl_xor_sync(~0u, sumq_g, 1);
-    sumq_g += __shfl_xor_sync(~0u, sumq_g, 2);
-    sumq[0] = __shfl_sync(~0u, sumq_g, 8 * t);
-    sumq[1] = __shfl_sync(~0u, sumq_g, 8 * t + 4);
+    load_query<D, BITS>(q, sumq, qr, r < c.group, t);
 
     softmax_state<D, BITS> st = {};
     st.max[0] = st.max[1] = -INFINITY;
@@ -478,50 +542,12 @@ __global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_ca
 #pragma unroll
         for (int u = 0; u < U; u++) cur[u] = next[u];
     }
-#pragma unroll
-    for (int x = 4; x < 32; x <<= 1)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            st.sum[h] += __shfl_xor_sync(~0u, st.sum[h], x);
-            st.zsum[h] += __shfl_xor_sync(~0u, st.zsum[h], x);
-        }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float *m = merged[warp][2 * t + h];
-        if (g == 0) m[D] = st.max[h], m[D + 1] = st.sum[h];
-#pragma unroll
-        for (int i = 0; i < G::F / 2; i++)
-#pragma unroll
-            for (int odd = 0; odd < 2; odd++) {
-                const int d = channel_of<D, BITS>(i, odd, g);
-                const float v = st.o[i][2 * odd + h];
-                if (d < D) m[d] = BITS < 16 ? v * (1.f / P_SCALE) + st.zsum[h] : v;
-            }
-    }
+    leave_warp<D, BITS>(merged[warp], &st, g, t);
     __syncthreads();
-    /* Warps in order 0.., one thread per (head, channel). */
     const int heads = min(8, c.group - hg * 8);
     const size_t slot = ((size_t)seq * c.kv_heads + head) * head_groups + hg;
     float *work = c.work + (slot * c.splits + split) * G::PART;
-    for (int i = threadIdx.x; i < heads * D; i += NWARPS * 32) {
-        const int h = i / D, d = i % D;
-        float m = -INFINITY, sum = 0.f, o = 0.f;
-#pragma unroll
-        for (int w = 0; w < NWARPS; w++) m = fmaxf(m, merged[w][h][D]);
-        const float base = m == -INFINITY ? 0.f : m;
-#pragma unroll
-        for (int w = 0; w < NWARPS; w++) {
-            const float f = exp2f(merged[w][h][D] - base);
-            sum += f * merged[w][h][D + 1];
-            o += f * merged[w][h][d];
-        }
-        if (c.splits == 1)
-            store_out<D>(c, rows, seq, head, hg, h, d, o / sum);
-        else {
-            work[h * (D + 2) + d] = o;
-            if (d == 0) work[h * (D + 2) + D] = m, work[h * (D + 2) + D + 1] = sum;
-        }
-    }
+    merge_warps<D>(c, merged, work, rows, seq, head, hg, heads);
     if (c.splits == 1) {
         store_out_planes<D>(c, rows, seq, head, hg, heads);
         return;

@@ -106,18 +106,6 @@ static err_code collect(tool_ctx *t, device *d, weight_src *src, const windows_o
     return rc;
 }
 
-static err_code plan_memory(memory_plan *p, device *d, weight_src *src, const windows_opts *w,
-                            err *e)
-{
-    *p = (memory_plan){0};
-    memory_plan_add(p, "program", memory_plan_process_bytes());
-    memory_plan_add(p, "windows",
-                    (size_t)w->corpus.samples * (size_t)w->corpus.seqlen * sizeof(int32_t));
-    TRY(windows_memory(p, d, src, w, e));
-    collect_memory(p, d, src, w->corpus.samples, w->corpus.seqlen);
-    return OK;
-}
-
 static err_code run(tool_ctx *t, err *e)
 {
     windows_opts w;
@@ -129,7 +117,7 @@ static err_code run(tool_ctx *t, err *e)
     TRY(tool_device_open(t, &d, e));
     if ((rc = weights_open(&src, t->args[0], e)) != OK) goto done;
     if ((rc = window_options(&w, t, src, e)) != OK) goto done;
-    if ((rc = plan_memory(&plan, d, src, &w, e)) != OK) goto done;
+    if ((rc = windows_run_memory(&plan, d, src, &w, e)) != OK) goto done;
     if (t->dry_run) {
         rc = tool_print_memory(&plan, t->json, e);
         goto done;
