@@ -14,6 +14,7 @@
 #define MAX_RAISES 6   /* of the damping, each tenfold */
 
 /* LAPACK through OpenBLAS: column-major, so that 'U' is our row-major lower triangle. */
+void openblas_set_num_threads(int n);
 void spotrf_(const char *uplo, const int *n, float *a, const int *lda, int *info);
 void strtri_(const char *uplo, const char *diag, const int *n, float *a, const int *lda, int *info);
 
@@ -305,6 +306,7 @@ static err_code prepare(feedback *s, const float *col, const feedback_opts *o, e
     gather_job g = {s, m.full.data, col};
     TRY(sort_inputs(s, &m.full, col, e));
     pool_run(dev_pool(s->b->d), gather_row, &g, s->k);
+    openblas_set_num_threads(1); /* more would change the order of its sums */
     return factor_damped(s, o->damping, e);
 }
 
