@@ -21,6 +21,7 @@
 #define HISTORY_LINES 1000
 #define MESSAGE_BYTES ((size_t)4 << 20)
 #define ESCAPE_MS     50 /* the rest of an escape sequence comes at once, a typed Esc does not */
+#define STOP_MS       50 /* how soon a signal is noticed at the latest */
 /* Line ends inside a paste reach the editor as this visible sign and become line ends again
  * afterwards. */
 #define PASTED_NEWLINE ((wchar_t)0x2424)
@@ -41,6 +42,21 @@ struct chat_terminal {
 
 /* ---- bytes ---- */
 
+/* False when a signal asked to stop. It may come before the wait begins, or to another thread, and wakes
+ * nobody then: so the flag is looked at, not the call's result. */
+static bool wait_byte(chat_terminal *t)
+{
+    struct pollfd p = {.fd = STDIN_FILENO, .events = POLLIN};
+    do {
+        if (t->o.stop && atomic_load(t->o.stop)) {
+            t->interrupted = true;
+            errno = EINTR;
+            return false;
+        }
+    } while (poll(&p, 1, STOP_MS) <= 0);
+    return true;
+}
+
 /* One byte; 0 at the end of input, -1 on Ctrl-C. */
 static int next_byte(chat_terminal *t, unsigned char *c)
 {
@@ -49,6 +65,7 @@ static int next_byte(chat_terminal *t, unsigned char *c)
         memmove(t->queue, t->queue + 1, (size_t)--t->queued);
         return 1;
     }
+    if (!wait_byte(t)) return -1;
     const ssize_t n = read(STDIN_FILENO, c, 1);
     if (n < 0 && errno == EINTR) t->interrupted = true;
     return n > 0 ? 1 : n == 0 ? 0 : -1;

@@ -3,6 +3,7 @@
 #ifndef TMF_TOOLS_CHAT_TERMINAL_H
 #define TMF_TOOLS_CHAT_TERMINAL_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 
@@ -13,6 +14,7 @@ typedef struct {
     bool double_enter;           /* a message ends at an empty line */
     bool history;                /* kept in the XDG state directory, 0600, 1000 lines */
     const char *const *commands; /* NULL-ended "/clear", ...: what Tab completes */
+    const atomic_bool *stop;     /* set by a signal: the read in progress ends; NULL never */
 } chat_terminal_opts;
 typedef enum { CHAT_MESSAGE, CHAT_END, CHAT_INTERRUPT } chat_input;
 

@@ -226,7 +226,7 @@ static err_code converse(chat_app *a, err *e)
     logit_bias bias[RUN_MAX_BIAS];
     const char *off = getenv("NO_HISTORY");
     const chat_terminal_opts to = {opt.double_enter, !opt.no_history && !(off && *off),
-                                   chat_command_names};
+                                   chat_command_names, a->t->job.stop};
     TRY(chat_session_open(&a->s, &a->r, a->c, opt.chat.meta, e));
     TRY(run_sample(&a->s.sample, &opt.sample, (uint64_t)a->t->seed, bias, e));
     TRY(sample_opts_check(&a->s.sample, model_desc_of(a->r.m)->vocab, e));
