@@ -42,8 +42,8 @@ struct chat_terminal {
 
 /* ---- bytes ---- */
 
-/* False when a signal asked to stop. It may come before the wait begins, or to another thread, and wakes
- * nobody then: so the flag is looked at, not the call's result. */
+/* False when a signal asked to stop. It may come before the wait begins, or to another thread, and
+ * wakes nobody then: so the flag is looked at, not the call's result. */
 static bool wait_byte(chat_terminal *t)
 {
     struct pollfd p = {.fd = STDIN_FILENO, .events = POLLIN};
