@@ -139,11 +139,18 @@ static int end_code(void)
     return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
 }
 
-/* The prompt: bracketed paste goes on, then "> ". */
+/* The prompt: bracketed paste goes on, then "> ", and the editor has the terminal: a key typed
+ * while lines are still cooked would be lost with that mode. */
 static void prompt(void)
 {
+    const double until = now_s() + WAIT_S;
+    struct termios mode;
     expect("\x1b[?2004h");
     expect("> ");
+    while (tcgetattr(master, &mode) == 0 && mode.c_lflag & ICANON) {
+        ck_assert_msg(now_s() < until, "the editor does not take the terminal");
+        (void)read_some(5);
+    }
 }
 
 START_TEST(test_turns)
