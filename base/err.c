@@ -80,6 +80,7 @@ const char *err_name(err_code c)
     case E_CANCELED: return "canceled";
     case E_LIMIT: return "limit";
     case E_CHECK: return "check";
+    case E_BUSY: return "busy";
     }
     return "unknown";
 }

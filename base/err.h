@@ -15,7 +15,8 @@ typedef enum {
     E_DEVICE,      /* the device failed */
     E_CANCELED,    /* stopped by a signal or by the caller */
     E_LIMIT,       /* a stated limit was reached (cache full, session too long) */
-    E_CHECK        /* a comparison or verification failed */
+    E_CHECK,       /* a comparison or verification failed */
+    E_BUSY         /* would fit later: a queue is full */
 } err_code;
 
 typedef struct {

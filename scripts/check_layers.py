@@ -30,6 +30,8 @@ THIRD_PARTY = {  # header: folders that may include it
     "sentencepiece": {"formats"},
     "yaml.h": {"formats"},
     "cblas.h": {"kernels"},
+    "microhttpd.h": {"runtime"},
+    "curl/": {"tools"},
     "histedit.h": {"tools"},
     "editline/": {"tools"},
 }
@@ -75,6 +77,8 @@ def check_include(path, folder, number, target, system):
         return
     if owner != folder and owner not in LAYERS[folder]:
         breach(path, number, f'"{target}": {folder} must not include {owner}')
+    if folder == "runtime" and target.startswith("runtime/serve/") and not path.startswith("runtime/serve/"):
+        breach(path, number, f'"{target}": the model half must not include the serve half')
     if owner != folder and re.search(r"_internal\.h$|\.cuh?$", target):
         breach(path, number, f'"{target}" is private to {owner}')
 

@@ -5,7 +5,8 @@
 set -euo pipefail
 
 build=(gcc g++ cmake ninja-build pkg-config libcjson-dev libxxhash-dev libssl-dev libzstd-dev libarchive-dev
-    libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev)
+    libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev
+    libmicrohttpd-dev libcurl4-openssl-dev)
 use=(check make python3 scdoc)
 all=(clang-format git python3-numpy bsdutils zsh fish)
 

@@ -51,6 +51,7 @@ int tool_exit_code(err_code c, int signal_number, bool resumable)
     case E_LIMIT: return 5;
     case E_IO: return 6;
     case E_CHECK: return 7;
+    case E_BUSY:
     case E_DEVICE: return 1;
     case E_CANCELED: return resumable ? 8 : signal_number ? 128 + signal_number : 1;
     }
