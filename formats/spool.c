@@ -103,7 +103,8 @@ err_code spool_open(spool **out, const spool_opts *o, bool *fresh, err *e)
     if ((rc = file_lock_take(&s->lock, s->target, e)) != OK) goto fail;
     s->locked = true;
     if ((rc = look_at_target(s, o->force, fresh, e)) != OK) goto fail;
-    if (!*fresh && (rc = find_done(s, e)) != OK) goto fail;
+    /* A run killed right behind its rename left its layers. */
+    if ((rc = *fresh ? dir_remove_tree(s->dir, e) : find_done(s, e)) != OK) goto fail;
     *out = s;
     return OK;
 fail:

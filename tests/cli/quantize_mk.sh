@@ -88,7 +88,10 @@ for after in 0.02 0.05 0.1 0.15 0.2 0.3 0.4 0.6 0.9 1.3 1.7; do
 done 2>/dev/null
 check 'after the kills' 0 build
 [ "$(digest made/workspace)" = "$first" ]; verdict $? 'same workspace after kills'
-[ -z "$(find made -name '.*.tmp*' -o -name '*.lock' | head -n 1)" ]; verdict $? 'no litter' "$(ls -A made)"
+# A kill between the last rename and the end leaves a lock or layers beside a finished file: the tool's next
+# run takes them away.
+check 'every tool once more' 0 build -B
+[ -z "$(find made -name '.*.tmp*' -o -name '*.lock' -o -name '*.part' | head -n 1)" ]; verdict $? 'no litter' "$(ls -A made)"
 
 # Parallel: -j2, and two makes on one folder (one may find the other's lock, none may spoil anything).
 rm -rf made
