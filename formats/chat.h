@@ -1,24 +1,28 @@
-/* Chat prompts: messages to token ids. A template is a row of text pieces around roles; which
- * row is told by the caller, by the directory's own chat_template when its text is known, or by
- * the model's family. Users' words are always plain text: only the template's own pieces become
- * special tokens. */
+/* Chat prompts: messages to token ids. A template is the directory's own chat_template (Jinja), or
+ * a row of text pieces around roles, told by the caller or by the model's family. Users' words are
+ * always plain text: only the template's own pieces become special tokens. */
 #ifndef TMF_FORMATS_CHAT_H
 #define TMF_FORMATS_CHAT_H
 
 #include "base/job.h"
+#include "base/json.h"
 #include "formats/tokenizer.h"
 
 typedef struct {
-    const char *role, *content;
-} chat_message; /* "system", "user" or "assistant"; UTF-8 */
+    const char *role;    /* "system", "user", "assistant" or "tool"; Jinja takes others, too */
+    const char *content; /* UTF-8; NULL only beside tool_calls */
+    const char *name, *tool_call_id; /* NULL: none */
+    const cJSON *tool_calls; /* of an assistant: an array as in the OpenAI API; NULL: none */
+    const char *reasoning;   /* of an assistant: reasoning_content; NULL: none */
+} chat_message;
 
 typedef struct chat chat;
 
-/* `name`: a template's name (chat_name_at), or the path of a JSON file with LMDeploy's fields
- * (system, eosys, user, eoh, assistant, eoa, separator, stop_words, meta_instruction); unknown
- * ones are E_USAGE. NULL: the directory's chat_template if it is known by its text or by its
- * marks (a note says so), else family_default, else "base"; a template that is not known is
- * noted through `j`. `t` is borrowed and must stay open. */
+/* `name`: a template's name (chat_name_at), the path of a JSON file with LMDeploy's fields (system,
+ * eosys, user, eoh, assistant, eoa, separator, stop_words, meta_instruction), or the path of a
+ * .jinja file; unknown ones are E_USAGE. NULL: the directory's chat_template, else family_default,
+ * else "base"; a chat_template that cannot be read is noted through `j`, and the next best is
+ * taken. `t` is borrowed and must stay open. */
 err_code chat_open(chat **out, const tokenizer *t, const char *name, const char *family_default,
                    const job *j, err *e);
 void chat_close(chat **c); /* NULL accepted */
@@ -45,6 +49,35 @@ err_code chat_encode_next(const chat *c, const chat_message *messages, int64_t n
 /* The text that chat_encode stands for, special tokens as their strings. Free with mem_free. */
 err_code chat_render(const chat *c, const chat_message *messages, int64_t n,
                      const char *meta_instruction, bool add_generation, char **out, err *e);
+
+/* Everything that a request may say. Known texts of plain conversations take a short way that gives
+ * the same ids. */
+typedef struct {
+    const chat_message *messages;
+    int64_t n;
+    const char *meta_instruction; /* as above */
+    const cJSON *tools; /* array as in the OpenAI API; NULL or empty: none. Where the template knows
+                            nothing of tools they are told in the system message */
+    const cJSON *kwargs; /* chat_template_kwargs, an object; keys other than chat_kwarg_at's are
+                            E_INPUT; NULL: none */
+    int64_t now;         /* the date for templates that name one, seconds since 1970, UTC; 0: always
+                            the same day */
+    bool add_generation;
+} chat_request;
+err_code chat_encode_request(const chat *c, const chat_request *r, token_list *out, err *e);
+err_code chat_render_request(const chat *c, const chat_request *r, char **out, err *e);
+/* The i-th key that kwargs may have; NULL past the end. */
+const char *chat_kwarg_at(int i);
+
+/* How answers write tool calls: told from the template's text, or the row's name. */
+typedef enum {
+    CHAT_TOOLS_NONE,      /* nothing is known */
+    CHAT_TOOLS_HERMES,    /* <tool_call>{"name":..,"arguments":..}</tool_call> */
+    CHAT_TOOLS_INTERNLM2, /* <|action_start|><|plugin|>{"name":..,"parameters":..}<|action_end|> */
+    CHAT_TOOLS_LLAMA3,    /* {"name":..,"parameters":..}, perhaps behind <|python_tag|> */
+    CHAT_TOOLS_MISTRAL    /* [TOOL_CALLS][{"name":..,"arguments":..}] */
+} chat_tools;
+chat_tools chat_tool_format(const chat *c);
 
 /* Ids that end an answer: model_stop (of config.json and generation_config.json), the
  * tokenizer's EOS, and the template's stop words that are one token, each once. Fills out[] up

@@ -29,8 +29,8 @@ void grammar_close(grammar **g);
 typedef struct constraint constraint;
 err_code constraint_open(constraint **out, grammar *g, err *e);
 void constraint_close(constraint **c); /* NULL accepted */
-/* Sets bit id of allowed [(vocab + 31) / 32] for each token that may come now (special tokens never
- * do). Bits of ids at or above tokenizer_vocab are 0. Returns how many. Deterministic; allocates at
+/* Sets bit id of allowed [(vocab + 31) / 32] for each token that may come now (special tokens only
+ * where a grammar of tool calls names them). Bits of ids at or above tokenizer_vocab are 0. Returns how many. Deterministic; allocates at
  * most a cache entry. */
 int32_t constraint_mask(constraint *c, uint32_t *allowed);
 /* The answer may end here: stop ids may come beside what the mask allows. When it may end and
