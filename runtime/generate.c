@@ -1,24 +1,18 @@
-/* One sequence, token by token. Text goes through a small buffer that holds back what may still
- * turn into a stop text. */
+/* One sequence, token by token. */
 #include "runtime/generate.h"
 
 #include <string.h>
 
 #include "base/mem.h"
 #include "runtime/clock.h"
-
-/* tokenizer_decode_next may need three times the longest piece (64 KiB) and 16; what waits is
- * shorter than the longest stop text. */
-#define GEN_TEXT_BYTES (3 * (64 << 10) + 16 + 2 * GEN_MAX_STOP_BYTES)
+#include "runtime/text_stream.h"
 
 struct generator {
     model *m;
     const tokenizer *t;
     sampler *sampler;
-    float *logits; /* [vocab] */
-    char *text;    /* [GEN_TEXT_BYTES] */
-    size_t n_text; /* waiting */
-    decode_state decode;
+    float *logits;     /* [vocab] */
+    text_stream *text; /* NULL without t */
 };
 
 const char *gen_end_name(gen_end end)
@@ -41,8 +35,9 @@ err_code gen_open(generator **out, model *m, const tokenizer *t, err *e)
     if ((rc = sampler_open(&g->sampler, vocab, model_session_len(m) + 1, e)) != OK) goto done;
     if ((rc = mem_alloc(&p, (size_t)vocab, sizeof(float), "logits", e)) != OK) goto done;
     g->logits = p;
-    if ((rc = mem_alloc(&p, GEN_TEXT_BYTES, 1, "text", e)) != OK) goto done;
-    g->text = p;
+    if (t && (rc = text_stream_open(&g->text, t, GEN_MAX_STOP_TEXTS,
+                                    (size_t)GEN_MAX_STOP_TEXTS * GEN_MAX_STOP_BYTES, 0, e)) != OK)
+        goto done;
     *out = g;
     g = NULL;
 done:
@@ -55,45 +50,9 @@ void gen_close(generator **g)
     if (!g || !*g) return;
     sampler_close(&(*g)->sampler);
     mem_free((*g)->logits);
-    mem_free((*g)->text);
+    text_stream_close(&(*g)->text);
     mem_free(*g);
     *g = NULL;
-}
-
-/* ---- text ---- */
-
-/* Where the first stop text begins in what waits; n_text when there is none. */
-static size_t find_stop(const generator *g, const gen_opts *o)
-{
-    size_t at = g->n_text;
-    for (int i = 0; i < o->n_stop_texts; i++) {
-        const char *hit = memmem(g->text, g->n_text, o->stop_texts[i], strlen(o->stop_texts[i]));
-        if (hit && (size_t)(hit - g->text) < at) at = (size_t)(hit - g->text);
-    }
-    return at;
-}
-
-/* How much of the end of what waits is the beginning of a stop text. */
-static size_t held_bytes(const generator *g, const gen_opts *o)
-{
-    size_t most = 0;
-    for (int i = 0; i < o->n_stop_texts; i++) {
-        const size_t len = strlen(o->stop_texts[i]);
-        size_t k = len - 1 < g->n_text ? len - 1 : g->n_text;
-        while (k > most && memcmp(g->text + g->n_text - k, o->stop_texts[i], k) != 0) k--;
-        if (k > most) most = k;
-    }
-    return most;
-}
-
-static err_code add_text(generator *g, int32_t id, err *e)
-{
-    size_t n = 0;
-    if (!g->t) return OK;
-    TRY(tokenizer_decode_next(g->t, &g->decode, id, true, g->text + g->n_text,
-                              GEN_TEXT_BYTES - g->n_text, &n, e));
-    g->n_text += n;
-    return OK;
 }
 
 /* ---- the loop ---- */
@@ -111,11 +70,13 @@ typedef struct {
     void *ud;
 } sink;
 
-static bool emit(generator *g, const sink *s, int32_t id, size_t n)
+/* Hands out id with the text that is ready. */
+static bool emit(generator *g, const sink *s, int32_t id)
 {
-    const bool go = !s->fn || s->fn(s->ud, id, g->text, n);
-    memmove(g->text, g->text + n, g->n_text - n);
-    g->n_text -= n;
+    size_t n = 0;
+    const char *text = g->text ? text_stream_ready(g->text, &n) : "";
+    const bool go = !s->fn || s->fn(s->ud, id, text, n);
+    if (g->text) text_stream_taken(g->text);
     return go;
 }
 
@@ -123,24 +84,18 @@ static bool emit(generator *g, const sink *s, int32_t id, size_t n)
 static err_code take(generator *g, const gen_opts *o, const sink *s, int32_t id, gen_result *r,
                      bool *go, err *e)
 {
+    int stop = -1;
     r->n_new++;
     sampler_accept(g->sampler, id);
     *go = false;
     if (is_stop(o, id)) {
         r->end = GEN_STOP_ID;
-        (void)(s->fn && s->fn(s->ud, id, g->text, 0));
+        (void)(s->fn && s->fn(s->ud, id, "", 0));
         return OK;
     }
-    TRY(add_text(g, id, e));
-    const size_t stop = find_stop(g, o);
-    if (stop < g->n_text) {
-        g->n_text = stop;
-        r->end = GEN_STOP_TEXT;
-        (void)emit(g, s, id, stop);
-        return OK;
-    }
-    r->end = GEN_CALLER;
-    if (!emit(g, s, id, g->n_text - held_bytes(g, o))) return OK;
+    if (g->text) TRY(text_stream_add(g->text, id, &stop, e));
+    r->end = stop >= 0 ? GEN_STOP_TEXT : GEN_CALLER;
+    if (!emit(g, s, id) || stop >= 0) return OK;
     r->end = GEN_LENGTH;
     *go = r->n_new < o->max_new || o->max_new == 0;
     return OK;
@@ -200,11 +155,10 @@ static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int
 static void flush_text(generator *g, const sink *s)
 {
     size_t n = 0;
-    if (g->t) {
-        tokenizer_decode_flush(&g->decode, g->text + g->n_text, GEN_TEXT_BYTES - g->n_text, &n);
-        g->n_text += n;
-    }
-    if (g->n_text) (void)emit(g, s, -1, g->n_text);
+    if (!g->text) return;
+    text_stream_flush(g->text);
+    (void)text_stream_ready(g->text, &n);
+    if (n) (void)emit(g, s, -1);
 }
 
 err_code gen_run(generator *g, const gen_opts *o, gen_result *r, gen_fn fn, void *ud, const job *j,
@@ -217,8 +171,7 @@ err_code gen_run(generator *g, const gen_opts *o, gen_result *r, gen_fn fn, void
     TRY(check_opts(g, o, e));
     TRY(sampler_start(g->sampler, &o->sample, e));
     sampler_prompt(g->sampler, o->ids, o->n_ids);
-    g->n_text = 0;
-    memset(&g->decode, 0, sizeof g->decode);
+    if (g->text) TRY(text_stream_start(g->text, o->stop_texts, o->n_stop_texts, true, e));
     const int32_t held = model_seq_len(g->m, o->slot);
     const double begin = clock_s();
     TRY(advance(g, o, o->ids + held, o->n_ids - held, &id, r, &go, j, e));
