@@ -222,7 +222,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     }
     if (!s->walk) {
         weights_prefetch(s->src, layer);
-        TRY(layer_check_finite(s->d, s->src, layer, e));
+        TRY(weights_check_layer(s->src, layer, NULL, NULL, e));
     }
     TRY(plan_alloc(s, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));

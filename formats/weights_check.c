@@ -171,6 +171,10 @@ err_code weights_check_layer(weight_src *s, int32_t layer, weights_overflow_fn e
     }
     TRY(check_role(&c, ROLE_ATTN_NORM, e));
     TRY(check_role(&c, ROLE_FFN_NORM, e));
+    if (m->qk_norm) {
+        TRY(check_role(&c, ROLE_Q_NORM, e));
+        TRY(check_role(&c, ROLE_K_NORM, e));
+    }
     const int n = model_block_linears(m, linears);
     for (int i = 0; i < n; i++) TRY(check_linear(&c, linears[i], e));
     return OK;

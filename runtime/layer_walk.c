@@ -2,10 +2,8 @@
 #include "runtime/layer_walk.h"
 
 #include <inttypes.h>
-#include <stdatomic.h>
 #include <string.h>
 
-#include "base/half.h"
 #include "base/mem.h"
 #include "runtime/kv_cache.h"
 
@@ -123,6 +121,7 @@ err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
     dev_buf table_buf = {0}, ids_buf = {0};
     tensor host, table, ids;
     err_code rc;
+    TRY(weights_check_layer(w->src, -1, NULL, NULL, e));
     TRY(weights_tensor(w->src, ROLE_EMBED, -1, &host, e));
     if ((rc = dev_upload(w->d, &table_buf, &table, &host, e)) != OK) goto done;
     for (int32_t at = 0; at < w->windows; at += w->per_pass) {
@@ -210,91 +209,6 @@ const block *layer_walk_block(const layer_walk *w) { return &w->b; }
 
 /* ---- binding ---- */
 
-/* First row that holds something else than finite numbers; rows are claimed in order, so the least
- * one wins. */
-typedef struct {
-    const tensor *t;
-    int64_t rows, cols;
-    _Atomic int64_t bad_row; /* INT64_MAX: none */
-} finite_scan;
-
-static bool finite_at(const tensor *t, const void *row, int64_t i)
-{
-    if (t->dt == DT_F32)
-        return (half_f32_bits(((const float *)row)[i]) & 0x7f800000u) != 0x7f800000u;
-    const uint16_t mask = t->dt == DT_F16 ? 0x7c00u : 0x7f80u;
-    return (((const uint16_t *)row)[i] & mask) != mask;
-}
-
-static bool finite_row16(const uint16_t *row, int64_t n, uint16_t mask)
-{
-    unsigned bad = 0;
-    for (int64_t i = 0; i < n; i++) bad |= (row[i] & mask) == mask;
-    return !bad;
-}
-
-static const void *scan_row(const finite_scan *s, int64_t row)
-{
-    return (const char *)s->t->data + (size_t)(row * s->cols) * dtype_bytes(s->t->dt);
-}
-
-static void scan_item(void *ctx, int64_t row, int worker)
-{
-    finite_scan *s = ctx;
-    const void *p = scan_row(s, row);
-    bool good = true;
-    (void)worker;
-    if (s->t->dt == DT_F32)
-        for (int64_t i = 0; i < s->cols; i++) good = good && finite_at(s->t, p, i);
-    else
-        good = finite_row16(p, s->cols, s->t->dt == DT_F16 ? 0x7c00u : 0x7f80u);
-    if (good) return;
-    int64_t seen = atomic_load(&s->bad_row);
-    while (row < seen && !atomic_compare_exchange_weak(&s->bad_row, &seen, row)) {
-    }
-}
-
-static err_code check_finite(device *d, const weight_src *src, const tensor *t, int32_t layer,
-                             tensor_role r, const char *part, err *e)
-{
-    finite_scan s = {.t = t,
-                     .rows = t->ndim == 2 ? t->shape[0] : 1,
-                     .cols = t->ndim ? t->shape[t->ndim - 1] : 0};
-    atomic_init(&s.bad_row, INT64_MAX);
-    if (!t->data || !tensor_contiguous(t) ||
-        (t->dt != DT_F32 && t->dt != DT_F16 && t->dt != DT_BF16))
-        return OK;
-    pool_run(dev_pool(d), scan_item, &s, s.rows);
-    const int64_t row = atomic_load(&s.bad_row);
-    if (row == INT64_MAX) return OK;
-    int64_t col = 0;
-    while (col < s.cols - 1 && finite_at(t, scan_row(&s, row), col)) col++;
-    return err_set(e, E_INPUT,
-                   "%s: layer %d: %s: %s row %" PRId64 " column %" PRId64
-                   ": expected a finite number, found nan or infinity",
-                   weights_path(src), (int)layer, role_name(r), part, row, col);
-}
-
-err_code layer_check_finite(device *d, weight_src *src, int32_t layer, err *e)
-{
-    const model_desc *m = weights_desc(src);
-    const tensor_role norms[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM, ROLE_Q_NORM, ROLE_K_NORM};
-    tensor_role roles[7];
-    tensor norm;
-    const int n = model_block_linears(m, roles), n_norms = m->qk_norm ? 4 : 2;
-    for (int i = 0; i < n_norms; i++) {
-        TRY(weights_tensor(src, norms[i], layer, &norm, e));
-        TRY(check_finite(d, src, &norm, layer, norms[i], "weight", e));
-    }
-    for (int i = 0; i < n; i++) {
-        linear_view v;
-        TRY(weights_linear(src, roles[i], layer, -1, &v, e));
-        if (!v.w4) TRY(check_finite(d, src, &v.dense, layer, roles[i], "weight", e));
-        TRY(check_finite(d, src, &v.bias, layer, roles[i], "bias", e));
-    }
-    return OK;
-}
-
 err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
 {
     if (w->bound) {
@@ -303,7 +217,7 @@ err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
         w->bound = false;
     }
     weights_prefetch(w->src, layer);
-    TRY(layer_check_finite(w->d, w->src, layer, e));
+    TRY(weights_check_layer(w->src, layer, NULL, NULL, e));
     TRY(block_bind(&w->b, w->d, w->src, layer, e));
     w->bound = true;
     return OK;

@@ -26,10 +26,7 @@ tensor layer_walk_states(layer_walk *w);
 int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 
-/* Looks through the weights, biases and norms of a layer: E_INPUT "<path>: layer 3: gate: weight
- * row 5 column 7: ..." at the first number that is not finite. */
-err_code layer_check_finite(device *d, weight_src *src, int32_t layer, err *e);
-/* Binds a layer, after layer_check_finite. Unbinds what was bound before. */
+/* Binds a layer, after weights_check_layer. Unbinds what was bound before. */
 err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e);
 const block *layer_walk_block(const layer_walk *w);
 
