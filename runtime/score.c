@@ -45,10 +45,12 @@ err_code score_next(model *m, const int32_t *ids, int32_t n, int32_t top, id_log
     float *logits = p;
     const step_seq s = {.slot = 0, .tokens = ids, .n_tokens = n, .n_out = 1, .logits = logits};
     model_seq_end(m, 0);
-    const err_code rc = model_step(m, &s, 1, j, e);
+    err_code rc = model_step(m, &s, 1, j, e);
     model_seq_end(m, 0);
+    const double norm = rc == OK ? log_sum_exp(logits, vocab) : 0;
+    if (rc == OK && !isfinite(norm))
+        rc = err_set(e, E_INPUT, "score: expected finite logits: weights or activations are not");
     if (rc == OK) {
-        const double norm = log_sum_exp(logits, vocab);
         for (int32_t i = 0; i < vocab; i++)
             *n_out = insert(out, *n_out, top, (id_logprob){i, (double)logits[i] - norm});
     }
@@ -148,9 +150,14 @@ err_code ppl_run(ppl_result *r, model *m, const int32_t *ids, int64_t n, const p
         const int32_t batch = windows - at < slots ? (int32_t)(windows - at) : slots;
         job_step(j, "perplexity", "window", at, windows);
         if ((rc = run_windows(m, &w, ids, at, batch, o->window, j, e)) != OK) break;
-        for (int32_t i = 0; i < batch; i++) {
+        for (int32_t i = 0; i < batch && rc == OK; i++) {
             const double s = window_sum(w.nll + (size_t)i * (size_t)losses, losses),
                          mean = s / losses;
+            if (!isfinite(s))
+                rc = err_set(e, E_INPUT,
+                             "window %" PRId64 ": expected a finite loss, got %s: weights or "
+                             "activations are not finite",
+                             at + i, isnan(s) ? "nan" : "infinity");
             sum += s;
             squares += mean * mean;
         }

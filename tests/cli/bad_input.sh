@@ -111,8 +111,14 @@ refused 'a missing tensor' 3 "$norm" out1 collect
 # ---- values that are not numbers ----
 for where in "$norm" model.layers.0.attention.wqkv.weight model.tok_embeddings.weight; do
     damaged model && edit $file "at = h['$where']['data_offsets'][0]; d[at + 2:at + 4] = b'\\xc0\\x7f' if h['$where']['dtype'] == 'BF16' else b'\\x00\\x7e'"
-    refused "NaN in $where" 3 "$where.*" out1 collect
+    refused "NaN in $where" 3 "$where: element .*expected a finite number, got nan" out1 collect
+    case $where in *tok_emb*) ;; *) # one row of the embedding: no token of the text
+        refused "NaN in $where, perplexity" 3 'window 0: expected a finite loss, got nan' out1 \
+            tm-run ppl bad --data text --window 64 --windows 2 -q ;;
+    esac
 done
+refused 'NaN, to convert' 3 'embed.*NaN' out1 tm-convert bad -o out1 -q
+refused 'NaN, to score' 3 'expected finite logits' out1 tm-run score bad --ids 0,1,2
 
 # ---- a configuration that lies ----
 config() { python3 -c 'import json, sys
