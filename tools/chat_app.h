@@ -1,4 +1,5 @@
-/* tm-run chat: what its loop (tm_run_chat.c) and its commands (chat_commands.c) share. */
+/* A conversation in the terminal: what its loop (chat_app.c) and its commands (chat_commands.c)
+ * share. tm-run chat and tm-run client open the session. */
 #ifndef TMF_TOOLS_CHAT_APP_H
 #define TMF_TOOLS_CHAT_APP_H
 
@@ -7,15 +8,33 @@
 
 typedef struct {
     tool_ctx *t;
-    run_ctx r;
-    chat *c;
     chat_session s;
     chat_terminal *term; /* NULL when standard input is no terminal */
     bool stats;          /* figures behind each answer */
     bool plain;          /* standard output is no terminal: bytes go out as they are */
-    bool quit;
+    bool quit, midline;
     gen_result last; /* of the last answer */
 } chat_app;
+
+typedef struct {
+    const char *prompt, *load, *hello; /* NULL: none; hello is required */
+    bool stats, double_enter, no_history;
+} chat_app_opts;
+/* Rows of an option table; o is a static chat_app_opts. */
+#define CHAT_APP_OPTIONS(o)                                                                        \
+    {"prompt",    'p',    CLI_STR,                                                                 \
+     &(o).prompt, "TEXT", "answer this and end; what standard input brings is put behind it"},     \
+        {"load", 0, CLI_STR, &(o).load, "FILE", "go on with a conversation that /save wrote"},     \
+        {"stats",    0,    CLI_FLAG,                                                               \
+         &(o).stats, NULL, "time to the first token, tokens a second, context used"},              \
+        {"double-enter", 0, CLI_FLAG, &(o).double_enter, NULL, "a message ends at an empty line"}, \
+    {                                                                                              \
+        "no-history", 0, CLI_FLAG, &(o).no_history, NULL, "keep no history of what was typed"      \
+    }
+
+/* The session is open and its sampling set. Returns when the conversation is over. */
+err_code chat_app_run(chat_app *a, const chat_app_opts *o, err *e);
+void chat_app_close(chat_app *a); /* terminal and session */
 
 /* One question and its answer on stdout. A full session and refused texts are told on stderr and
  * are OK. */

@@ -1,5 +1,6 @@
 /* The commands of a chat: one row each. */
 #include <errno.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,9 +43,32 @@ static const setting settings[] = {
 };
 #define N_SETTINGS (sizeof settings / sizeof *settings)
 
+/* A server's own choice: see chat_sample_unset. */
+static bool is_unset(const chat_app *a, const setting *s)
+{
+    const void *p = (const char *)a + s->at;
+    if (!a->s.remote) return false;
+    if (s->kind == SET_F64) return isnan(*(const double *)p);
+    if (s->kind == SET_I32) return *(const int32_t *)p < 0;
+    return s->kind == SET_U64 && *(const uint64_t *)p == UINT64_MAX;
+}
+
+static bool unset(const chat_app *a, const setting *s, void *p)
+{
+    if (!a->s.remote) return false;
+    if (s->kind == SET_F64) *(double *)p = NAN;
+    if (s->kind == SET_I32) *(int32_t *)p = -1;
+    if (s->kind == SET_U64) *(uint64_t *)p = UINT64_MAX;
+    return s->kind == SET_F64 || s->kind == SET_I32 || s->kind == SET_U64;
+}
+
 static void setting_text(const chat_app *a, const setting *s, char *buf, size_t cap)
 {
     const void *p = (const char *)a + s->at;
+    if (is_unset(a, s)) {
+        (void)snprintf(buf, cap, "server's");
+        return;
+    }
     switch (s->kind) {
     case SET_F64: (void)snprintf(buf, cap, "%g", *(const double *)p); break;
     case SET_I32: (void)snprintf(buf, cap, "%d", *(const int32_t *)p); break;
@@ -59,6 +83,7 @@ static bool setting_store(chat_app *a, const setting *s, const char *text)
 {
     void *p = (char *)a + s->at;
     char *end;
+    if (strcmp(text, "default") == 0) return unset(a, s, p);
     if (s->kind == SET_FLAG) {
         const bool on = strcmp(text, "on") == 0;
         if (!on && strcmp(text, "off") != 0) return false;
@@ -107,7 +132,7 @@ static err_code set(chat_app *a, const char *arg, err *e)
             chat_app_note(a, "/set %s: '%s' is no value for it", name, value);
             return OK;
         }
-        if (sample_opts_check(&a->s.sample, model_desc_of(a->r.m)->vocab, &wrong) != OK) {
+        if (chat_session_check(&a->s, &wrong) != OK) {
             a->s.sample = old;
             chat_app_note(a, "/set: %s", wrong.msg);
             return OK;
@@ -248,15 +273,11 @@ static err_code stats(chat_app *a, const char *arg, err *e)
 
 static err_code show(chat_app *a, const char *arg, err *e)
 {
-    const model_desc *m = model_desc_of(a->r.m);
-    const model_plan *p = model_plan_of(a->r.m);
+    char text[1024];
     (void)arg;
     (void)e;
-    chat_app_note(a, "%s: %s, %d layers, hidden %d, vocabulary %d", weights_path(a->r.src),
-                  m->architecture, m->layers, m->hidden, m->vocab);
-    chat_app_note(a, "%s; %s weights; %d-bit cache of %d tokens; chat template '%s'",
-                  dev_name(a->r.d), m->w4_group ? "4-bit" : "16-bit",
-                  p->kv == KV_16 ? 16 : (int)p->kv, p->session_len, chat_name(a->c));
+    a->s.b->show(a->s.b, text, sizeof text);
+    chat_app_note(a, "%s", text);
     return show_settings(a);
 }
 
