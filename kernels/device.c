@@ -48,6 +48,7 @@ err_code dev_open(device **out, const dev_opts *o, err *e)
     TRY(mem_alloc(&p, 1, sizeof(device), "device", e));
     device *d = p;
     d->kind = o->kind;
+    d->deterministic = o->deterministic;
 #ifdef TMF_CUDA
     err_code rc = o->kind == DEV_CUDA ? device_cuda_open(d, o, e) : device_cpu_open(d, o, e);
 #else

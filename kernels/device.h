@@ -17,6 +17,8 @@ typedef struct {
     int32_t threads; /* CPU: pool size, 0 = CPUs of this process */
     const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the
                         kernels used */
+    bool deterministic; /* only kernels that round a row in the same way whatever rows are with it:
+                           a sequence's results depend on nothing but its tokens */
 } dev_opts;
 
 typedef struct {

@@ -53,6 +53,7 @@ struct device {
     pool *workers;
     int threads;
     uint32_t cpu_flags;      /* 0 on CUDA */
+    bool deterministic;      /* as dev_opts has it */
     uint8_t *worker_scratch; /* [threads][DEV_WORKER_BYTES] */
     void *shared_scratch;    /* [shared_bytes], NULL until ops_reserve */
     size_t shared_bytes;

@@ -2,6 +2,7 @@
  * conversation touches few pages of the (lazily backed) memory. */
 #include "runtime/kv_cache.h"
 
+#include <assert.h>
 #include <string.h>
 
 #include "base/mem.h"
@@ -24,6 +25,7 @@ struct kv_cache {
     int32_t *used;      /* [max_seqs] blocks held */
     int32_t *spare;     /* [blocks] stack of free blocks */
     int32_t n_spare;
+    bool lent; /* blocks are accounted for elsewhere: none is spare */
 };
 
 static int32_t blocks_for(int32_t tokens, int32_t block_tokens)
@@ -106,8 +108,7 @@ err_code kv_open(kv_cache **out, device *d, const kv_opts *o, err *e)
     if ((rc = alloc_i32(&c->used, (size_t)o->max_seqs, e)) != OK) goto done;
     if ((rc = alloc_i32(&c->spare, (size_t)o->blocks, e)) != OK) goto done;
     if ((rc = alloc_layers(c, d, e)) != OK) goto done;
-    c->n_spare = o->blocks;
-    for (int32_t i = 0; i < o->blocks; i++) c->spare[i] = o->blocks - 1 - i;
+    kv_lend_end(c);
     *out = c;
     c = NULL;
 done:
@@ -153,10 +154,35 @@ err_code kv_reserve(kv_cache *c, int32_t seq, int32_t tokens, err *e)
 
 void kv_truncate(kv_cache *c, int32_t seq, int32_t tokens)
 {
-    if (seq < 0 || seq >= c->o.max_seqs) return;
+    if (seq < 0 || seq >= c->o.max_seqs || c->lent) return;
     const int32_t keep = blocks_for(tokens < 0 ? 0 : tokens, c->o.block_tokens);
     const int32_t *row = c->table + (size_t)seq * (size_t)c->seq_blocks;
     while (c->used[seq] > keep) c->spare[c->n_spare++] = row[--c->used[seq]];
+}
+
+err_code kv_lend(kv_cache *c, err *e)
+{
+    if (c->n_spare != c->o.blocks)
+        return err_set(e, E_USAGE, "kv cache: %d of %d blocks are in use", c->o.blocks - c->n_spare,
+                       c->o.blocks);
+    c->lent = true;
+    c->n_spare = 0;
+    return OK;
+}
+
+void kv_lend_end(kv_cache *c)
+{
+    c->lent = false;
+    memset(c->used, 0, (size_t)c->o.max_seqs * sizeof *c->used);
+    c->n_spare = c->o.blocks;
+    for (int32_t i = 0; i < c->o.blocks; i++) c->spare[i] = c->o.blocks - 1 - i;
+}
+
+void kv_set_blocks(kv_cache *c, int32_t seq, const int32_t *blocks, int32_t n)
+{
+    assert(c->lent && seq >= 0 && seq < c->o.max_seqs && n >= 0 && n <= c->seq_blocks);
+    memcpy(c->table + (size_t)seq * (size_t)c->seq_blocks, blocks, (size_t)n * sizeof *blocks);
+    c->used[seq] = n;
 }
 
 void kv_seq_end(kv_cache *c, int32_t seq) { kv_truncate(c, seq, 0); }

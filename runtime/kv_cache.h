@@ -26,6 +26,14 @@ void kv_seq_end(kv_cache *c, int32_t seq);
 int32_t kv_free_blocks(const kv_cache *c);
 const kv_opts *kv_opts_of(const kv_cache *c);
 const int32_t *kv_block_list(const kv_cache *c, int32_t seq, int32_t *n); /* logical -> physical */
+/* From here on the caller says which blocks a slot has: several slots may share one, whose tokens
+ * are then not written any more. kv_reserve hands nothing out and succeeds within the blocks set;
+ * truncating and ending leave the table alone. E_USAGE unless all slots are empty. */
+err_code kv_lend(kv_cache *c, err *e);
+/* Every slot is empty and every block free again. */
+void kv_lend_end(kv_cache *c);
+/* n blocks, at most those of a session. Lent caches only. */
+void kv_set_blocks(kv_cache *c, int32_t seq, const int32_t *blocks, int32_t n);
 kv_layer kv_layer_view(const kv_cache *c, int32_t layer);
 
 #endif

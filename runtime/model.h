@@ -71,6 +71,21 @@ void model_truncate(model *m, int32_t slot, int32_t tokens); /* keeps the first 
 void model_seq_end(model *m, int32_t slot);
 int32_t model_kv_free_tokens(const model *m); /* room left in free blocks */
 
+/* For schedulers that let sequences share cached blocks. From model_lend on, the blocks of a slot
+ * are those that model_seq_begin and model_seq_blocks set (blocks 0 .. kv_blocks - 1 of the plan),
+ * and model_step needs them to be enough. Rows are written behind the tokens held only, so a block
+ * that is full in one slot may stand in the tables of others. E_USAGE unless all slots are empty.
+ */
+err_code model_lend(model *m, err *e);
+void model_lend_end(model *m); /* every slot is empty again */
+/* The slot holds `held` tokens, which these blocks contain; rotary frequencies are those of a
+ * prompt of prompt_tokens. */
+void model_seq_begin(model *m, int32_t slot, int32_t held, int32_t prompt_tokens);
+void model_seq_blocks(model *m, int32_t slot, const int32_t *blocks, int32_t n);
+/* Equal tokens give equal keys and values in sequences of one variant (dynamic NTK scaling tells
+ * long prompts apart). */
+int32_t model_seq_variant(const model *m, int32_t prompt_tokens);
+
 /* Bytes that one decoded token of one sequence must read with `context` tokens in the cache: every
  * bound weight once, one embedding row, K and V of the context. */
 size_t model_token_bytes(const model *m, int32_t context);

@@ -45,6 +45,7 @@ struct model {
     int32_t *len;      /* [max_seqs] tokens held */
     int32_t *rope_len; /* [max_seqs] tokens of the step that began the sequence (dynamic NTK) */
     bool *busy;        /* [max_seqs] taking part in the current step */
+    bool lent;         /* the cache's blocks are handed out by the caller */
 
     model_stage stage;
     dev_buf x_buf, pick_buf, logits_buf, nll_buf, best_buf;

@@ -1,5 +1,6 @@
 /* The step: sequences are laid out as rows, cut into passes of at most max_rows, each pass goes
  * through all blocks, and the head runs on the rows that somebody wants. */
+#include <assert.h>
 #include <inttypes.h>
 #include <string.h>
 
@@ -92,7 +93,7 @@ static err_code prepare(model *m, const step_seq *seqs, int n, err *e)
                          seqs[i].n_tokens, m->plan.session_len);
         else
             rc = kv_reserve(m->cache, seqs[i].slot, len + seqs[i].n_tokens, e);
-        if (rc == OK && len == 0) m->rope_len[seqs[i].slot] = seqs[i].n_tokens;
+        if (rc == OK && len == 0 && !m->lent) m->rope_len[seqs[i].slot] = seqs[i].n_tokens;
     }
     if (rc != OK) forget(m, seqs, n);
     return rc;
@@ -102,11 +103,16 @@ static err_code prepare(model *m, const step_seq *seqs, int n, err *e)
 
 /* Dynamic NTK fixes a sequence's frequencies at its start: sequences of other frequencies wait for
  * the next pass. All other kinds share one table. */
-static int32_t rope_key(const model *m, int32_t slot)
+int32_t model_seq_variant(const model *m, int32_t prompt_tokens)
 {
     const int32_t max = m->m->max_tokens;
     if (m->m->scaling.kind != ROPE_DYNAMIC) return max;
-    return m->rope_len[slot] > max ? m->rope_len[slot] : max;
+    return prompt_tokens > max ? prompt_tokens : max;
+}
+
+static int32_t rope_key(const model *m, int32_t slot)
+{
+    return model_seq_variant(m, m->rope_len[slot]);
 }
 
 static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t take, pass *p)
@@ -494,6 +500,32 @@ void model_truncate(model *m, int32_t slot, int32_t tokens)
 }
 
 void model_seq_end(model *m, int32_t slot) { model_truncate(m, slot, 0); }
+
+err_code model_lend(model *m, err *e)
+{
+    TRY(kv_lend(m->cache, e));
+    m->lent = true;
+    return OK;
+}
+
+void model_lend_end(model *m)
+{
+    m->lent = false;
+    for (int32_t i = 0; i < m->plan.max_seqs; i++) m->len[i] = 0;
+    kv_lend_end(m->cache);
+}
+
+void model_seq_begin(model *m, int32_t slot, int32_t held, int32_t prompt_tokens)
+{
+    assert(m->lent && slot >= 0 && slot < m->plan.max_seqs);
+    m->len[slot] = held;
+    m->rope_len[slot] = prompt_tokens;
+}
+
+void model_seq_blocks(model *m, int32_t slot, const int32_t *blocks, int32_t n)
+{
+    kv_set_blocks(m->cache, slot, blocks, n);
+}
 
 int32_t model_kv_free_tokens(const model *m)
 {

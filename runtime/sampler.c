@@ -25,6 +25,7 @@ struct sampler {
     candidate *heap;   /* [vocab] */
     double *weights;   /* [vocab] of what was popped, the largest is 1 */
     int32_t *popped;   /* [vocab] */
+    bool beside;       /* heap, weights and popped are another's */
 };
 
 sample_opts sample_greedy(void) { return (sample_opts){.top_p = 1, .repetition_penalty = 1}; }
@@ -57,12 +58,27 @@ static err_code get(void **out, int64_t n, size_t size, err *e)
     return mem_alloc(out, (size_t)n, size, "sampler", e);
 }
 
-err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e)
+static err_code get_scratch(sampler *s, const sampler *with, err *e)
+{
+    s->beside = with != NULL;
+    if (with) {
+        s->heap = with->heap;
+        s->weights = with->weights;
+        s->popped = with->popped;
+        return OK;
+    }
+    TRY(get((void **)&s->heap, s->vocab, sizeof(candidate), e));
+    TRY(get((void **)&s->weights, s->vocab, sizeof(double), e));
+    return get((void **)&s->popped, s->vocab, sizeof(int32_t), e);
+}
+
+err_code sampler_open_beside(sampler **out, sampler *with, int32_t vocab, int32_t max_tokens,
+                             err *e)
 {
     void *p;
     err_code rc;
     *out = NULL;
-    assert(vocab > 0 && max_tokens > 0);
+    assert(vocab > 0 && max_tokens > 0 && (!with || with->vocab == vocab));
     TRY(get(&p, 1, sizeof(sampler), e));
     sampler *s = p;
     s->vocab = vocab;
@@ -70,9 +86,7 @@ err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e)
     if ((rc = get((void **)&s->history, max_tokens, sizeof(int32_t), e)) != OK) goto done;
     if ((rc = get((void **)&s->seen, vocab, sizeof(int32_t), e)) != OK) goto done;
     if ((rc = get((void **)&s->answered, vocab, sizeof(int32_t), e)) != OK) goto done;
-    if ((rc = get((void **)&s->heap, vocab, sizeof(candidate), e)) != OK) goto done;
-    if ((rc = get((void **)&s->weights, vocab, sizeof(double), e)) != OK) goto done;
-    if ((rc = get((void **)&s->popped, vocab, sizeof(int32_t), e)) != OK) goto done;
+    if ((rc = get_scratch(s, with, e)) != OK) goto done;
     const sample_opts greedy = sample_greedy();
     if ((rc = sampler_start(s, &greedy, e)) != OK) goto done;
     *out = s;
@@ -82,6 +96,11 @@ done:
     return rc;
 }
 
+err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e)
+{
+    return sampler_open_beside(out, NULL, vocab, max_tokens, e);
+}
+
 void sampler_close(sampler **s)
 {
     if (!s || !*s) return;
@@ -89,9 +108,11 @@ void sampler_close(sampler **s)
     mem_free((*s)->history);
     mem_free((*s)->seen);
     mem_free((*s)->answered);
-    mem_free((*s)->heap);
-    mem_free((*s)->weights);
-    mem_free((*s)->popped);
+    if (!(*s)->beside) {
+        mem_free((*s)->heap);
+        mem_free((*s)->weights);
+        mem_free((*s)->popped);
+    }
     mem_free(*s);
     *s = NULL;
 }
@@ -119,6 +140,15 @@ static uint64_t rng_next(uint64_t s[4])
     s[3] = rotl(s[3], 45);
     return r;
 }
+
+sampler_rng sampler_rng_get(const sampler *s)
+{
+    sampler_rng r;
+    memcpy(r.state, s->rng, sizeof r.state);
+    return r;
+}
+
+void sampler_rng_set(sampler *s, const sampler_rng *r) { memcpy(s->rng, r->state, sizeof s->rng); }
 
 /* Uniform in [0,1): 53 bits. */
 static double rng_unit(uint64_t s[4]) { return (double)(rng_next(s) >> 11) * 0x1p-53; }

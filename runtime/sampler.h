@@ -44,7 +44,17 @@ err_code sample_opts_check(const sample_opts *o, int32_t vocab, err *e);
 typedef struct sampler sampler;
 /* max_tokens: the longest history (prompt and answer) it must hold. */
 err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e);
+/* As sampler_open, with the scratch of `with` (20 of 28 bytes a token of the vocabulary), which is
+ * closed after it; one thread uses both. */
+err_code sampler_open_beside(sampler **out, sampler *with, int32_t vocab, int32_t max_tokens,
+                             err *e);
 void sampler_close(sampler **s);
+/* The generator's state: with it and the same ids told of, a sequence goes on in another sampler. */
+typedef struct {
+    uint64_t state[4];
+} sampler_rng;
+sampler_rng sampler_rng_get(const sampler *s);
+void sampler_rng_set(sampler *s, const sampler_rng *r);
 /* Begins a sequence: history empty, generator seeded. o->bias is copied (allocates when there is
  * one). */
 err_code sampler_start(sampler *s, const sample_opts *o, err *e);

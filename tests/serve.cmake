@@ -1,0 +1,5 @@
+# Serving: scheduler, engine.
+tmf_test(engine unit tmf_engine)
+target_sources(test_engine PRIVATE support/alloc_count.c support/fake_constraint.c)
+target_link_options(test_engine PRIVATE -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc
+    -Wl,--wrap=posix_memalign,--wrap=aligned_alloc,--wrap=mmap)
