@@ -356,7 +356,7 @@ static void attn_item(void *ctx, int64_t item, int worker)
 err_code attn_amx(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,
                   float scale, int32_t window, err *e)
 {
-    if (kv->head_dim > MAX_D || rows->max_q <= AMX_VECTOR_ROWS)
+    if (kv->head_dim > MAX_D || rows->max_q <= AMX_VECTOR_ROWS || d->deterministic)
         return attn_cpu_few_avx512(d, y, q, kv, rows, scale, window, INT32_MAX, e);
     attn_ctx c = {.d = d, .y = y, .q = q, .kv = kv, .rows = rows, .scale = scale, .window = window};
     c.dp = amx_up(kv->head_dim, AMX_STEP);

@@ -18,9 +18,10 @@ size_t product_cpu_scratch_avx512(const op_limits *l);
 size_t gemm_amx_scratch(const op_limits *l);
 size_t product_amx_scratch(const op_limits *l);
 
-/* Calls of up to this many rows, and sequences with up to this many rows in attention, take the
- * vector kernels on a CPU with AMX as well: memory limits there, and the tiles would stay mostly
- * empty. */
+/* Products of up to this many rows with weights other than bf16, and attention of sequences with up
+ * to this many rows, take the vector kernels on a CPU with AMX as well: memory limits there, and
+ * the tiles would stay mostly empty. On a deterministic device all products take the tiles, all of
+ * attention the vectors. */
 #define AMX_VECTOR_ROWS 4
 err_code gemm_cpu_avx512(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                          bool add, err *e);

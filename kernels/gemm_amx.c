@@ -1,8 +1,9 @@
 /* y (+)= x w^T + bias on AMX tiles (amx.h). Weights are the A side, packed a block of k at a time
  * from where they are mapped; x is the B side, packed once for all strips, at most CHUNK_M rows at
- * a time. The order of sums is the same for any number of rows above AMX_VECTOR_ROWS; up to there
- * memory is what limits, splitting weights costs more than it gains (f16: 5 against 12 GB/s a
- * core), and the f32 product takes over. */
+ * a time. The order of sums is the same for any number of rows. Up to 16 of them, tiles of bf16
+ * weights are loaded from where they lie, those of f16 split a step ahead. For up to
+ * AMX_VECTOR_ROWS that split costs more than it gains (11 against 26 GB/s a core), and the f32
+ * product takes over, but on a deterministic device. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
@@ -78,6 +79,24 @@ static void put_tile(const gemm_ctx *c, const float *tile, int64_t n0, int64_t n
     }
 }
 
+/* Each weight is used once or little more: no panel of them. */
+static bool use_direct(const gemm_ctx *c, int64_t n)
+{
+    return c->columns == 1 && n == 4 * AMX_TILE && c->w->shape[1] % AMX_STEP == 0 &&
+           c->w->dt != DT_F32;
+}
+
+static void rows_direct(const gemm_ctx *c, float *sums, uint8_t *scratch, int64_t n0)
+{
+    const int64_t ld = c->w->stride[0];
+    AMX_FENCE();
+    if (c->w->dt == DT_BF16)
+        amx_4x1_bf16(sums, (const bf16 *)c->w->data + n0 * ld, ld, c->packed, c->steps);
+    else
+        amx_4x1_f16(sums, (const f16 *)c->w->data + n0 * ld, ld, c->packed, c->steps, scratch);
+    AMX_FENCE();
+}
+
 static void gemm_item(void *ctx, int64_t item, int worker)
 {
     const gemm_ctx *c = ctx;
@@ -92,7 +111,9 @@ static void gemm_item(void *ctx, int64_t item, int worker)
     j.a = a;
     j.c = (float *)(void *)(a + (STRIP_N / AMX_TILE) * BLOCK_STEPS * AMX_PARTS * AMX_BYTES);
     amx_begin();
-    for (int64_t s = 0; s < c->steps; s += BLOCK_STEPS) {
+    const bool direct = use_direct(c, n);
+    if (direct) rows_direct(c, j.c, a, n0);
+    for (int64_t s = 0; s < c->steps && !direct; s += BLOCK_STEPS) {
         j.steps = c->steps - s < BLOCK_STEPS ? c->steps - s : BLOCK_STEPS;
         j.a_pitch = j.steps * parts * AMX_BYTES;
         j.b = c->packed + s * AMX_PARTS * AMX_BYTES;
@@ -132,7 +153,8 @@ err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const 
     const int64_t m = x->shape[0], n = w->shape[0], k = x->shape[1];
     const op_limits need = {.rows = m < CHUNK_M ? (int32_t)m : CHUNK_M, .k = k};
     void *p;
-    if (m <= AMX_VECTOR_ROWS) return gemm_cpu_avx512(d, y, x, w, bias, add, e);
+    if (m <= AMX_VECTOR_ROWS && w->dt != DT_BF16 && !d->deterministic)
+        return gemm_cpu_avx512(d, y, x, w, bias, add, e);
     TRY(dev_scratch(d, &p, gemm_amx_scratch(&need), "op_gemm", e));
     c.packed = p;
     c.steps = (k + AMX_STEP - 1) / AMX_STEP;

@@ -2,8 +2,9 @@
  * and space once, then call the table; ops neither allocate nor sync. <op>_ref.c is the definition
  * of right. m rows (tokens), n outputs, k inputs, g group. "act" is dev_act(d), "res" dev_resid(d)
  * or act. Rows of x and y may be strided (stride[ndim-1] == 1). Reductions have a fixed order:
- * results do not depend on threads or on m's split (with AMX a call of up to 4 rows rounds
- * differently from a longer one: docs/numerics.md). */
+ * results do not depend on threads or on m's split (with AMX some products and attention of
+ * up to 4 rows round differently from longer ones, unless the device is deterministic:
+ * docs/numerics.md). */
 #ifndef TMF_KERNELS_OPS_H
 #define TMF_KERNELS_OPS_H
 

@@ -61,8 +61,8 @@ typedef struct {
 /* Runs n sequences of distinct slots, prefill and decode rows mixed. All or nothing: on failure
  * (E_LIMIT: a session or the cache is full; E_CANCELED by `j`; E_DEVICE) every slot holds what it
  * held. Results of a row depend neither on the other sequences nor on how a prompt is cut into
- * steps: to the bit where the device's products do not (CPU up to AVX-512), on AMX and CUDA within
- * the rounding of products of few and of many rows. Allocates nothing. */
+ * steps: to the bit on the CPU up to AVX-512 and on deterministic devices, on others within the
+ * rounding of products and attention of few and of many rows. Allocates nothing. */
 err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e);
 
 int32_t model_session_len(const model *m);

@@ -49,7 +49,8 @@ err_code sampler_open(sampler **out, int32_t vocab, int32_t max_tokens, err *e);
 err_code sampler_open_beside(sampler **out, sampler *with, int32_t vocab, int32_t max_tokens,
                              err *e);
 void sampler_close(sampler **s);
-/* The generator's state: with it and the same ids told of, a sequence goes on in another sampler. */
+/* The generator's state: with it and the same ids told of, a sequence goes on in another sampler.
+ */
 typedef struct {
     uint64_t state[4];
 } sampler_rng;

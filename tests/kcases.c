@@ -38,7 +38,7 @@ static const struct {
 
 double kc_tolerance(tol_row row, const char *isa)
 {
-    return strcmp(isa, "amx") == 0 ? table[row].amx : table[row].vec;
+    return strncmp(isa, "amx", 3) == 0 ? table[row].amx : table[row].vec;
 }
 
 const char *kc_tolerance_name(tol_row row) { return table[row].name; }

@@ -394,11 +394,13 @@ void kc_case(kcheck *c, const kcase *k)
 
 /* ---- main ---- */
 
-static device *must_open(const char *isa, int threads)
+static device *must_open(const char *isa, int threads, bool deterministic)
 {
     device *d;
     err e;
-    if (dev_open(&d, &(dev_opts){.kind = DEV_CPU, .threads = threads, .isa = isa}, &e) != OK) {
+    const dev_opts o = {
+        .kind = DEV_CPU, .threads = threads, .isa = isa, .deterministic = deterministic};
+    if (dev_open(&d, &o, &e) != OK) {
         fprintf(stderr, "kcheck: %s\n", e.msg);
         exit(2);
     }
@@ -410,17 +412,20 @@ static void open_variants(kcheck *c, const char *only)
 {
     static const char *const isa[] = {"avx2", "avx512", "amx"};
     char last[64];
-    c->ref = must_open("ref", 1);
+    c->ref = must_open("ref", 1, false);
     snprintf(last, sizeof last, "%s", dev_name(c->ref));
     for (int i = 0; i < 3; i++) {
-        device *d = must_open(isa[i], 1);
+        device *d = must_open(isa[i], 1, false);
         if (strcmp(dev_name(d), last) == 0 || (only && strcmp(only, isa[i]) != 0)) {
             if (!only) printf("%s: not on this machine\n", isa[i]);
             dev_close(&d);
             continue;
         }
         snprintf(last, sizeof last, "%s", dev_name(d));
-        c->variant[c->variants++] = (kvariant){isa[i], {d, must_open(isa[i], 2)}};
+        c->variant[c->variants++] = (kvariant){isa[i], {d, must_open(isa[i], 2, false)}};
+        if (strcmp(isa[i], "amx") == 0) /* the only one where it makes a difference */
+            c->variant[c->variants++] = (kvariant){
+                "amx-det", {must_open("amx", 1, true), must_open("amx", 2, true)}};
     }
 }
 
