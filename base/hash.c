@@ -1,6 +1,7 @@
 /* Digests over xxHash and libcrypto. */
 #include "base/hash.h"
 
+#include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <xxhash.h>
 
@@ -70,6 +71,11 @@ err_code hash_sha256(hash256 *out, const void *data, size_t n, err *e)
         return err_set(e, E_NOMEM, "sha-256: libcrypto failed");
     hash_hex(out->hex, md, 32);
     return OK;
+}
+
+bool hash_equal(const hash256 *a, const hash256 *b)
+{
+    return CRYPTO_memcmp(a->hex, b->hex, sizeof a->hex) == 0;
 }
 
 err_code hash_sha256_file(hash256 *out, const char *path, err *e)

@@ -1,6 +1,7 @@
 /* Readers of parameters that have a form of their own. */
 #include <errno.h>
 #include <math.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,7 +9,17 @@
 #include "base/mem.h"
 #include "runtime/serve/api_internal.h"
 
-#define MAX_IDS (1 << 24) /* of one prompt */
+#define MAX_IDS     (1 << 24) /* of one prompt */
+#define PARAM_BYTES sizeof(((api_fault *)0)->param)
+
+/* A path into the request, cut where it gets too long. */
+__attribute__((format(printf, 2, 3))) static void set_path(char *to, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    (void)vsnprintf(to, PARAM_BYTES, fmt, args);
+    va_end(args);
+}
 
 static err_code wrong(api_reading *x, const char *param, const char *expected, const cJSON *v)
 {
@@ -32,19 +43,19 @@ typedef struct joined {
 /* [{"type":"text","text":...}, ...] as one text, parts on lines of their own. */
 static err_code join_parts(api_reading *x, const char *param, const cJSON *parts, const char **out)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     size_t bytes = 1;
     int i = 0;
     void *p;
     for (const cJSON *v = parts->child; v; v = v->next, i++) {
         const cJSON *type = member(v, "type"), *text = member(v, "text");
-        (void)snprintf(at, sizeof at, "%s[%d].type", param, i);
+        set_path(at, "%s[%d].type", param, i);
         if (!cJSON_IsString(type)) return wrong(x, at, "a string", type);
         if (strcmp(type->valuestring, "text") != 0)
             return api_fail(x->f, API_INVALID_VALUE, at,
                             "'%s': expected 'text', got '%.40s': this model reads text only", at,
                             type->valuestring);
-        (void)snprintf(at, sizeof at, "%s[%d].text", param, i);
+        set_path(at, "%s[%d].text", param, i);
         if (!cJSON_IsString(text)) return wrong(x, at, "a string", text);
         bytes += strlen(text->valuestring) + 1;
     }
@@ -69,14 +80,14 @@ static err_code join_parts(api_reading *x, const char *param, const cJSON *parts
 
 static err_code read_call(api_reading *x, const char *param, int i, const cJSON *v)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     const cJSON *f = member(v, "function"), *name = member(f, "name"),
                 *args = member(f, "arguments");
-    (void)snprintf(at, sizeof at, "%s.tool_calls[%d].function", param, i);
+    set_path(at, "%s.tool_calls[%d].function", param, i);
     if (!cJSON_IsObject(f)) return wrong(x, at, "an object", f);
-    (void)snprintf(at, sizeof at, "%s.tool_calls[%d].function.name", param, i);
+    set_path(at, "%s.tool_calls[%d].function.name", param, i);
     if (!cJSON_IsString(name)) return wrong(x, at, "a string", name);
-    (void)snprintf(at, sizeof at, "%s.tool_calls[%d].function.arguments", param, i);
+    set_path(at, "%s.tool_calls[%d].function.arguments", param, i);
     if (args && !cJSON_IsString(args) && !cJSON_IsObject(args))
         return wrong(x, at, "a string", args);
     return OK;
@@ -84,9 +95,9 @@ static err_code read_call(api_reading *x, const char *param, int i, const cJSON 
 
 static err_code read_calls(api_reading *x, const char *param, const cJSON *v, chat_message *m)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     int i = 0;
-    (void)snprintf(at, sizeof at, "%s.tool_calls", param);
+    set_path(at, "%s.tool_calls", param);
     if (!cJSON_IsArray(v)) return wrong(x, at, "an array", v);
     for (const cJSON *c = v->child; c; c = c->next) TRY(read_call(x, param, i++, c));
     if (i) m->tool_calls = v;
@@ -96,9 +107,9 @@ static err_code read_calls(api_reading *x, const char *param, const cJSON *v, ch
 static err_code read_text_of(api_reading *x, const char *param, const char *key, const cJSON *o,
                              const char **out)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     const cJSON *v = member(o, key);
-    (void)snprintf(at, sizeof at, "%s.%s", param, key);
+    set_path(at, "%s.%s", param, key);
     if (v && !cJSON_IsString(v)) return wrong(x, at, "a string", v);
     *out = v ? v->valuestring : NULL;
     return OK;
@@ -114,10 +125,10 @@ static bool known_role(const char *role)
 
 static err_code read_message(api_reading *x, const char *param, const cJSON *v, chat_message *m)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     if (!cJSON_IsObject(v)) return wrong(x, param, "an object", v);
     const cJSON *role = member(v, "role"), *content = member(v, "content");
-    (void)snprintf(at, sizeof at, "%s.role", param);
+    set_path(at, "%s.role", param);
     if (!cJSON_IsString(role)) return wrong(x, at, "a string", role);
     if (!known_role(role->valuestring))
         return api_fail(x->f, API_INVALID_VALUE, at,
@@ -131,7 +142,7 @@ static err_code read_message(api_reading *x, const char *param, const cJSON *v, 
     }
     TRY(read_text_of(x, param, "name", v, &m->name));
     TRY(read_text_of(x, param, "tool_call_id", v, &m->tool_call_id));
-    (void)snprintf(at, sizeof at, "%s.content", param);
+    set_path(at, "%s.content", param);
     if (cJSON_IsArray(content)) return join_parts(x, at, content, &m->content);
     if (!content && m->tool_calls) return OK;
     if (!cJSON_IsString(content)) return wrong(x, at, "a string or an array of parts", content);
@@ -141,7 +152,7 @@ static err_code read_message(api_reading *x, const char *param, const cJSON *v, 
 
 err_code api_read_messages(api_reading *x, const char *name, const cJSON *v)
 {
-    char param[64];
+    char param[PARAM_BYTES];
     void *p;
     /* LMDeploy's servers take a plain string as the user's one message. */
     const int n = cJSON_IsString(v) ? 1 : cJSON_IsArray(v) ? cJSON_GetArraySize(v) : -1;
@@ -158,7 +169,7 @@ err_code api_read_messages(api_reading *x, const char *name, const cJSON *v)
     }
     int i = 0;
     for (const cJSON *m = v->child; m; m = m->next, i++) {
-        (void)snprintf(param, sizeof param, "%s[%d]", name, i);
+        set_path(param, "%s[%d]", name, i);
         TRY(read_message(x, param, m, &x->r->messages[i]));
     }
     return OK;
@@ -171,8 +182,8 @@ static err_code read_ids(api_reading *x, const char *param, const cJSON *v, int3
     int i = 0;
     for (const cJSON *id = v->child; id && i < n; id = id->next, i++) {
         const double d = id->valuedouble;
-        char at[96];
-        (void)snprintf(at, sizeof at, "%s[%d]", param, i);
+        char at[PARAM_BYTES];
+        set_path(at, "%s[%d]", param, i);
         if (!cJSON_IsNumber(id)) return wrong(x, at, "a token id", id);
         if (d != floor(d) || d < 0 || d >= x->l->vocab)
             return api_fail(x->f, API_INVALID_VALUE, at,
@@ -202,7 +213,7 @@ static err_code read_one_prompt(api_reading *x, const char *param, const cJSON *
 
 err_code api_read_prompt(api_reading *x, const char *name, const cJSON *v)
 {
-    char param[64];
+    char param[PARAM_BYTES];
     void *p;
     const cJSON *first = cJSON_IsArray(v) ? v->child : NULL;
     if (x->r->who == API_INTERACTIVE) return api_read_messages(x, name, v);
@@ -221,7 +232,7 @@ err_code api_read_prompt(api_reading *x, const char *name, const cJSON *v)
     if (!list) return read_one_prompt(x, name, v, x->r->prompts);
     int i = 0;
     for (const cJSON *one = first; one; one = one->next, i++) {
-        (void)snprintf(param, sizeof param, "%s[%d]", name, i);
+        set_path(param, "%s[%d]", name, i);
         TRY(read_one_prompt(x, param, one, &x->r->prompts[i]));
     }
     return OK;
@@ -254,7 +265,7 @@ static err_code add_stop(api_reading *x, const char *param, const cJSON *v, size
 
 err_code api_read_stop(api_reading *x, const char *name, const cJSON *v)
 {
-    char param[64];
+    char param[PARAM_BYTES];
     size_t bytes = 0;
     int i = 0;
     if (cJSON_IsString(v)) return add_stop(x, name, v, &bytes);
@@ -263,7 +274,7 @@ err_code api_read_stop(api_reading *x, const char *name, const cJSON *v)
         return api_fail(x->f, API_INVALID_VALUE, name, "'%s': expected at most %d texts, got %d",
                         name, API_MAX_STOPS, cJSON_GetArraySize(v));
     for (const cJSON *s = v->child; s; s = s->next) {
-        (void)snprintf(param, sizeof param, "%s[%d]", name, i++);
+        set_path(param, "%s[%d]", name, i++);
         TRY(add_stop(x, param, s, &bytes));
     }
     return OK;
@@ -284,7 +295,7 @@ err_code api_read_stop_ids(api_reading *x, const char *name, const cJSON *v)
 err_code api_read_bias(api_reading *x, const char *name, const cJSON *v)
 {
     void *p;
-    char param[64];
+    char param[PARAM_BYTES];
     int n = 0;
     if (!cJSON_IsObject(v)) return wrong(x, name, "an object", v);
     if (cJSON_GetArraySize(v) > API_MAX_BIAS)
@@ -296,7 +307,7 @@ err_code api_read_bias(api_reading *x, const char *name, const cJSON *v)
         char *end;
         errno = 0;
         const long id = strtol(b->string, &end, 10);
-        (void)snprintf(param, sizeof param, "%s.%.40s", name, b->string);
+        set_path(param, "%s.%.40s", name, b->string);
         if (end == b->string || *end || errno || id < 0 || id >= x->l->vocab)
             return api_fail(x->f, API_INVALID_VALUE, param,
                             "'%s': expected an id from 0 to %d as the key", param, x->l->vocab - 1);
@@ -409,15 +420,15 @@ static bool tool_name_ok(const char *s)
 
 static err_code read_tool(api_reading *x, int i, const cJSON *v, const cJSON *first)
 {
-    char at[96];
+    char at[PARAM_BYTES];
     const cJSON *type = member(v, "type"), *f = member(v, "function");
-    (void)snprintf(at, sizeof at, "tools[%d].type", i);
+    set_path(at, "tools[%d].type", i);
     if (!cJSON_IsString(type) || strcmp(type->valuestring, "function") != 0)
         return wrong(x, at, "'function'", type);
-    (void)snprintf(at, sizeof at, "tools[%d].function", i);
+    set_path(at, "tools[%d].function", i);
     if (!cJSON_IsObject(f)) return wrong(x, at, "an object", f);
     const cJSON *name = member(f, "name"), *parameters = member(f, "parameters");
-    (void)snprintf(at, sizeof at, "tools[%d].function.name", i);
+    set_path(at, "tools[%d].function.name", i);
     if (!cJSON_IsString(name) || !tool_name_ok(name->valuestring))
         return api_fail(x->f, API_INVALID_VALUE, at,
                         "'%s': expected 1 to 64 letters, digits, '_', '-' or '.'", at);
@@ -426,7 +437,7 @@ static err_code read_tool(api_reading *x, int i, const cJSON *v, const cJSON *fi
         if (strcmp(other, name->valuestring) == 0)
             return api_fail(x->f, API_INVALID_VALUE, at, "'%s': another tool has this name", at);
     }
-    (void)snprintf(at, sizeof at, "tools[%d].function.parameters", i);
+    set_path(at, "tools[%d].function.parameters", i);
     if (parameters && !cJSON_IsObject(parameters)) return wrong(x, at, "an object", parameters);
     return OK;
 }
