@@ -18,7 +18,7 @@
 #include "base/mem.h"
 #include "runtime/serve/http_watch.h"
 
-#define HTTP_CONN_BYTES  ((size_t)128 << 10) /* the library's buffer of a connection, lazily touched */
+#define HTTP_CONN_BYTES  ((size_t)256 << 10) /* the library's buffer of a connection, lazily touched */
 #define HTTP_STACK_BYTES ((size_t)1 << 20)
 #define HTTP_BACKLOG     1024
 #define HTTP_LINGER_MS   1000 /* what comes behind a refusal is read so long, or the peer never sees it */
