@@ -18,6 +18,7 @@ LAYERS = {  # folder: folders it may include besides itself
     "calib": {"base", "kernels", "formats", "runtime", "datasets"},
     "awq": {"base", "kernels", "formats", "runtime"},
     "tools": {"base", "kernels", "formats", "datasets", "runtime", "calib", "awq"},
+    "lib": {"base", "kernels", "formats", "runtime"},
 }
 THIRD_PARTY = {  # header: folders that may include it
     "cjson/cJSON.h": {"base", "formats"},
