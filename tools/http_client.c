@@ -63,10 +63,18 @@ static err_code add_header(http_client *c, const char *line, err *e)
     return OK;
 }
 
-static err_code add_key(http_client *c, const char *key, const char *where, err *e)
+/* The first key of a text as servers' key files have it: keys stand apart by line ends or commas,
+ * lines that begin with '#' do not count. */
+static err_code add_key(http_client *c, const char *text, const char *where, err *e)
 {
     char line[4200];
-    const size_t n = strcspn(key, "\r\n");
+    const char *key = text + strspn(text, " \t\r\n,");
+    while (*key == '#') {
+        key += strcspn(key, "\r\n");
+        key += strspn(key, " \t\r\n,");
+    }
+    size_t n = strcspn(key, ",\r\n");
+    while (n && (key[n - 1] == ' ' || key[n - 1] == '\t')) n--;
     for (size_t i = 0; i < n; i++) {
         if (key[i] <= ' ' || key[i] > '~')
             return err_set(e, E_INPUT, "%s: a key has no spaces or control bytes", where);

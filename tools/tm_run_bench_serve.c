@@ -43,7 +43,7 @@ static const cli_option options[] = {
     {"temperature", 't', CLI_F64, &opt.temperature, "T", "0 is greedy [0]", .lo = 0, .hi = 2},
     {"model", 0, CLI_STR, &opt.name, "NAME", "model to ask [the first that the server names]"},
     {"api-key-file", 0, CLI_STR, &opt.key_file, "FILE",
-     "first line is the key [environment TM_RUN_API_KEY]"},
+     "its first key is sent [environment TM_RUN_API_KEY]"},
 };
 
 /* ---- report ---- */

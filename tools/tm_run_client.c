@@ -24,7 +24,7 @@ static const cli_option options[] = {
     CHAT_APP_OPTIONS(opt.app),
     {"model", 0, CLI_STR, &opt.model, "NAME", "model to ask [the first that the server names]"},
     {"api-key-file", 0, CLI_STR, &opt.key_file, "FILE",
-     "first line is the key [environment TM_RUN_API_KEY]"},
+     "its first key is sent [environment TM_RUN_API_KEY]"},
     {"meta-instruction", 0, CLI_STR, &opt.meta, "TEXT", "system text [none]"},
     {"max-new-tokens", 0, CLI_I64, &opt.max_new, "N", "of an answer [server's]", .lo = 1,
      .hi = 1 << 24},

@@ -125,7 +125,7 @@ check 'a conversation in the terminal' 0 python3 talk.py "$url"
 
 stop
 serve TMF_KEY=secret-1
-printf 'secret-1\n' >key
+printf '# ours\n\n secret-1 \nsecret-3\n' >key
 printf 'secret-2' >other
 printf 'two words\n' >bad
 check 'a key' 0 tm-run client "$url" --api-key-file key -p hello
