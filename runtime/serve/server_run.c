@@ -452,10 +452,8 @@ static void wait_for_tokens(run *r, int timeout_ms)
         if (!r->choices[i].ended)
             r->polls[n++] = (struct pollfd){.fd = answer_fd(r->choices[i].a), .events = POLLIN};
     const int ready = poll(r->polls, (nfds_t)n, timeout_ms < slice ? timeout_ms : slice);
-    if (ready <= 0) {
-        look_at_flags(r);
-        return;
-    }
+    look_at_flags(r);
+    if (ready <= 0) return;
     if (r->polls[0].revents) r->gone = true;
     n = 1;
     for (int32_t i = 0; i < r->n && !r->gone && !r->failed; i++) {
