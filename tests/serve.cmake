@@ -3,4 +3,4 @@ tmf_test(sched unit tmf_engine)
 tmf_test(engine unit tmf_engine)
 target_sources(test_engine PRIVATE support/alloc_count.c support/fake_constraint.c)
 target_link_options(test_engine PRIVATE -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc
-    -Wl,--wrap=posix_memalign,--wrap=aligned_alloc,--wrap=mmap)
+    -Wl,--wrap=posix_memalign,--wrap=aligned_alloc,--wrap=mmap,--wrap=model_step)

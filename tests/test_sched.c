@@ -1,7 +1,8 @@
 /* The scheduler without a device: single rules, then a simulator. A seed makes a world of its own
- * (slots, blocks, budgets, arrivals, cancellations); a model that only remembers which tokens it saw
- * writes into the blocks it is given and answers from what it finds there, so a block that is lost,
- * shared too early or written twice changes an answer. Every rule is checked after every step.
+ * of its own (slots, blocks, budgets, arrivals, cancellations); a model that only remembers which
+ * tokens it saw writes into the blocks it is given and answers from what it finds there, so a block
+ * that is lost, shared too early or written twice changes an answer. Every rule is checked after
+ * every step.
  * test_sched SEED plays one world and says what happens. */
 #include <check.h>
 #include <stdarg.h>

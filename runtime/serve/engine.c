@@ -13,6 +13,44 @@
 #define DEFAULT_PREFILL 512
 #define DEFAULT_QUEUE   4 /* times max_batch */
 
+/* ---- news for readers ---- */
+
+/* Kept until tell: when a reader hears of an end, the door and the figures know of it, too. */
+static void note(engine *g, answer *a, answer_state state)
+{
+    g->news[g->n_news].a = a;
+    g->news[g->n_news++].state = state;
+}
+
+static void show(engine *g)
+{
+    const blocks *b = sched_blocks(g->sched);
+    engine_stats *s = &g->stats;
+    s->running = sched_running(g->sched);
+    s->preemptions = sched_preemptions(g->sched);
+    s->kv_blocks_used = blocks_used(b);
+    s->kv_blocks_cached = blocks_cached(b);
+    (void)pthread_mutex_lock(&g->lock);
+    s->accepted = g->shown.accepted;
+    s->refused = g->shown.refused;
+    g->shown = *s;
+    g->n_accepted -= g->n_ended;
+    g->n_ended = 0;
+    (void)pthread_mutex_unlock(&g->lock);
+}
+
+static void tell(engine *g)
+{
+    show(g);
+    for (int32_t i = 0; i < g->n_news; i++) {
+        answer *a = g->news[i].a;
+        const answer_state state = g->news[i].state;
+        answer_publish(a, state);
+        if (state >= ANSWER_STOP) answer_release(a);
+    }
+    g->n_news = 0;
+}
+
 /* ---- the end of an answer ---- */
 
 static void finish(engine *g, answer *a, answer_state state, double now)
@@ -23,8 +61,7 @@ static void finish(engine *g, answer *a, answer_state state, double now)
     g->n_ended++;
     g->stats.ended[state]++;
     engine_observe(&g->stats.e2e_s, now - a->submitted);
-    answer_publish(a, state);
-    answer_release(a);
+    note(g, a, state);
 }
 
 static void fail(engine *g, answer *a, const err *why)
@@ -149,7 +186,7 @@ static void take_token(engine *g, answer *a, double now)
     else if (a->n_new == a->max_new)
         finish(g, a, ANSWER_LENGTH, now);
     else
-        answer_publish(a, ANSWER_RUNNING);
+        note(g, a, ANSWER_RUNNING);
 }
 
 /* The first error of a step is for good: what the cache holds is not known any more. */
@@ -196,28 +233,10 @@ static void run(engine *g, const sched_step *s)
 
 /* ---- the thread ---- */
 
-static void show(engine *g)
-{
-    const blocks *b = sched_blocks(g->sched);
-    engine_stats *s = &g->stats;
-    s->running = sched_running(g->sched);
-    s->waiting = sched_waiting(g->sched);
-    s->preemptions = sched_preemptions(g->sched);
-    s->kv_blocks_used = blocks_used(b);
-    s->kv_blocks_cached = blocks_cached(b);
-    s->accepted = g->shown.accepted;
-    s->refused = g->shown.refused;
-    g->shown = *s;
-    g->n_accepted -= g->n_ended;
-    g->n_ended = 0;
-}
-
-/* Shows what the last step did, waits for something to do, takes in what came. False: all is over.
- */
-static bool turn(engine *g, bool *closing)
+/* Waits for something to do, takes in what came. False: all is over. */
+static bool take_in(engine *g, bool *closing)
 {
     (void)pthread_mutex_lock(&g->lock);
-    show(g);
     while (!g->inbox && !g->n_live && !g->closing) (void)pthread_cond_wait(&g->work, &g->lock);
     answer *a = g->inbox;
     g->inbox = NULL;
@@ -237,10 +256,13 @@ static void *engine_main(void *arg)
 {
     engine *g = arg;
     bool closing;
-    while (turn(g, &closing)) {
+    while (take_in(g, &closing)) {
         reap(g, closing);
+        if (g->n_news) tell(g);
         const sched_step *s = sched_next(g->sched);
-        if (s->n) run(g, s);
+        if (!s->n) continue;
+        run(g, s);
+        tell(g);
     }
     return NULL;
 }
@@ -273,6 +295,7 @@ static err_code open_buffers(engine *g, int32_t prefill, err *e)
     const int64_t n = g->max_batch, v = g->vocab;
     g->mask_words = (g->vocab + 31) / 32;
     TRY(get((void **)&g->live, g->max_live, sizeof(answer *), e));
+    TRY(get((void **)&g->news, 2 * (int64_t)g->max_live, sizeof *g->news, e));
     TRY(get((void **)&g->seqs, n, sizeof(step_seq), e));
     TRY(get((void **)&g->mask, n * g->mask_words, sizeof(uint32_t), e));
     TRY(get((void **)&g->logits, n * v, sizeof(float), e));
@@ -321,8 +344,9 @@ static void free_parts(engine *g)
 {
     /* The first one owns the scratch of all. */
     for (int32_t i = g->max_batch - 1; g->samplers && i >= 0; i--) sampler_close(&g->samplers[i]);
-    void *const p[] = {g->live,        g->seqs,         g->samplers, g->mask, g->logits,
-                       g->work_logits, g->score_logits, g->best,     g->nll,  g->score_nll};
+    void *const p[] = {g->live, g->news,   g->seqs,        g->samplers,
+                       g->mask, g->logits, g->work_logits, g->score_logits,
+                       g->best, g->nll,    g->score_nll};
     for (size_t i = 0; i < sizeof p / sizeof *p; i++) mem_free(p[i]);
     sched_close(&g->sched);
     (void)pthread_mutex_destroy(&g->lock);
@@ -407,5 +431,6 @@ void engine_stats_get(const engine *cg, engine_stats *s)
     engine *g = (engine *)(uintptr_t)cg;
     (void)pthread_mutex_lock(&g->lock);
     *s = g->shown;
+    s->waiting = g->n_accepted - s->running;
     (void)pthread_mutex_unlock(&g->lock);
 }

@@ -74,6 +74,11 @@ struct engine {
     /* thread */
     answer **live; /* [max_live] in no order */
     int32_t n_live, n_ended;
+    struct {
+        answer *a;
+        answer_state state;
+    } * news; /* [2 * max_live] what readers do not know yet */
+    int32_t n_news;
     bool broken; /* failed is set */
     engine_stats stats;
     step_seq *seqs;     /* [max_batch] */
