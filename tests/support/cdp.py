@@ -23,7 +23,7 @@ class Failed(Exception):
 class Browser:
     """with Browser() as page: page.go(url); page.eval("document.title")"""
 
-    def __init__(self, timeout=20):
+    def __init__(self, timeout=30):
         self.timeout = timeout
         self.home = tempfile.mkdtemp(prefix="tmforge-page-")
         command_r, self.w = os.pipe()
@@ -100,14 +100,17 @@ class Browser:
         return r["result"].get("value")
 
     def wait(self, expression, what=None, seconds=None):
-        """Until the expression is true; its value."""
+        """Until the expression is true; its value. What it looks at may not be there yet."""
         until = time.monotonic() + (seconds or self.timeout)
         while True:
-            value = self.eval(expression)
+            try:
+                value, why = self.eval(expression), ""
+            except Failed as e:
+                value, why = None, f" ({e})"
             if value:
                 return value
             if time.monotonic() > until:
-                raise Failed(f"not in time: {what or expression}")
+                raise Failed(f"not in time: {what or expression}{why}")
             time.sleep(0.03)
 
     def go(self, url):

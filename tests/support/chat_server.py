@@ -2,14 +2,43 @@
 """chat_server.py PORT_FILE: a small stand-in for servers of OpenAI's chat interface, for the clients' tests. The
 last user message says how it behaves: "pieces" cuts the bytes of the stream anywhere, "crlf" ends lines as other
 servers do and sends comments, "refuse" is a 429, "break" an error inside the stream, "drop" a connection that ends
-early, "slow" never ends by itself, "unsafe" a text with control bytes, "wrong" is no JSON; anything else is echoed.
+early, "slow" never ends by itself, "unsafe" a text with control bytes, "markup" all that the page renders and some
+that it must not, "wrong" is no JSON; anything else gets a short answer. The page itself is at /.
 Writes its port to PORT_FILE, and a line "left" to PORT_FILE.log when a client closes a connection early. With
 TMF_KEY set, requests need that key."""
+import base64
+import hashlib
 import http.server
 import json
 import os
+import re
 import sys
 import time
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "runtime", "serve", "page.html")
+MARKUP = """# Heading <b>x</b>
+
+Some **bold**, *italic*, `co<i>de`, ~~gone~~, [good](https://example.org/a), [bad](javascript:pwned=1),
+[data](data:text/html,x), ![image](https://example.org/i.png), https://example.org/plain. <img src=x onerror="pwned=1">
+<script>pwned = 1</script>
+
+1. one
+2. two
+   - nested
+
+| a | b |
+|---|--:|
+| 1 | <u>2</u> |
+
+> quoted
+
+```html
+<script>pwned = 2</script>
+  indented
+```
+
+---
+"""
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -37,7 +66,25 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.error(401, "invalid_api_key", "the key is not known")
         return False
 
+    def page(self):
+        with open(PAGE, "rb") as f:
+            page = f.read()
+
+        def source(tag):
+            text = re.search(b"<%s>(.*?)</%s>" % (tag, tag), page, re.S).group(1)
+            return base64.b64encode(hashlib.sha256(text).digest()).decode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.send_header("Content-Security-Policy", f"default-src 'none'; script-src 'sha256-{source(b'script')}'; "
+                         f"style-src 'sha256-{source(b'style')}'; connect-src 'self'; img-src data:")
+        self.end_headers()
+        self.wfile.write(page)
+
     def do_GET(self):
+        if self.path == "/":
+            self.page()
+            return
         if not self.allowed():
             return
         if self.path == "/v1/models":
@@ -87,6 +134,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             words = [" w"] * request.get("max_tokens", 4)
         elif mode == "unsafe":
             words = ["a\x1b[31mb\x9b", "\x07c\n\td"]
+        elif mode == "markup":
+            words = re.findall(r"\s*\S+|\s+", MARKUP)
         elif mode == "parameters":
             words = [json.dumps({k: v for k, v in sorted(request.items()) if k not in ("messages", "stream")})]
         elif mode == "messages":
