@@ -6,17 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/lapack.h"
 #include "base/half.h"
 
 #define BLOCK      128 /* columns between two products with the rest */
 #define TILE       256 /* rows rounded together */
 #define ROW_CHUNK  8   /* rows of a pool item */
 #define MAX_RAISES 6   /* of the damping, each tenfold */
-
-/* LAPACK through OpenBLAS: column-major, so that 'U' is our row-major lower triangle. */
-void openblas_set_num_threads(int n);
-void spotrf_(const char *uplo, const int *n, float *a, const int *lda, int *info);
-void strtri_(const char *uplo, const char *diag, const int *n, float *a, const int *lda, int *info);
 
 typedef struct {
     const quant_block *b;
@@ -25,6 +21,7 @@ typedef struct {
     float *h;            /* [k,k] H of the scaled input, columns and rows in rounding order */
     float *u;            /* [k,k] upper factor of its damped inverse */
     int32_t *order;      /* [k] input of each place */
+    int32_t *place;      /* [k] place of each input */
     float *w, *x;        /* [TILE,k] weights in rounding order; products */
     float *spread;       /* [TILE,BLOCK] error over the pivot */
     float *scale, *zero; /* [TILE,groups] */
@@ -32,12 +29,13 @@ typedef struct {
     int64_t from, rows;  /* the tile */
     int64_t at, width;   /* the block of columns */
     int64_t changed[TILE / ROW_CHUNK];
+    bool refit;
 } feedback;
 
 size_t feedback_bytes(int64_t k)
 {
     const size_t n = (size_t)k;
-    return 2 * n * n * sizeof(float) + n * sizeof(int32_t) +
+    return 2 * n * n * sizeof(float) + 2 * n * sizeof(int32_t) +
            TILE * (2 * n * sizeof(float) + BLOCK * sizeof(float) + n + 2 * n / 32 * sizeof(float));
 }
 
@@ -46,11 +44,11 @@ size_t feedback_bytes(int64_t k)
 typedef struct {
     float d;
     int32_t at;
-} place;
+} ranked;
 
 static int by_diagonal(const void *a, const void *b)
 {
-    const place *x = a, *y = b;
+    const ranked *x = a, *y = b;
     if (x->d != y->d) return x->d < y->d ? 1 : -1;
     return x->at < y->at ? -1 : x->at > y->at; /* ties in order: the same bytes everywhere */
 }
@@ -58,14 +56,17 @@ static int by_diagonal(const void *a, const void *b)
 static err_code sort_inputs(feedback *s, const tensor *h, const float *col, err *e)
 {
     void *mem;
-    TRY(mem_alloc(&mem, (size_t)s->k, sizeof(place), "order of inputs", e));
-    place *p = mem;
+    TRY(mem_alloc(&mem, (size_t)s->k, sizeof(ranked), "order of inputs", e));
+    ranked *p = mem;
     for (int64_t i = 0; i < s->k; i++) {
         const float c = col ? col[i] : 1.f;
-        p[i] = (place){((const float *)h->data)[i * s->k + i] / (c * c), (int32_t)i};
+        p[i] = (ranked){((const float *)h->data)[i * s->k + i] / (c * c), (int32_t)i};
     }
     qsort(p, (size_t)s->k, sizeof *p, by_diagonal);
-    for (int64_t i = 0; i < s->k; i++) s->order[i] = p[i].at;
+    for (int64_t i = 0; i < s->k; i++) {
+        s->order[i] = p[i].at;
+        s->place[p[i].at] = (int32_t)i;
+    }
     mem_free(mem);
     return OK;
 }
@@ -206,13 +207,41 @@ static int64_t sweep_row(feedback *s, int64_t r)
     return changed;
 }
 
+/* The scale of a group goes to where the loss, with all codes and other scales fixed, is least: along
+ * u, the steps of its codes, that is scale - u.g / u H u. */
+static void refit_group(feedback *s, int64_t r, int64_t group)
+{
+    float *g = s->x + r * s->k, *uh = s->w + r * s->k, *scale = s->scale + r * s->groups + group;
+    const uint8_t *codes = s->codes + r * s->k;
+    const float zero = s->zero[r * s->groups + group];
+    const int32_t *place = s->place + group * s->b->o->group;
+    double slope = 0, bend = 0;
+    memset(uh, 0, (size_t)s->k * sizeof *uh);
+    for (int32_t i = 0; i < s->b->o->group; i++) {
+        const float u = (float)codes[place[i]] - zero, *h = s->h + place[i] * s->k;
+        if (u == 0.f) continue;
+        slope += (double)u * g[place[i]];
+        for (int64_t j = 0; j < s->k; j++) uh[j] += u * h[j];
+    }
+    for (int32_t i = 0; i < s->b->o->group; i++)
+        bend += ((double)codes[place[i]] - zero) * uh[place[i]];
+    if (!(bend > 0)) return;
+    const float next = f16_to_f32(f32_to_f16(*scale - (float)(slope / bend))), move = next - *scale;
+    if (!(next > 0.f && next <= 65504.f) || 2 * move * slope + (double)move * move * bend >= 0)
+        return;
+    *scale = next;
+    for (int64_t j = 0; j < s->k; j++) g[j] += move * uh[j];
+}
+
 static void sweep_rows(void *ctx, int64_t item, int worker)
 {
     feedback *s = ctx;
     (void)worker;
     s->changed[item] = 0;
-    for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++)
+    for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++) {
         s->changed[item] += sweep_row(s, r);
+        for (int64_t g = 0; s->refit && g < s->groups; g++) refit_group(s, r, g);
+    }
 }
 
 /* w holds the weights again; errors into it. */
@@ -227,19 +256,22 @@ static void error_rows(void *ctx, int64_t item, int worker)
         }
 }
 
-static err_code sweep_tile(feedback *s, int sweeps, err *e)
+static err_code sweep_tile(feedback *s, const feedback_opts *o, err *e)
 {
-    if (!sweeps) return OK;
+    if (!o->sweeps) return OK;
     pool_run(dev_pool(s->b->d), error_rows, s, chunks(s));
     tensor w = tensor_2d(s->w, DT_F32, s->rows, s->k), h = tensor_2d(s->h, DT_F32, s->k, s->k),
            x = tensor_2d(s->x, DT_F32, s->rows, s->k);
     TRY(op_matmul(s->b->d, &x, &w, &h, e));
-    for (int i = 0; i < sweeps; i++) {
+    s->refit = o->refit;
+    for (int i = 0; i < o->sweeps; i++) {
         int64_t changed = 0;
         pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
         for (int64_t c = 0; c < chunks(s); c++) changed += s->changed[c];
         if (!changed) break;
     }
+    s->refit = false; /* the last sweep is for the codes */
+    if (o->refit) pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
     return OK;
 }
 
@@ -268,6 +300,8 @@ static void store_codes(feedback *s)
 {
     uint8_t *out = (uint8_t *)s->out->codes.data + s->from * s->k / 2;
     memset(out, 0, (size_t)(s->rows * s->k / 2));
+    f16 *scale = (f16 *)s->out->scale.data + s->from * s->groups;
+    for (int64_t i = 0; i < s->rows * s->groups; i++) scale[i] = f32_to_f16(s->scale[i]);
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t j = 0; j < s->k; j++) {
             const int64_t at = r * s->k + s->order[j];
@@ -284,6 +318,7 @@ static err_code room(feedback *s, arena *a, err *e)
     } part[] = {{(void **)&s->h, k * k * f},
                 {(void **)&s->u, k * k * f},
                 {(void **)&s->order, k * sizeof(int32_t)},
+                {(void **)&s->place, k * sizeof(int32_t)},
                 {(void **)&s->w, TILE * k * f},
                 {(void **)&s->x, TILE * k * f},
                 {(void **)&s->spread, TILE * BLOCK * f},
@@ -315,22 +350,23 @@ err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
 {
     const fold_linear *fl = f ? fold_find(f, out->role) : NULL;
     arena mem = {0};
-    linear_view v;
+    tensor dense;
     err_code rc;
-    TRY(weights_linear(b->src, out->role, b->layer, -1, &v, e));
-    feedback s = {.b = b, .out = out, .n = v.dense.shape[0], .k = v.dense.shape[1]};
+    TRY(linear_weights(b, out->role, &dense, e));
+    feedback s = {.b = b, .out = out, .n = dense.shape[0], .k = dense.shape[1]};
     s.groups = s.k / b->o->group;
-    TRY(arena_get(b->mem, &out->codes.data, (size_t)tensor_count(&out->codes), e));
+    if (!out->codes.data)
+        TRY(arena_get(b->mem, &out->codes.data, (size_t)tensor_count(&out->codes), e));
     if ((rc = room(&s, &mem, e)) != OK) goto done;
     if ((rc = prepare(&s, fl ? fl->col : NULL, o, e)) != OK) goto done;
     for (s.from = 0; s.from < s.n && rc == OK; s.from += s.rows) {
         s.rows = s.n - s.from < TILE ? s.n - s.from : TILE;
         if ((rc = job_check(b->j, e)) != OK) break;
-        if ((rc = load_tile(&s, &v.dense, fl, e)) != OK) break;
+        if ((rc = load_tile(&s, &dense, fl, e)) != OK) break;
         load_params(&s);
         if ((rc = round_tile(&s, e)) != OK) break;
-        if (o->sweeps && (rc = load_tile(&s, &v.dense, fl, e)) != OK) break;
-        if ((rc = sweep_tile(&s, o->sweeps, e)) != OK) break;
+        if (o->sweeps && (rc = load_tile(&s, &dense, fl, e)) != OK) break;
+        if ((rc = sweep_tile(&s, o, e)) != OK) break;
         store_codes(&s);
     }
 done:

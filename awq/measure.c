@@ -80,9 +80,25 @@ err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches
 
 void quant_scratch_free(quant_scratch *s) { arena_free(&s->mem); }
 
+err_code linear_weights(const quant_block *b, tensor_role r, tensor *w, err *e)
+{
+    linear_view v;
+    if (b->target && b->target->role == r) {
+        *w = b->target->w;
+        return OK;
+    }
+    TRY(weights_linear(b->src, r, b->layer, -1, &v, e));
+    *w = v.dense;
+    return OK;
+}
+
 err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e)
 {
     *h = (second_moment){0};
+    if (b->target && b->target->role == r) {
+        h->full = b->target->h;
+        return OK;
+    }
     if (b->o->loss == LOSS_WEIGHTS) return OK;
     if (b->o->loss != LOSS_BLOCKS) return moments_get(b->moments, r, &h->full, e);
     const calib_tap *t = calib_find(b->stats, r);
@@ -125,9 +141,9 @@ err_code moment_loss(const quant_block *b, const tensor *x, const second_moment 
     return OK;
 }
 
-/* As op_quant_error, for codes that the method fixed. */
+/* As op_quant_error, for codes that the method fixed; the weights count as 0 unless `less`. */
 static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, const float *col,
-                        int64_t from)
+                        int64_t from, bool less)
 {
     const int64_t n = w->shape[0], k = w->shape[1], g = b->o->group;
     const f16 *scale = (const f16 *)l->scale.data + from * (k / g);
@@ -136,9 +152,17 @@ static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, c
     float *x = w->data;
     for (int64_t i = 0; i < n * k; i++) {
         const int code = codes[i / 2] >> 4 * (i & 1) & 15;
-        const float y = (float)(code - zero[i / g]) * f16_to_f32(scale[i / g]) - x[i];
-        x[i] = col ? y / col[i % k] : y;
+        const float y = (float)(code - zero[i / g]) * f16_to_f32(scale[i / g]);
+        const float miss = less ? y - x[i] : y;
+        x[i] = col ? miss / col[i % k] : miss;
     }
+}
+
+static void unscale_rows(tensor *w, const fold_linear *f, int64_t from)
+{
+    const int64_t k = w->shape[1];
+    for (int64_t i = 0; f && f->row && i < w->shape[0]; i++)
+        for (int64_t j = 0; j < k; j++) ((float *)w->data)[i * k + j] *= f->row[from + i];
 }
 
 /* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col.
@@ -157,14 +181,32 @@ static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l
         TRY(op_quant_range(b->d, &scale, &zero, w, NULL, b->o->group, e));
     }
     if (l && l->codes.data)
-        fixed_error(b, w, l, col.data, from);
+        fixed_error(b, w, l, col.data, from, true);
     else
         TRY(op_quant_error(b->d, w, w, &scale, &zero, col.data ? &col : NULL, b->o->group, e));
-    if (!f || !f->row) return OK;
-    for (int64_t i = 0; i < n; i++) {
-        float *row = (float *)w->data + i * k;
-        for (int64_t j = 0; j < k; j++) row[j] *= f->row[from + i];
+    unscale_rows(w, f, from);
+    return OK;
+}
+
+err_code plan_rows(const quant_block *b, const tensor *w, const plan_linear *l,
+                   const fold_linear *f, int64_t from, tensor *x, err *e)
+{
+    const int64_t n = w->shape[0], k = w->shape[1];
+    const float *col = f ? f->col : NULL;
+    float *y = x->data;
+    if (l->codes.data) {
+        fixed_error(b, x, l, col, from, false);
+        unscale_rows(x, f, from);
+        return OK;
     }
+    const tensor scale = tensor_rows(&l->scale, from, n), zero = tensor_rows(&l->zero, from, n);
+    const float *was = w->data;
+    TRY(op_quant_error(b->d, x, w, &scale, &zero, NULL, b->o->group, e));
+    for (int64_t i = 0; i < n * k; i++) {
+        const float v = was[i] + y[i];
+        y[i] = col ? v / col[i % k] : v;
+    }
+    unscale_rows(x, f, from);
     return OK;
 }
 
@@ -173,16 +215,16 @@ err_code linear_loss(const quant_block *b, tensor_role r, const fold *f, const p
 {
     const fold_linear *fl = f ? fold_find(f, r) : NULL;
     second_moment h;
-    linear_view v;
-    TRY(weights_linear(b->src, r, b->layer, -1, &v, e));
+    tensor dense;
+    TRY(linear_weights(b, r, &dense, e));
     TRY(moment_of(b, r, &h, e));
-    const int64_t step = tile_rows(b->scratch, v.dense.shape[1]), n = v.dense.shape[0];
+    const int64_t step = tile_rows(b->scratch, dense.shape[1]), n = dense.shape[0];
     *loss = 0;
     for (int64_t at = 0; at < n; at += step) {
         tensor w = {.data = b->scratch->w};
         double part;
         TRY(job_check(b->j, e));
-        TRY(fold_rows(&w, &v.dense, fl, at, n - at < step ? n - at : step, b->layer, r, e));
+        TRY(fold_rows(&w, &dense, fl, at, n - at < step ? n - at : step, b->layer, r, e));
         TRY(tile_error(b, &w, l, fl, at, e));
         TRY(moment_loss(b, &w, &h, &part, e));
         *loss += part;

@@ -11,7 +11,9 @@ typedef struct {
     tensor full;   /* f32 [k,k] */
     tensor blocks; /* f32 [k/g,g,g] */
 } second_moment;
-/* What losses are weighted by for linear `r` under b->o->loss. */
+/* The weights of linear `r` that a method goes by: its target's or the model's, [n,k]. */
+err_code linear_weights(const quant_block *b, tensor_role r, tensor *w, err *e);
+/* What losses are weighted by for linear `r` under b->o->loss; its target's H where it has one. */
 err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e);
 
 struct quant_scratch {
@@ -38,6 +40,11 @@ int64_t tile_rows(const quant_scratch *s, int64_t k);
 err_code moment_loss(const quant_block *b, const tensor *err_rows, const second_moment *h,
                      double *loss, err *e);
 
+/* Rows [from, from+n) of a linear under the plan, as they act on the unscaled input: x f32 [n,k].
+ * Codes are taken where the method fixed them, else rounded from w [n,k], the weights with their
+ * factors (another tensor than x; with fixed codes its shape alone counts). */
+err_code plan_rows(const quant_block *b, const tensor *w, const plan_linear *l,
+                   const fold_linear *f, int64_t from, tensor *x, err *e);
 /* Loss of a linear in the terms of its own input: of the plan's scale and zero (l NULL: of plain
  * rounding). f: the factors the plan's weights carry, NULL none. */
 err_code linear_loss(const quant_block *b, tensor_role r, const fold *f, const plan_linear *l,

@@ -30,6 +30,14 @@ typedef struct {
 typedef struct quant_scratch quant_scratch; /* awq/measure.h */
 typedef struct moment_source moment_source; /* awq/moments.h */
 typedef struct layer_walk layer_walk;       /* runtime/layer_walk.h */
+typedef struct chain chain;                 /* awq/chain.h */
+
+/* What a linear is to become where that is not its own weights: corrected for the error of its
+ * inputs, f32 [n,k]; and H of the input that it will have, f32 [k,k]. */
+typedef struct {
+    tensor_role role;
+    tensor w, h;
+} linear_target;
 
 /* One block as a method sees it; everything is borrowed for the call. */
 typedef struct {
@@ -39,9 +47,11 @@ typedef struct {
     const family *fam;
     int32_t layer;
     const quant_opts *o;
-    const calib_block *stats; /* NULL without a calib file */
-    moment_source *moments;   /* H by tap; NULL unless LOSS_GRAM or LOSS_MODULE */
-    layer_walk *walk;         /* the bound block and the states that enter it; NULL likewise */
+    const calib_block *stats;    /* NULL without a calib file */
+    moment_source *moments;      /* H by tap; NULL unless LOSS_GRAM or LOSS_MODULE */
+    layer_walk *walk;            /* the bound block and the states that enter it; NULL likewise */
+    chain *chain;                /* NULL unless the method carries rounded inputs on */
+    const linear_target *target; /* of one linear; NULL: none */
     quant_scratch *scratch;
     arena *mem; /* what the plan points to: factors and codes */
     const job *j;
@@ -55,6 +65,8 @@ typedef struct {
     loss_kind loss;   /* its own choice when --loss is not given and there is a calib file */
     bool searches;    /* compares candidates: LOSS_MODULE means something */
     bool fixes_codes; /* fills plan_linear.codes */
+    bool carries; /* rounds a layer with the inputs that the rounded layers before it leave: walks
+                         through b->chain, fills in the losses, and moves the states on itself */
     /* out comes from plan_shape with scale and zero allocated; factors come from b->mem
      * (plan_factors). */
     err_code (*plan_block)(const quant_block *b, block_plan *out, err *e);

@@ -1,5 +1,4 @@
-/* GPTQ: error feedback over plain ranges; and "best": over AWQ's factors and ranges, with sweeps
- * behind. */
+/* GPTQ: error feedback over plain ranges. */
 #include "awq/feedback.h"
 #include "awq/range.h"
 
@@ -20,23 +19,9 @@ static err_code plan_gptq(const quant_block *b, block_plan *out, err *e)
     return feed_all(b, out, &(feedback_opts){.damping = 0.01}, e);
 }
 
-static err_code plan_best(const quant_block *b, block_plan *out, err *e)
-{
-    TRY(method_awq.plan_block(b, out, e));
-    return feed_all(b, out, &(feedback_opts){.damping = 0.01, .sweeps = 2}, e);
-}
-
 const quant_method method_gptq = {.name = "gptq",
                                   .summary = "error feedback, inputs in order of their weight",
                                   .needs = METHOD_CALIB,
                                   .loss = LOSS_GRAM,
                                   .fixes_codes = true,
                                   .plan_block = plan_gptq};
-
-const quant_method method_best = {.name = "best",
-                                  .summary = "awq's factors and ranges, error feedback, sweeps",
-                                  .needs = METHOD_CALIB,
-                                  .loss = LOSS_GRAM,
-                                  .searches = true,
-                                  .fixes_codes = true,
-                                  .plan_block = plan_best};

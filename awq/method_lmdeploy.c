@@ -36,7 +36,7 @@ static err_code factors(const quant_block *b, const smooth_group *g, block_plan 
 static err_code plan_block(const quant_block *b, block_plan *out, err *e)
 {
     /* v -> o exists where v is a linear of its own */
-    const smooth_groups groups = smooth_groups_of(b, b->m->qkv == QKV_SPLIT);
+    const smooth_groups groups = smooth_groups_of(b, b->m->qkv == QKV_SPLIT ? VO_OWN : VO_NONE);
     fold f;
     err_code rc = OK;
     for (int i = 0; i < groups.n; i++) TRY(factors(b, &groups.g[i], out, e));

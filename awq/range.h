@@ -16,5 +16,9 @@ typedef struct {
 } range_grid;
 err_code range_search(const quant_block *b, const fold *f, plan_linear *out, const range_grid *grid,
                       err *e);
+/* As range_search, with a share for each end of the range (which holds 0), by the error against the
+ * group's diagonal block of the whole H of the input: LOSS_GRAM. */
+err_code range_fit(const quant_block *b, const fold *f, plan_linear *out, const range_grid *grid,
+                   err *e);
 
 #endif

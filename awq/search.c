@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "awq/chain.h"
 #include "awq/feedback.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
@@ -24,6 +25,7 @@ typedef struct {
     quant_opts q;
     layer_walk *walk;
     moment_source *moments;
+    chain *chain; /* NULL unless the method carries rounded inputs on */
     quant_scratch scratch;
     arena plan_mem; /* scales and zeros of a block, then what the method adds */
     spool *spool;
@@ -67,6 +69,9 @@ static err_code pick_loss(search *s, err *e)
         return err_set(e, E_USAGE, "loss '%s': expected weights, blocks, gram or module", name);
     if (s->q.loss != LOSS_WEIGHTS && !s->calib)
         return err_set(e, E_USAGE, "loss '%s' needs --calib", loss_name(s->q.loss));
+    if (s->method->carries && s->q.loss != LOSS_GRAM)
+        return err_set(e, E_USAGE, "loss '%s': method '%s' needs gram", loss_name(s->q.loss),
+                       s->method->name);
     if (s->q.loss == LOSS_MODULE && !s->method->searches)
         return err_set(e, E_USAGE,
                        "loss 'module': method '%s' searches nothing, use gram or blocks",
@@ -116,6 +121,7 @@ static void close_all(search *s)
 {
     spool_close(&s->spool);
     moments_close(&s->moments);
+    chain_close(&s->chain);
     layer_walk_close(&s->walk);
     quant_scratch_free(&s->scratch);
     arena_free(&s->plan_mem);
@@ -170,6 +176,10 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "hidden states and forward pass",
                         layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
         memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (s.method->carries)
+            memory_plan_add(p, "rounded inputs",
+                            chain_bytes(s.m, (int64_t)per_pass * c->seqlen, c->seqlen) +
+                                chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
         if (s.method->fixes_codes)
             memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
         if (s.q.loss == LOSS_MODULE)
@@ -208,6 +218,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
                      .o = &s->q,
                      .moments = s->moments,
                      .walk = s->walk,
+                     .chain = s->chain,
                      .scratch = &s->scratch,
                      .mem = &s->plan_mem,
                      .j = s->j};
@@ -218,7 +229,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     }
     if (s->walk) {
         TRY(layer_walk_bind(s->walk, layer, e));
-        TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM, advanced, p, e));
+        if (s->chain) TRY(chain_layer(s->chain, e));
+        TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !s->chain, advanced, p, e));
     }
     if (!s->walk) {
         weights_prefetch(s->src, layer);
@@ -226,7 +238,9 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     }
     TRY(plan_alloc(s, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
-    TRY(block_losses(&b, &plan, e));
+    if (!s->chain) TRY(block_losses(&b, &plan, e));
+    if (s->chain && layer + 1 < s->m->layers) TRY(chain_advance(s->chain, p, e));
+    *advanced = *advanced || s->chain;
     TRY(plan_put_layer(s->spool, layer, &plan, e));
     if (!s->walk) weights_release(s->src, layer);
     for (int i = 0; i < plan.n_linears; i++) {
@@ -250,7 +264,7 @@ static err_code save_states(search *s, int32_t next, err *e)
     const double start = now_s(),
                  pause = 20 * s->save_cost > s->o->save_s ? 20 * s->save_cost : s->o->save_s;
     if (next >= s->m->layers || start - s->saved_at < pause) return OK;
-    const tensor states = layer_walk_states(s->walk);
+    const tensor states = layer_walk_saved(s->walk);
     TRY(spool_put_state(s->spool, next, &states, e));
     s->saved_at = now_s();
     s->save_cost = s->saved_at - start;
@@ -261,7 +275,7 @@ static err_code first_layer(search *s, int32_t *first, err *e)
 {
     *first = 0;
     if (!s->walk) return OK;
-    tensor states = layer_walk_states(s->walk);
+    tensor states = layer_walk_saved(s->walk);
     TRY(spool_get_state(s->spool, first, &states, e));
     for (int32_t i = 0; i < *first; i++)
         if (!spool_has(s->spool, i)) { /* its plan was damaged: begin again */
@@ -283,7 +297,8 @@ static err_code run_layers(search *s, err *e)
         bool advanced = false;
         const walk_progress p = {s->j, "search", l * per_layer, total};
         TRY(job_check(s->j, e));
-        if (!spool_has(s->spool, l))
+        if (!spool_has(s->spool, l) ||
+            s->chain) /* the next layer's inputs need this one's rounding */
             TRY(search_layer(s, l, &p, &advanced, e));
         else if (s->walk)
             TRY(layer_walk_bind(s->walk, l, e));
@@ -326,6 +341,10 @@ static err_code open_work(search *s, err *e)
     if (!walks(s)) return OK;
     const tensor tokens = calib_tokens(s->calib);
     TRY(layer_walk_open(&s->walk, s->d, s->src, &tokens, e));
+    if (s->method->carries) {
+        const tensor held_out = calib_held_out(s->calib);
+        TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, e));
+    }
     return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, e);
 }
 

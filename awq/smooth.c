@@ -7,7 +7,7 @@
 #include "base/half.h"
 #include "kernels/quant_group.h"
 
-smooth_groups smooth_groups_of(const quant_block *b, bool v_to_o)
+smooth_groups smooth_groups_of(const quant_block *b, smooth_vo vo)
 {
     smooth_groups r = {0};
     for (int i = 0; i < b->fam->n_smooth && r.n < 3; i++) {
@@ -19,7 +19,7 @@ smooth_groups smooth_groups_of(const quant_block *b, bool v_to_o)
                 r.g[r.n].targets[r.g[r.n].n_targets++] = g->targets[t];
         r.n += r.g[r.n].n_targets > 0;
     }
-    if (v_to_o && b->m->heads == b->m->kv_heads)
+    if (vo == VO_SHARED || (vo == VO_OWN && b->m->heads == b->m->kv_heads))
         r.g[r.n++] = (smooth_group){.source = ROLE_V, .targets = {ROLE_O}, .n_targets = 1};
     return r;
 }

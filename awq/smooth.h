@@ -5,12 +5,15 @@
 
 #include "awq/measure.h"
 
-/* The family's groups; then, where every head has a KV head of its own, v -> o. */
+/* Which models get v -> o: none, those where every head has a KV head of its own, or all, with factors
+ * that the heads of a KV head share. */
+typedef enum { VO_NONE, VO_OWN, VO_SHARED } smooth_vo;
+/* The family's groups; then v -> o. */
 typedef struct {
     smooth_group g[4];
     int n;
 } smooth_groups;
-smooth_groups smooth_groups_of(const quant_block *b, bool v_to_o);
+smooth_groups smooth_groups_of(const quant_block *b, smooth_vo vo);
 
 /* mean over the rows of all targets of |W| / its group's largest |W| (plus `eps`; 0: groups without
  * weights count as if their largest were 1e-4): double [k]. */

@@ -17,7 +17,8 @@ struct layer_walk {
     weight_src *src;
     const model_desc *m;
     int32_t windows, seqlen, per_pass, seq_blocks;
-    void *states;  /* act [windows*seqlen, hidden] */
+    void *states; /* act [streams, windows*seqlen, hidden] */
+    int stream, streams;
     dev_buf x_buf; /* act [per_pass*seqlen, hidden] */
     block b;
     bool bound;
@@ -116,7 +117,14 @@ static tensor act_rows(const layer_walk *w, void *base, int64_t first, int64_t r
     return t;
 }
 
-err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
+/* Rows of the states of the stream in use. */
+static tensor state_rows(const layer_walk *w, int64_t first, int64_t rows)
+{
+    const int64_t all = (int64_t)w->windows * w->seqlen;
+    return act_rows(w, w->states, w->stream * all + first, rows, MEM_HOST);
+}
+
+static err_code embed(layer_walk *w, const tensor *tokens, err *e)
 {
     dev_buf table_buf = {0}, ids_buf = {0};
     tensor host, table, ids;
@@ -129,7 +137,7 @@ err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
         const int64_t first = (int64_t)at * w->seqlen, rows = (int64_t)n * w->seqlen;
         const tensor part = tensor_1d((int32_t *)tokens->data + first, DT_I32, rows);
         tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d)),
-               y = act_rows(w, w->states, first, rows, MEM_HOST);
+               y = state_rows(w, first, rows);
         dev_free(&ids_buf);
         if ((rc = dev_upload(w->d, &ids_buf, &ids, &part, e)) != OK) goto done;
         if ((rc = op_embed(w->d, &x, &table, &ids, e)) != OK) goto done;
@@ -140,6 +148,46 @@ done:
     dev_free(&ids_buf);
     dev_free(&table_buf);
     return rc;
+}
+
+/* Streams begin equal. */
+static void copy_stream(layer_walk *w)
+{
+    const size_t n = (size_t)w->windows * (size_t)w->seqlen * (size_t)w->m->hidden *
+                     dtype_bytes(dev_resid(w->d));
+    if (w->streams > 1) memcpy((char *)w->states + n, w->states, n);
+}
+
+err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
+{
+    const int used = w->stream;
+    w->stream = 0;
+    const err_code rc = embed(w, tokens, e);
+    w->stream = used;
+    if (rc == OK) copy_stream(w);
+    return rc;
+}
+
+err_code layer_walk_split(layer_walk *w, err *e)
+{
+    const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_resid(w->d));
+    const size_t rows = (size_t)w->windows * (size_t)w->seqlen;
+    void *both;
+    if (w->streams > 1) return OK;
+    TRY(mem_alloc(&both, 2 * rows, row, "hidden states", e));
+    memcpy(both, w->states, rows * row);
+    mem_free(w->states);
+    w->states = both;
+    w->streams = 2;
+    copy_stream(w);
+    return OK;
+}
+
+void layer_walk_use(layer_walk *w, int stream) { w->stream = stream; }
+
+tensor layer_walk_residual(const layer_walk *w, int64_t rows)
+{
+    return act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d));
 }
 
 static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
@@ -170,6 +218,7 @@ err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const ten
     w->m = weights_desc(src);
     w->windows = (int32_t)windows;
     w->seqlen = (int32_t)seqlen;
+    w->streams = 1;
     w->per_pass = per_pass_of(w->windows, w->seqlen);
     w->seq_blocks = (w->seqlen + KV_BLOCK - 1) / KV_BLOCK;
     const err_code rc = open_all(w, tokens, e);
@@ -200,7 +249,12 @@ void layer_walk_close(layer_walk **out)
 
 tensor layer_walk_states(layer_walk *w)
 {
-    return act_rows(w, w->states, 0, (int64_t)w->windows * w->seqlen, MEM_HOST);
+    return state_rows(w, 0, (int64_t)w->windows * w->seqlen);
+}
+
+tensor layer_walk_saved(layer_walk *w)
+{
+    return act_rows(w, w->states, 0, (int64_t)w->streams * w->windows * w->seqlen, MEM_HOST);
 }
 
 int32_t layer_walk_windows(const layer_walk *w) { return w->windows; }
@@ -243,7 +297,7 @@ err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n
                          void *tap_ctx, tensor *y, err *e)
 {
     const int64_t rows = (int64_t)n * w->seqlen;
-    const tensor from = act_rows(w, w->states, (int64_t)first * w->seqlen, rows, MEM_HOST);
+    const tensor from = state_rows(w, (int64_t)first * w->seqlen, rows);
     tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d));
     TRY(dev_copy(w->d, &x, &from, e));
     err failure = {0};
@@ -259,9 +313,7 @@ err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n
 static err_code run_pass(layer_walk *w, int32_t first, int32_t n, bool keep, tap_fn tap,
                          void *tap_ctx, err *e)
 {
-    tensor to = act_rows(w, w->states, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen,
-                         MEM_HOST),
-           y;
+    tensor to = state_rows(w, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen), y;
     if (keep) return layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, NULL, e);
     if (dev_mem(w->d) == MEM_HOST) return forward(w, &w->b, n, &to, tap, tap_ctx, e);
     TRY(layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, &y, e));

@@ -21,8 +21,18 @@ void layer_walk_close(layer_walk **w);
 /* The states are the embeddings again. */
 err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e);
 
-/* [windows*seqlen, hidden] of dev_act's type on the host: to save and to restore. */
+/* A second stream of states over the same windows, equal to the first as it is now; from here on
+ * everything below speaks of the stream in use (0 at first). It takes as much memory as the first
+ * (layer_walk_bytes knows of one). */
+err_code layer_walk_split(layer_walk *w, err *e);
+void layer_walk_use(layer_walk *w, int stream);
+
+/* [windows*seqlen, hidden] of dev_resid's type on the host: the stream in use. */
 tensor layer_walk_states(layer_walk *w);
+/* All streams, one behind the other: to save and to restore. */
+tensor layer_walk_saved(layer_walk *w);
+/* While a tap of layer_walk_pass runs: the residual stream [rows, hidden] as it is there. */
+tensor layer_walk_residual(const layer_walk *w, int64_t rows);
 int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 

@@ -1,0 +1,359 @@
+/* Two streams through one block. */
+#include "awq/chain.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+#include "base/mem.h"
+
+enum { SLOTS = 7 };
+
+typedef struct {
+    float *h, *cross, *resid; /* [k,k], [k,k], [hidden,k] with the widest k */
+} moment_room;
+
+struct chain {
+    device *d;
+    layer_walk *walk;
+    const model_desc *m;
+    const uint8_t *held_out;
+    int32_t windows, per_pass;
+    int64_t seqlen, widest;
+    bool holds_out;
+    block variant; /* the bound block with what is rounded; its buffers belong to the walk */
+    arena mem;
+    tensor_role role[SLOTS];
+    float *weights[SLOTS]; /* [n,k] */
+    int n_roles;
+    moment_room set[2]; /* trained on, held out */
+    float *product;     /* [k,k] of one window */
+    float *input;       /* [pass rows, k] 16-bit input */
+    float *turned;      /* [k,seqlen] d of one window, inputs first */
+    float *residual;    /* [pass rows, hidden] 16-bit residual stream */
+    tensor_role tap;
+    int32_t first; /* window of the pass */
+};
+
+static int64_t widest_of(const model_desc *m)
+{
+    tensor_role roles[SLOTS];
+    const int n = model_block_linears(m, roles);
+    int64_t k = 0;
+    for (int i = 0; i < n; i++)
+        if (model_linear_k(m, roles[i]) > k) k = model_linear_k(m, roles[i]);
+    return k;
+}
+
+/* ---- memory ---- */
+
+typedef struct {
+    void **out;
+    int64_t count; /* floats */
+} chain_part;
+
+static int parts_of(chain *c, const model_desc *m, int64_t rows, int64_t seqlen, chain_part *p)
+{
+    const int64_t k = widest_of(m), longest = k > m->hidden ? k : m->hidden;
+    int n = 0;
+    c->n_roles = model_block_linears(m, c->role);
+    for (int i = 0; i < c->n_roles; i++)
+        p[n++] = (chain_part){(void **)&c->weights[i],
+                              model_linear_n(m, c->role[i]) * model_linear_k(m, c->role[i])};
+    for (int i = 0; i < 2; i++) {
+        p[n++] = (chain_part){(void **)&c->set[i].h, k * k};
+        p[n++] = (chain_part){(void **)&c->set[i].cross, k * k};
+        p[n++] = (chain_part){(void **)&c->set[i].resid, m->hidden * k};
+    }
+    p[n++] = (chain_part){(void **)&c->product, longest * k};
+    p[n++] = (chain_part){(void **)&c->input, rows * k};
+    p[n++] = (chain_part){(void **)&c->turned, longest * seqlen};
+    p[n++] = (chain_part){(void **)&c->residual, rows * m->hidden};
+    return n;
+}
+
+enum { PARTS_MAX = SLOTS + 10 };
+
+size_t chain_bytes(const model_desc *m, int64_t pass_rows, int64_t seqlen)
+{
+    chain c = {0};
+    chain_part p[PARTS_MAX];
+    const int n = parts_of(&c, m, pass_rows, seqlen, p);
+    size_t sum = 0;
+    for (int i = 0; i < n; i++) sum += arena_need((size_t)p[i].count * sizeof(float));
+    return sum;
+}
+
+size_t chain_split_bytes(const device *d, const model_desc *m, int64_t rows)
+{
+    return (size_t)(rows * m->hidden) * dtype_bytes(dev_resid(d));
+}
+
+static err_code take_room(chain *c, err *e)
+{
+    chain_part p[PARTS_MAX];
+    const int64_t rows = c->per_pass * c->seqlen;
+    const int n = parts_of(c, c->m, rows, c->seqlen, p);
+    const op_limits lim = {.rows = (int32_t)rows,
+                           .k = c->widest > c->seqlen ? c->widest : c->seqlen,
+                           .n = c->widest,
+                           .heads = 1,
+                           .head_dim = c->m->head_dim,
+                           .max_kv = 1,
+                           .seqs = 1};
+    TRY(arena_init(&c->mem, chain_bytes(c->m, rows, c->seqlen), "rounded block", e));
+    for (int i = 0; i < n; i++)
+        TRY(arena_get(&c->mem, p[i].out, (size_t)p[i].count * sizeof(float), e));
+    TRY(ops_reserve(c->d, &lim, e));
+    return layer_walk_split(c->walk, e);
+}
+
+err_code chain_open(chain **out, device *d, layer_walk *w, const model_desc *m,
+                    const tensor *held_out, err *e)
+{
+    void *mem;
+    if (dev_mem(d) != MEM_HOST)
+        return err_set(e, E_UNSUPPORTED, "rounded inputs: expected the CPU device, got %s",
+                       dev_name(d));
+    TRY(mem_alloc(&mem, 1, sizeof(chain), "rounded block", e));
+    chain *c = mem;
+    c->d = d;
+    c->walk = w;
+    c->m = m;
+    c->held_out = held_out->data;
+    c->windows = layer_walk_windows(w);
+    c->per_pass = layer_walk_windows_per_pass(w);
+    c->seqlen = layer_walk_states(w).shape[0] / c->windows;
+    c->widest = widest_of(m);
+    int32_t held = 0;
+    for (int32_t i = 0; i < c->windows; i++) held += c->held_out[i] != 0;
+    c->holds_out = held > 0 && held < c->windows;
+    const err_code rc = take_room(c, e);
+    if (rc != OK) {
+        chain_close(&c);
+        return rc;
+    }
+    layer_walk_use(w, 1);
+    *out = c;
+    return OK;
+}
+
+void chain_close(chain **c)
+{
+    if (!*c) return;
+    arena_free(&(*c)->mem);
+    mem_free(*c);
+    *c = NULL;
+}
+
+bool chain_holds_out(const chain *c) { return c->holds_out; }
+
+/* ---- the rounded block ---- */
+
+err_code chain_layer(chain *c, err *e)
+{
+    const block *b = layer_walk_block(c->walk);
+    if (b->n_qkv > 1 ? b->n_qkv != 3 : c->m->qkv == QKV_SPLIT)
+        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
+                       (int)b->layer);
+    c->variant = *b;
+    return OK;
+}
+
+static int slot_of(const chain *c, tensor_role r)
+{
+    int i = 0;
+    while (i < c->n_roles && c->role[i] != r) i++;
+    assert(i < c->n_roles);
+    return i;
+}
+
+tensor chain_room(chain *c, tensor_role r)
+{
+    return tensor_2d(c->weights[slot_of(c, r)], DT_F32, model_linear_n(c->m, r),
+                     model_linear_k(c->m, r));
+}
+
+static bound_linear *bound_of(block *b, tensor_role r)
+{
+    switch (r) {
+    case ROLE_QKV:
+    case ROLE_Q: return &b->qkv[0];
+    case ROLE_K: return &b->qkv[1];
+    case ROLE_V: return &b->qkv[2];
+    case ROLE_O: return &b->o;
+    case ROLE_GATE: return &b->gate_up[0];
+    case ROLE_UP: return &b->gate_up[1];
+    default: return &b->down;
+    }
+}
+
+float *chain_scratch(chain *c) { return c->product; }
+
+void chain_put(chain *c, tensor_role r) { bound_of(&c->variant, r)->dense = chain_room(c, r); }
+
+/* ---- moments ---- */
+
+static tensor_role tap_of(tensor_role r)
+{
+    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
+    return r == ROLE_UP ? ROLE_GATE : r;
+}
+
+/* o and down end in the residual stream. */
+static bool adds(tensor_role tap) { return tap == ROLE_O || tap == ROLE_DOWN; }
+
+/* A pass ends at its tap: nothing behind is needed. */
+static err_code enough(err *e) { return err_set(e, E_CANCELED, "seen"); }
+
+static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    chain *c = ctx;
+    const size_t row = (size_t)x->shape[1] * sizeof(float);
+    (void)layer;
+    if (role != c->tap) return OK;
+    for (int64_t i = 0; i < x->shape[0]; i++)
+        memcpy(c->input + i * x->shape[1], (const float *)x->data + i * x->stride[0], row);
+    if (adds(role)) {
+        const tensor r = layer_walk_residual(c->walk, x->shape[0]);
+        memcpy(c->residual, r.data, tensor_bytes(&r));
+    }
+    return enough(e);
+}
+
+typedef struct {
+    const float *a, *b; /* rows; b's lie `stride` apart, a's close together */
+    float *out;         /* [n,rows] */
+    int64_t rows, n, stride;
+} turn_job;
+
+enum { TURN = 16 };
+
+/* out = (a - b)^T, TURN columns an item. */
+static void turn_columns(void *ctx, int64_t item, int worker)
+{
+    const turn_job *j = ctx;
+    const int64_t end = (item + 1) * TURN < j->n ? (item + 1) * TURN : j->n;
+    (void)worker;
+    for (int64_t r = 0; r < j->rows; r++)
+        for (int64_t i = item * TURN; i < end; i++)
+            j->out[i * j->rows + r] = j->a[r * j->n + i] - j->b[r * j->stride + i];
+}
+
+typedef struct {
+    float *to;
+    const float *from;
+    int64_t k;
+} add_job;
+
+static void add_row(void *ctx, int64_t i, int worker)
+{
+    const add_job *j = ctx;
+    (void)worker;
+    for (int64_t q = 0; q < j->k; q++) j->to[i * j->k + q] += j->from[i * j->k + q];
+}
+
+/* to [n,k] += (a - b)^T x over the rows of a window. */
+static err_code add_cross(chain *c, float *to, const float *a, const float *b, int64_t stride,
+                          int64_t n, const tensor *x, err *e)
+{
+    const int64_t k = x->shape[1];
+    turn_job t = {a, b, c->turned, x->shape[0], n, stride};
+    const tensor turned = tensor_2d(c->turned, DT_F32, n, x->shape[0]);
+    tensor y = tensor_2d(c->product, DT_F32, n, k);
+    pool_run(dev_pool(c->d), turn_columns, &t, (n + TURN - 1) / TURN);
+    TRY(op_matmul(c->d, &y, &turned, x, e));
+    pool_run(dev_pool(c->d), add_row, &(add_job){to, c->product, k}, n);
+    return OK;
+}
+
+static err_code add_window(chain *c, const tensor *rows, int32_t i, err *e)
+{
+    const int64_t k = rows->shape[1], at = i * c->seqlen, hidden = c->m->hidden;
+    const tensor x = tensor_rows(rows, at, c->seqlen);
+    moment_room *s = &c->set[c->holds_out && c->held_out[c->first + i]];
+    tensor h = tensor_2d(s->h, DT_F32, k, k);
+    TRY(op_gram(c->d, &h, &x, e));
+    TRY(add_cross(c, s->cross, c->input + at * k, x.data, x.stride[0], k, &x, e));
+    if (!adds(c->tap)) return OK;
+    const tensor r = layer_walk_residual(c->walk, rows->shape[0]);
+    return add_cross(c, s->resid, c->residual + at * hidden, (const float *)r.data + at * hidden,
+                     hidden, hidden, &x, e);
+}
+
+static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    chain *c = ctx;
+    (void)layer;
+    if (role != c->tap) return OK;
+    for (int32_t i = 0; i < x->shape[0] / c->seqlen; i++) TRY(add_window(c, x, i, e));
+    return enough(e);
+}
+
+static err_code finish(chain *c, moment_room *s, int64_t k, chain_moments *out, err *e)
+{
+    out->h = tensor_2d(s->h, DT_F32, k, k);
+    out->cross = tensor_2d(s->cross, DT_F32, k, k);
+    out->resid = tensor_2d(adds(c->tap) ? s->resid : NULL, DT_F32, c->m->hidden, k);
+    TRY(op_gram_finish(c->d, &out->h, e));
+    for (int64_t i = 0; i < k; i++)
+        if (!isfinite(s->h[i * k + i]))
+            return err_set(e, E_INPUT,
+                           "layer %d: tap %s: channel %" PRId64
+                           ": expected finite activations, found %s",
+                           (int)c->variant.layer, role_name(c->tap), i,
+                           isnan(s->h[i * k + i]) ? "nan" : "infinity");
+    return OK;
+}
+
+err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *train,
+                      chain_moments *held, err *e)
+{
+    const int64_t k = model_linear_k(c->m, r);
+    err_code rc = OK;
+    c->tap = tap_of(r);
+    for (int i = 0; i < 2; i++) {
+        memset(c->set[i].h, 0, (size_t)(k * k) * sizeof(float));
+        memset(c->set[i].cross, 0, (size_t)(k * k) * sizeof(float));
+        memset(c->set[i].resid, 0, (size_t)(c->m->hidden * k) * sizeof(float));
+    }
+    for (c->first = 0; c->first < c->windows && rc == OK; c->first += c->per_pass) {
+        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+        if ((rc = job_check(j, e)) != OK) break;
+        layer_walk_use(c->walk, 0);
+        rc = layer_walk_pass(c->walk, layer_walk_block(c->walk), c->first, n, keep_input, c, NULL,
+                             e);
+        layer_walk_use(c->walk, 1);
+        if (rc == OK)
+            rc = layer_walk_pass(c->walk, &c->variant, c->first, n, compare_input, c, NULL, e);
+    }
+    if (rc == OK) rc = finish(c, &c->set[0], k, train, e);
+    if (rc == OK) rc = finish(c, &c->set[1], k, held, e);
+    return rc;
+}
+
+/* ---- the next layer ---- */
+
+static err_code advance(chain *c, const block *b, int32_t first, int32_t n, err *e)
+{
+    const tensor states = layer_walk_states(c->walk);
+    tensor to = tensor_rows(&states, first * c->seqlen, n * c->seqlen), y;
+    TRY(layer_walk_pass(c->walk, b, first, n, NULL, NULL, &y, e));
+    TRY(dev_copy(c->d, &to, &y, e));
+    return dev_sync(c->d, e);
+}
+
+err_code chain_advance(chain *c, const walk_progress *p, err *e)
+{
+    err_code rc = OK;
+    for (int32_t at = 0; at < c->windows && rc == OK; at += c->per_pass) {
+        const int32_t n = c->windows - at < c->per_pass ? c->windows - at : c->per_pass;
+        if ((rc = job_check(p->j, e)) != OK) break;
+        layer_walk_use(c->walk, 0);
+        rc = advance(c, layer_walk_block(c->walk), at, n, e);
+        layer_walk_use(c->walk, 1);
+        if (rc == OK) rc = advance(c, &c->variant, at, n, e);
+    }
+    return rc;
+}

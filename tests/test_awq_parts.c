@@ -1,0 +1,574 @@
+/* The parts of awq/ and calib/: folding, candidates and ranges against numbers made by NumPy, statistics
+ * and losses against a plain forward pass. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "awq/fold.h"
+#include "awq/measure.h"
+#include "awq/module_loss.h"
+#include "awq/smooth.h"
+#include "base/half.h"
+#include "formats/weights_mem.h"
+#include "runtime/layer_walk.h"
+#include "tests/support/awq_case.h"
+#include "tests/support/golden_lines.h"
+#include "tests/support/tiny_weights.h"
+
+/* ---- folding ---- */
+
+static double next_value(uint32_t *x)
+{
+    return ((*x = *x * 1664525u + 1013904223u) >> 8) / 16777216.;
+}
+
+/* All five folds with factors 2^-2 .. 2^2: exact, so that the rounding of keys and values does not
+ * move. Factors of k are equal within a rotated pair. */
+static void random_folds(const model_desc *m, block_plan *p, uint32_t seed)
+{
+    *p = plan_shape(m, 1);
+    for (int i = 0; i < PLAN_FOLDS; i++) {
+        tensor *s = &p->fold[i].s;
+        s->data = malloc(tensor_bytes(s));
+        for (int64_t c = 0; c < tensor_count(s); c++)
+            ((float *)s->data)[c] = (float)exp2(floor(5 * next_value(&seed)) - 2);
+    }
+    float *k = plan_find_fold(p, ROLE_K)->s.data;
+    const int32_t hd = m->head_dim, half = m->rope_dims / 2;
+    for (int64_t c = 0; c < (int64_t)m->kv_heads * hd; c++)
+        if (c % hd >= half && c % hd < 2 * half) k[c] = k[c - half];
+}
+
+static void free_folds(block_plan *p)
+{
+    for (int i = 0; i < PLAN_FOLDS; i++) free(p->fold[i].s.data);
+}
+
+/* The model with every block folded, dense in f32. */
+static weight_src *folded_model(weight_src *src)
+{
+    const model_desc *m = weights_desc(src);
+    weights_mem *w = NULL;
+    weight_src *out = NULL;
+    tensor t;
+    err e;
+    MUST(weights_mem_open(&w, m, &e));
+    static const tensor_role model[] = {ROLE_EMBED, ROLE_FINAL_NORM, ROLE_HEAD};
+    for (int i = 0; i < (m->tied_embed ? 2 : 3); i++) {
+        MUST(weights_tensor(src, model[i], -1, &t, &e));
+        MUST(weights_mem_tensor(w, model[i], -1, &t, &e));
+    }
+    for (int32_t l = 0; l < m->layers; l++) {
+        block_plan p;
+        fold f;
+        float *buf = malloc((size_t)1 << 22);
+        random_folds(m, &p, 77u + (uint32_t)l);
+        MUST(fold_init(&f, m, &p, &e));
+        for (int i = 0; i < 2; i++) {
+            MUST(weights_tensor(src, i ? ROLE_FFN_NORM : ROLE_ATTN_NORM, l, &t, &e));
+            MUST(fold_norm(buf, &t, f.norm[i], l, ROLE_ATTN_NORM, &e));
+            t = tensor_1d(buf, DT_F32, m->hidden);
+            MUST(weights_mem_tensor(w, i ? ROLE_FFN_NORM : ROLE_ATTN_NORM, l, &t, &e));
+        }
+        for (int i = 0; i < p.n_linears; i++) {
+            linear_view v;
+            float bias[4096];
+            const tensor_role r = p.linear[i].role;
+            MUST(weights_linear(src, r, l, -1, &v, &e));
+            tensor rows = {.data = buf};
+            MUST(fold_rows(&rows, &v.dense, fold_find(&f, r), 0, v.dense.shape[0], l, r, &e));
+            v.dense = rows;
+            if (v.bias.data) {
+                MUST(fold_bias(bias, &v.bias, fold_find(&f, r), l, r, &e));
+                v.bias = tensor_1d(bias, DT_F32, v.dense.shape[0]);
+            }
+            MUST(weights_mem_linear(w, r, l, &v, &e));
+        }
+        fold_free(&f);
+        free_folds(&p);
+        free(buf);
+    }
+    MUST(weights_mem_source(&out, &w, &e));
+    return out;
+}
+
+/* A folded model is the same function: grouped-query, multi-head, fused and split projections, with
+ * biases. */
+START_TEST(folding_preserves)
+{
+    model_desc forms[4] = {tiny_llama(), tiny_internlm2(), tiny_qwen2(), tiny_llama()};
+    forms[1].heads = 4;
+    forms[1].kv_heads = 2;
+    forms[1].head_dim = forms[1].rope_dims = 64;
+    forms[3].kv_heads = forms[3].heads;
+    const tiny_opts o = {.desc = forms[_i], .seed = 3};
+    weight_src *src = NULL;
+    err e;
+    MUST(tiny_open(&src, &o, &e));
+    weight_src *changed = folded_model(src);
+    const int n = 12, vocab = forms[_i].vocab;
+    double *a = malloc(sizeof(double) * (size_t)(n * vocab)),
+           *b = malloc(sizeof(double) * (size_t)(n * vocab)), most = 0;
+    tiny_forward(a, src, ids, n, NULL, NULL);
+    tiny_forward(b, changed, ids, n, NULL, NULL);
+    for (int i = 0; i < n * vocab; i++) most = fmax(most, fabs(a[i] - b[i]));
+    ck_assert_msg(most < 1e-5, "logits differ by %g", most);
+    free(a);
+    free(b);
+    weights_close(&changed);
+    weights_close(&src);
+}
+END_TEST
+
+START_TEST(folding_refuses)
+{
+    model_desc m = tiny_llama();
+    block_plan p;
+    fold f;
+    err e;
+    random_folds(&m, &p, 5);
+    ((float *)plan_find_fold(&p, ROLE_K)->s.data)[1] *= 2;
+    ck_assert_int_eq(fold_init(&f, &m, &p, &e), E_INPUT);
+    ck_assert(strstr(e.msg, "dims 1 and 33 rotate together") != NULL);
+    ((float *)plan_find_fold(&p, ROLE_K)->s.data)[1] /= 2;
+    m.qk_norm = true;
+    ck_assert_int_eq(fold_init(&f, &m, &p, &e), E_UNSUPPORTED);
+    free_folds(&p);
+}
+END_TEST
+
+/* ---- one search against NumPy ---- */
+
+typedef struct {
+    model_desc m;
+    weight_src *src;
+    calib_block stats;
+    quant_opts o;
+    quant_scratch scratch;
+    arena mem;
+    block_plan plan;
+    golden g;
+} one_block;
+
+static void *values(const one_block *b, const char *key, size_t size, int64_t n)
+{
+    void *p = calloc((size_t)n, size);
+    golden_hex(b->g.text, key, p, size, n);
+    return p;
+}
+
+/* hidden = ffn = one head of 64: every linear is 64 x 64, every H one block. */
+static void open_block(one_block *b)
+{
+    weights_mem *w = NULL;
+    err e;
+    *b = (one_block){.m = tiny_desc(),
+                     .o = {.group = 32, .loss = LOSS_BLOCKS},
+                     .g = golden_open("awq_search.txt")};
+    b->m.hidden = b->m.ffn = b->m.head_dim = b->m.rope_dims = 64;
+    b->m.heads = b->m.kv_heads = 1;
+    MUST(weights_mem_open(&w, &b->m, &e));
+    float *norm = malloc(64 * 4), *gate = values(b, "gate", 4, 64 * 64),
+          *up = values(b, "up", 4, 64 * 64);
+    for (int i = 0; i < 64; i++) norm[i] = i == 5 ? 0.f : 1.f; /* "dead 5" */
+    const tensor t = tensor_1d(norm, DT_F32, 64);
+    linear_view v = {.dense = tensor_2d(gate, DT_F32, 64, 64)};
+    MUST(weights_mem_tensor(w, ROLE_FFN_NORM, 0, &t, &e));
+    MUST(weights_mem_linear(w, ROLE_GATE, 0, &v, &e));
+    v.dense.data = up;
+    MUST(weights_mem_linear(w, ROLE_UP, 0, &v, &e));
+    MUST(weights_mem_random(w, 1, 0.1f, &e));
+    MUST(weights_mem_source(&b->src, &w, &e));
+    b->stats = calib_shape(&b->m);
+    for (int i = 0; i < b->stats.n_taps; i++) {
+        calib_tap *c = &b->stats.tap[i];
+        c->count = 512;
+        c->absmax = tensor_1d(values(b, "absmax", 4, 64), DT_F32, 64);
+        c->abssum = tensor_1d(values(b, "abssum", 8, 64), DT_F64, 64);
+        c->blocks = tensor_of(values(b, "h", 4, 64 * 64), DT_F32, 3, (const int64_t[]){1, 64, 64});
+    }
+    MUST(quant_scratch_init(&b->scratch, &b->m, true, &e));
+    MUST(arena_init(&b->mem, plan_factors_bytes(&b->m, false), "test", &e));
+    b->plan = plan_shape(&b->m, b->o.group);
+    for (int i = 0; i < b->plan.n_linears; i++) {
+        b->plan.linear[i].scale.data = calloc(64 * 2, 2);
+        b->plan.linear[i].zero.data = calloc(64 * 2, 1);
+    }
+    MUST(ops_reserve(
+        dev,
+        &(op_limits){
+            .rows = 4096, .k = 64, .n = 64, .heads = 1, .head_dim = 64, .max_kv = 1, .seqs = 1},
+        &e));
+    free(norm);
+    free(gate);
+    free(up);
+}
+
+static void close_block(one_block *b)
+{
+    for (int i = 0; i < b->stats.n_taps; i++) {
+        free(b->stats.tap[i].absmax.data);
+        free(b->stats.tap[i].abssum.data);
+        free(b->stats.tap[i].blocks.data);
+    }
+    for (int i = 0; i < b->plan.n_linears; i++) {
+        free(b->plan.linear[i].scale.data);
+        free(b->plan.linear[i].zero.data);
+    }
+    quant_scratch_free(&b->scratch);
+    arena_free(&b->mem);
+    weights_close(&b->src);
+    mem_free(b->g.text);
+}
+
+static quant_block as_quant_block(one_block *b)
+{
+    return (quant_block){.d = dev,
+                         .src = b->src,
+                         .m = &b->m,
+                         .fam = family_by_name("llama"),
+                         .o = &b->o,
+                         .stats = &b->stats,
+                         .scratch = &b->scratch,
+                         .mem = &b->mem};
+}
+
+static void check_factors(one_block *b, const char *key)
+{
+    float *want = values(b, key, 4, 64);
+    const float *have = plan_find_fold(&b->plan, ROLE_FFN_NORM)->s.data;
+    ck_assert_ptr_nonnull(have);
+    for (int i = 0; i < 64; i++)
+        ck_assert_msg(near(have[i], want[i], 3e-7), "factor %d: %g, expected %g", i,
+                      (double)have[i], (double)want[i]);
+    ck_assert(have[5] == 1.f);
+    free(want);
+}
+
+START_TEST(awq_against_numpy)
+{
+    one_block b;
+    err e;
+    open_block(&b);
+    quant_block q = as_quant_block(&b);
+    MUST(method_awq.plan_block(&q, &b.plan, &e));
+    check_factors(&b, "factors");
+    MUST(block_losses(&q, &b.plan, &e));
+    static const tensor_role roles[] = {ROLE_GATE, ROLE_UP};
+    for (int i = 0; i < 2; i++) {
+        char key[32];
+        int other = 0;
+        const plan_linear *l = plan_find_linear(&b.plan, roles[i]);
+        (void)snprintf(key, sizeof key, "%s.scale", role_name(roles[i]));
+        f16 *scale = values(&b, key, 2, 128);
+        (void)snprintf(key, sizeof key, "%s.zero", role_name(roles[i]));
+        uint8_t *zero = values(&b, key, 1, 128);
+        (void)snprintf(key, sizeof key, "%s.loss", role_name(roles[i]));
+        double *loss = values(&b, key, 8, 2);
+        for (int k = 0; k < 128; k++) { /* up's rows also carry 1/s of the group behind it */
+            ck_assert_int_le(abs(((uint8_t *)l->zero.data)[k] - zero[k]), i);
+            const float row = i ? ((float *)plan_find_fold(&b.plan, ROLE_UP)->s.data)[k / 2] : 1.f;
+            const float have = f16_to_f32(((f16 *)l->scale.data)[k]) * row;
+            if (i == 0) ck_assert(have == f16_to_f32(scale[k]));
+            if (i == 1) other += !near(have, f16_to_f32(scale[k]), 2e-3);
+        }
+        ck_assert_int_le(other, 2); /* where two limits were as good */
+        ck_assert_msg(near(l->loss_before, loss[0], 1e-4), "%.9g, expected %.9g", l->loss_before,
+                      loss[0]);
+        ck_assert_msg(near(l->loss_after, loss[1], i ? 1e-2 : 1e-4), "%.9g, expected %.9g",
+                      l->loss_after, loss[1]);
+        free(scale);
+        free(zero);
+        free(loss);
+    }
+    close_block(&b);
+}
+END_TEST
+
+START_TEST(lmdeploy_against_numpy)
+{
+    one_block b;
+    err e;
+    open_block(&b);
+    quant_block q = as_quant_block(&b);
+    MUST(method_lmdeploy.plan_block(&q, &b.plan, &e));
+    check_factors(&b, "lmdeploy");
+    close_block(&b);
+}
+END_TEST
+
+/* Channels that never fire, all-zero weights, one huge channel: factors stay finite and nothing
+ * gets worse. */
+START_TEST(degenerate_statistics)
+{
+    one_block b;
+    err e;
+    for (int what = 0; what < 4; what++) {
+        open_block(&b);
+        quant_block q = as_quant_block(&b);
+        for (int i = 0; i < b.stats.n_taps; i++) {
+            calib_tap *t = &b.stats.tap[i];
+            for (int c = 0; c < 64; c++) {
+                const double f = what == 0   ? 0
+                                 : what == 1 ? (c == 9 ? 1e8 : 1)
+                                 : what == 2 ? (c < 60 ? 0 : 1)
+                                             : 1e-30;
+                ((float *)t->absmax.data)[c] *= (float)f;
+                ((double *)t->abssum.data)[c] *= f;
+                for (int r = 0; r < 64; r++) {
+                    ((float *)t->blocks.data)[c * 64 + r] *= (float)f;
+                    ((float *)t->blocks.data)[r * 64 + c] *= (float)f;
+                }
+            }
+        }
+        const quant_method *const methods[] = {&method_awq, &method_lmdeploy};
+        for (int k = 0; k < 2; k++) {
+            arena_reset(&b.mem);
+            for (int i = 0; i < PLAN_FOLDS; i++) b.plan.fold[i].s.data = NULL;
+            MUST(methods[k]->plan_block(&q, &b.plan, &e));
+            MUST(block_losses(&q, &b.plan, &e));
+            for (int i = 0; i < PLAN_FOLDS; i++) {
+                const float *s = b.plan.fold[i].s.data;
+                for (int64_t c = 0; s && c < 64; c++) ck_assert(s[c] > 0.f && isfinite(s[c]));
+            }
+            double before = 0, after = 0;
+            for (int i = 0; i < b.plan.n_linears; i++) {
+                const plan_linear *l = &b.plan.linear[i];
+                ck_assert(isfinite(l->loss_after));
+                before += l->loss_before;
+                after += l->loss_after;
+            }
+            if (k == 0)
+                ck_assert_msg(after <= before * 1.0001 + 1e-30, "case %d: %g, %g", what, before,
+                              after);
+        }
+        close_block(&b);
+    }
+}
+END_TEST
+
+/* ---- statistics against a plain forward pass ---- */
+
+typedef struct {
+    double absmax[1024], abssum[1024], *h; /* h [k,k] */
+    tensor_role role;
+    int32_t layer;
+    int64_t k, count;
+} seen;
+
+static void see(void *ctx, tensor_role role, int32_t layer, const double *x, int64_t n, int64_t k)
+{
+    seen *s = ctx;
+    if (role != s->role || layer != s->layer) return;
+    s->k = k;
+    s->count += n;
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < k; i++) {
+            s->absmax[i] = fmax(s->absmax[i], fabs(x[t * k + i]));
+            s->abssum[i] += fabs(x[t * k + i]);
+            for (int64_t j = 0; j < k; j++) s->h[i * k + j] += x[t * k + i] * x[t * k + j];
+        }
+}
+
+static void check_tap(const calib_tap *t, const seen *s)
+{
+    ck_assert_int_eq(t->count, s->count);
+    ck_assert_int_eq(t->k, s->k);
+    double top = 0;
+    for (int64_t i = 0; i < s->k; i++) top = fmax(top, s->h[i * s->k + i]);
+    for (int64_t i = 0; i < s->k; i++) {
+        const double mx = ((float *)t->absmax.data)[i], sum = ((double *)t->abssum.data)[i];
+        ck_assert_msg(fabs(mx - s->absmax[i]) < 1e-3 * (1 + s->absmax[i]), "absmax %g, expected %g",
+                      mx, s->absmax[i]);
+        ck_assert_msg(near(sum, s->abssum[i], 1e-3), "abssum %g, expected %g", sum, s->abssum[i]);
+        for (int64_t j = i / t->g * t->g; j < (i / t->g + 1) * t->g; j++) {
+            const double h =
+                ((float *)t->blocks.data)[i / t->g * t->g * t->g + i % t->g * t->g + j % t->g];
+            ck_assert_msg(fabs(h - s->h[i * s->k + j]) < 1e-3 * top, "H[%d][%d] %g, expected %g",
+                          (int)i, (int)j, h, s->h[i * s->k + j]);
+        }
+    }
+}
+
+START_TEST(statistics)
+{
+    model_desc m = small(_i ? tiny_internlm2() : tiny_qwen2());
+    const tiny_opts o = {.desc = m, .seed = 9};
+    weight_src *src = NULL;
+    calib_file *f = NULL;
+    calib_block b;
+    err e;
+    MUST(tiny_open(&src, &o, &e));
+    collect_windows(src, WINDOWS);
+    MUST(calib_open(&f, calib_path, &e));
+    double *logits = malloc(sizeof(double) * SEQLEN * (size_t)m.vocab);
+    for (int32_t l = 0; l < m.layers; l++) {
+        MUST(calib_layer(f, l, &b, &e));
+        for (int i = 0; i < b.n_taps; i++) {
+            seen *s = calloc(1, sizeof *s);
+            s->role = b.tap[i].tap;
+            s->layer = l;
+            s->h = calloc((size_t)(b.tap[i].k * b.tap[i].k), sizeof(double));
+            for (int w = 0; w < WINDOWS; w++)
+                tiny_forward(logits, src, ids + w * SEQLEN, SEQLEN, see, s);
+            check_tap(&b.tap[i], s);
+            free(s->h);
+            free(s);
+        }
+    }
+    free(logits);
+    calib_close(&f);
+    weights_close(&src);
+}
+END_TEST
+
+/* ---- module losses against a plain forward pass ---- */
+
+typedef struct {
+    tensor_role role;
+    double *x; /* [rows, k] behind one another */
+    int64_t n, k;
+} kept;
+
+static void keep(void *ctx, tensor_role role, int32_t layer, const double *x, int64_t n, int64_t k)
+{
+    kept *s = ctx;
+    if (layer || role != s->role) return;
+    memcpy(s->x + s->n * k, x, (size_t)(n * k) * sizeof *x);
+    s->n += n;
+    s->k = k;
+}
+
+/* Layer 0's linears behind a norm rounded to 4 bits (factors 1), all else as it is. */
+static weight_src *rounded_model(weight_src *src, const smooth_group *g, int32_t group)
+{
+    const model_desc *m = weights_desc(src);
+    weights_mem *w = NULL;
+    weight_src *out = NULL;
+    tensor t;
+    err e;
+    MUST(weights_mem_open(&w, m, &e));
+    for (int32_t l = -1; l < m->layers; l++)
+        for (tensor_role r = 0; r < ROLE_COUNT; r++) {
+            linear_view v;
+            const bool plain = l < 0 || r == ROLE_ATTN_NORM || r == ROLE_FFN_NORM;
+            if (!weights_has(src, r, l, -1)) continue;
+            if (plain) {
+                MUST(weights_tensor(src, r, l, &t, &e));
+                MUST(weights_mem_tensor(w, r, l, &t, &e));
+                continue;
+            }
+            MUST(weights_linear(src, r, l, -1, &v, &e));
+            bool target = false;
+            for (int i = 0; i < g->n_targets; i++)
+                target = target || (l == 0 && g->targets[i] == r);
+            float *rows = NULL;
+            if (target) {
+                const int64_t n = v.dense.shape[0], k = v.dense.shape[1];
+                rows = malloc((size_t)(n * k) * 4);
+                tensor d = {.data = rows};
+                MUST(fold_rows(&d, &v.dense, NULL, 0, n, 0, r, &e));
+                for (int64_t at = 0; at < n * k;
+                     at += group) { /* the rule once more, in plain words */
+                    double lo = 0, hi = 0;
+                    for (int i = 0; i < group; i++) {
+                        lo = fmin(lo, rows[at + i]);
+                        hi = fmax(hi, rows[at + i]);
+                    }
+                    const double step = f16_to_f32(f32_to_f16((float)((hi - lo) / 15))),
+                                 z = rint(-lo / step);
+                    for (int i = 0; i < group; i++)
+                        rows[at + i] =
+                            (float)((fmin(fmax(rint(rows[at + i] / step) + z, 0), 15) - z) * step);
+                }
+                v.dense = d;
+            }
+            MUST(weights_mem_linear(w, r, l, &v, &e));
+            free(rows);
+        }
+    MUST(weights_mem_source(&out, &w, &e));
+    return out;
+}
+
+START_TEST(module_loss_against_plain)
+{
+    const smooth_group groups[] = {{ROLE_ATTN_NORM, {ROLE_Q, ROLE_K, ROLE_V}, 3},
+                                   {ROLE_FFN_NORM, {ROLE_GATE, ROLE_UP}, 2}};
+    const smooth_group *g = &groups[_i];
+    const tensor_role last = _i ? ROLE_DOWN : ROLE_O;
+    model_desc m = tiny_llama();
+    const tiny_opts o = {.desc = m, .seed = 4};
+    weight_src *src = NULL;
+    layer_walk *walk = NULL;
+    quant_scratch scratch;
+    quant_opts qo = {.group = 64, .loss = LOSS_MODULE};
+    err e;
+    MUST(tiny_open(&src, &o, &e));
+    weight_src *other = rounded_model(src, g, qo.group);
+    const tensor tokens = tensor_2d(ids, DT_I32, WINDOWS, SEQLEN);
+    MUST(layer_walk_open(&walk, dev, src, &tokens, &e));
+    MUST(layer_walk_bind(walk, 0, &e));
+    MUST(quant_scratch_init(&scratch, &m, true, &e));
+    const quant_block b = {.d = dev,
+                           .src = src,
+                           .m = &m,
+                           .fam = family_by_name("llama"),
+                           .o = &qo,
+                           .walk = walk,
+                           .scratch = &scratch};
+    float *s = malloc(256 * 4);
+    for (int i = 0; i < 256; i++) s[i] = 1.f;
+    double loss, want = 0, *logits = malloc(sizeof(double) * SEQLEN * (size_t)m.vocab);
+    MUST(module_losses(&b, g, s, 1, &loss, &e));
+
+    kept x = {.role = last, .x = malloc(sizeof(double) * WINDOWS * SEQLEN * 384)}, y = x;
+    y.x = malloc(sizeof(double) * WINDOWS * SEQLEN * 384);
+    for (int w = 0; w < WINDOWS; w++) {
+        tiny_forward(logits, src, ids + w * SEQLEN, SEQLEN, keep, &x);
+        tiny_forward(logits, other, ids + w * SEQLEN, SEQLEN, keep, &y);
+    }
+    linear_view v;
+    float *rows = malloc(sizeof(float) * 256 * 384);
+    tensor d = {.data = rows};
+    MUST(weights_linear(src, last, 0, -1, &v, &e));
+    MUST(fold_rows(&d, &v.dense, NULL, 0, 256, 0, last, &e));
+    for (int64_t t = 0; t < x.n; t++)
+        for (int64_t n = 0; n < 256; n++) {
+            double sum = 0;
+            for (int64_t i = 0; i < x.k; i++)
+                sum += (x.x[t * x.k + i] - y.x[t * x.k + i]) * rows[n * x.k + i];
+            want += sum * sum;
+        }
+    ck_assert_msg(want > 0 && near(loss, want, 2e-3), "%.9g, expected %.9g", loss, want);
+    free(rows);
+    free(x.x);
+    free(y.x);
+    free(s);
+    free(logits);
+    quant_scratch_free(&scratch);
+    layer_walk_close(&walk);
+    weights_close(&other);
+    weights_close(&src);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("awq_parts");
+    TCase *t = tcase_create("awq_parts");
+    tcase_set_timeout(t, 120);
+    tcase_add_checked_fixture(t, setup, teardown);
+    tcase_add_loop_test(t, folding_preserves, 0, 4);
+    tcase_add_test(t, folding_refuses);
+    tcase_add_test(t, awq_against_numpy);
+    tcase_add_test(t, lmdeploy_against_numpy);
+    tcase_add_test(t, degenerate_statistics);
+    tcase_add_loop_test(t, statistics, 0, 2);
+    tcase_add_loop_test(t, module_loss_against_plain, 0, 2);
+    suite_add_tcase(s, t);
+    SRunner *r = srunner_create(s);
+    srunner_run_all(r, CK_NORMAL);
+    const int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? 1 : 0;
+}
