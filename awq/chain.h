@@ -1,7 +1,7 @@
-/* A block while its linears are rounded one group after another: every window runs through it twice,
- * as it is and with what has been rounded so far, each with the states that its own layers left.
- * From both inputs of a linear come the moments that say what its rounded weights should be, and how
- * well they do on windows held out. */
+/* A block while its linears are rounded one group after another: every window runs through it
+ * twice, as it is and with what has been rounded so far, each with the states that its own
+ * layers left. From both inputs of a linear come the moments that say what its rounded weights
+ * should be, and how well they do on windows held out. */
 #ifndef TMF_AWQ_CHAIN_H
 #define TMF_AWQ_CHAIN_H
 
@@ -21,8 +21,8 @@ typedef struct {
 size_t chain_bytes(const model_desc *m, int64_t pass_rows, int64_t seqlen);
 size_t chain_split_bytes(const device *d, const model_desc *m, int64_t rows);
 
-/* Splits the walk's states in two: stream 0 is the 16-bit one, 1 the rounded one, which stays in use.
- * held_out u8 [windows]: 1 for windows kept apart. All borrowed until close. */
+/* Splits the walk's states in two: stream 0 is the 16-bit one, 1 the rounded one, which stays in
+ * use. held_out u8 [windows]: 1 for windows kept apart. All borrowed until close. */
 err_code chain_open(chain **out, device *d, layer_walk *w, const model_desc *m,
                     const tensor *held_out, err *e);
 void chain_close(chain **c);
@@ -30,14 +30,14 @@ bool chain_holds_out(const chain *c); /* some window is kept apart */
 
 /* A new layer is bound: none of its linears is rounded. */
 err_code chain_layer(chain *c, err *e);
-/* Of the input of linear r, over the windows that are trained on and those held out; valid until the
- * next call. E_INPUT when they are not finite. */
+/* Of the input of linear r, over the windows that are trained on and those held out; valid until
+ * the next call. E_INPUT when they are not finite. */
 err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *train,
                       chain_moments *held, err *e);
 /* f32 [k,k] of the widest k, free until the next chain_gather. */
 float *chain_scratch(chain *c);
-/* Where the rounded weights of linear r go, f32 [n,k], as they act on the unscaled input; they count
- * from chain_put on. */
+/* Where the rounded weights of linear r go, f32 [n,k], as they act on the unscaled input; they
+ * count from chain_put on. */
 tensor chain_room(chain *c, tensor_role r);
 void chain_put(chain *c, tensor_role r);
 /* Both streams go through the block. */

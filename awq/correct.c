@@ -19,8 +19,8 @@ static double mean_diagonal(const tensor *h)
     return sum > 0 ? sum / (double)k : 1;
 }
 
-/* LAPACK reads columns where we have rows: its right-hand sides are our rows, and a symmetric matrix
- * is its own transpose. */
+/* LAPACK reads columns where we have rows: its right-hand sides are our rows, and a symmetric
+ * matrix is its own transpose. */
 err_code correct_solve(const quant_block *b, tensor_role r, chain_moments *m, float *factor,
                        const correct_opts *o, err *e)
 {

@@ -1,5 +1,5 @@
-/* Weights corrected for the error of their inputs: the least-squares answer, with the rounded inputs,
- * to what the 16-bit linear gives with its own, and how far rounded weights are from it. */
+/* Weights corrected for the error of their inputs: the least-squares answer, with the rounded
+ * inputs, to what the 16-bit linear gives with its own, and how far rounded weights are from it. */
 #ifndef TMF_AWQ_CORRECT_H
 #define TMF_AWQ_CORRECT_H
 
@@ -21,13 +21,14 @@ err_code correct_weights(const quant_block *b, tensor_role r, const chain_moment
                          const correct_opts *o, tensor *w, err *e);
 
 /* The squared error of rounded weights over the windows of m (not solved), less what no weights
- * change: tr(E H E^T) - 2 tr(E (W cross + o->resid * resid)^T), E = rounded - W. `rounded` gives rows
- * of the weights as they act on the unscaled input. */
+ * change: tr(E H E^T) - 2 tr(E (W cross + o->resid * resid)^T), E = rounded - W. `rounded` gives
+ * rows of the weights as they act on the unscaled input. */
 #define CORRECT_ROWS 256 /* at most so many rows at a time */
 typedef err_code (*rounded_rows)(void *ctx, int64_t from, int64_t n, tensor *x, err *e);
 err_code correct_loss(const quant_block *b, tensor_role r, const chain_moments *m,
                       const correct_opts *o, rounded_rows rounded, void *ctx, double *loss, err *e);
-/* tr(D H D^T), D = rounded - w, over the windows trained on: how far from the corrected weights w. */
+/* tr(D H D^T), D = rounded - w, over the windows trained on: how far from the corrected weights
+ * w. */
 err_code correct_distance(const quant_block *b, tensor_role r, const tensor *w, const tensor *h,
                           rounded_rows rounded, void *ctx, double *loss, err *e);
 

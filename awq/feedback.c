@@ -207,8 +207,8 @@ static int64_t sweep_row(feedback *s, int64_t r)
     return changed;
 }
 
-/* The scale of a group goes to where the loss, with all codes and other scales fixed, is least: along
- * u, the steps of its codes, that is scale - u.g / u H u. */
+/* The scale of a group goes to where the loss, with all codes and other scales fixed, is least:
+ * along u, the steps of its codes, that is scale - u.g / u H u. */
 static void refit_group(feedback *s, int64_t r, int64_t group)
 {
     float *g = s->x + r * s->k, *uh = s->w + r * s->k, *scale = s->scale + r * s->groups + group;

@@ -16,9 +16,8 @@ typedef struct {
 
 /* Bytes beside the plan that a linear of k inputs takes at most. */
 size_t feedback_bytes(int64_t k);
-/* Fills out->codes, from b->mem unless there is room already, for the scale and zero that are there.
- * Needs LOSS_GRAM. Results do
- * not depend on threads. */
+/* Fills out->codes, from b->mem unless there is room already, for the scale and zero that are
+ * there. Needs LOSS_GRAM. Results do not depend on threads. */
 err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
                         const feedback_opts *o, err *e);
 

@@ -1,4 +1,5 @@
-/* What we take of LAPACK, through OpenBLAS. Column-major: its 'U' is our row-major lower triangle. */
+/* What we take of LAPACK, through OpenBLAS. Column-major: its 'U' is our row-major lower
+ * triangle. */
 #ifndef TMF_AWQ_LAPACK_H
 #define TMF_AWQ_LAPACK_H
 

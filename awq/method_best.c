@@ -1,7 +1,7 @@
 /* "best": AWQ's factors, then linear by linear, each behind the rounded ones before it: weights
- * corrected for the error of their inputs, ranges with a share for either end, error feedback, sweeps
- * that move codes and scales. What does no better on windows held out falls back to AWQ's range or to
- * plain rounding. */
+ * corrected for the error of their inputs, ranges with a share for either end, error feedback,
+ * sweeps that move codes and scales. What does no better on windows held out falls back to AWQ's
+ * range or to plain rounding. */
 #include <math.h>
 
 #include "awq/chain.h"

@@ -72,7 +72,8 @@ static tensor group_block(const range_tile *t, int64_t group)
     return h;
 }
 
-/* Errors of every group under t->scale and t->zero: t->b->scratch->row [n] a group, handed to `take`. */
+/* Errors of every group under t->scale and t->zero: t->b->scratch->row [n] a group, handed to
+ * `take`. */
 typedef void (*take_fn)(void *ctx, range_tile *t, int64_t group, const double *row);
 
 static err_code group_errors(range_tile *t, take_fn take, void *ctx, err *e)

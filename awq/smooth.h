@@ -5,8 +5,8 @@
 
 #include "awq/measure.h"
 
-/* Which models get v -> o: none, those where every head has a KV head of its own, or all, with factors
- * that the heads of a KV head share. */
+/* Which models get v -> o: none, those where every head has a KV head of its own, or all, with
+ * factors that the heads of a KV head share. */
 typedef enum { VO_NONE, VO_OWN, VO_SHARED } smooth_vo;
 /* The family's groups; then v -> o. */
 typedef struct {

@@ -1,5 +1,6 @@
-/* Rounded inputs carried on: moments of two streams against a plain forward pass, corrected weights and
- * their loss against sums over tokens, ranges by their ends, scales refitted, and what it brings. */
+/* Rounded inputs carried on: moments of two streams against a plain forward pass, corrected
+ * weights and their loss against sums over tokens, ranges by their ends, scales refitted, and
+ * what it brings. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

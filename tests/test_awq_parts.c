@@ -1,5 +1,5 @@
-/* The parts of awq/ and calib/: folding, candidates and ranges against numbers made by NumPy, statistics
- * and losses against a plain forward pass. */
+/* The parts of awq/ and calib/: folding, candidates and ranges against numbers made by NumPy,
+ * statistics and losses against a plain forward pass. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
-/* What the tests of awq/ and calib/ share: a device, paths in a directory of their own, fixed ids, and
- * short ways to make a model, its calib file and the options of a search. */
+/* What the tests of awq/ and calib/ share: a device, paths in a directory of their own, fixed
+ * ids, and short ways to make a model, its calib file and the options of a search. */
 #ifndef TMF_TESTS_AWQ_CASE_H
 #define TMF_TESTS_AWQ_CASE_H
 
