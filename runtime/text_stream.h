@@ -21,8 +21,8 @@ err_code text_stream_start(text_stream *s, const char *const *stops, int n_stops
 /* Adds a token. *stop: the stop text that is complete with it, -1 none. Then what is ready ends
  * before that text, and nothing may be added. */
 err_code text_stream_add(text_stream *s, int32_t id, int *stop, err *e);
-/* Nothing comes any more: all that waits becomes ready (U+FFFD for a character that was cut). Behind
- * a stop text it does nothing. */
+/* Nothing comes any more: all that waits becomes ready (U+FFFD for a character that was cut).
+ * Behind a stop text it does nothing. */
 void text_stream_flush(text_stream *s);
 /* What is certain, oldest first; borrowed until the next call on s. */
 const char *text_stream_ready(const text_stream *s, size_t *n);

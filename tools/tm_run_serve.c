@@ -16,7 +16,7 @@
 #include "tools/tm_run.h"
 
 #define MAX_KEY_FILE ((size_t)64 << 10)
-#define LOOK_MS      50 /* how often the main thread looks for signals and at what still runs */
+#define LOOK_MS      50   /* how often the main thread looks for signals and at what still runs */
 #define FLUSH_MS     2000 /* for the last words of answers that are cut */
 
 static struct {
@@ -41,13 +41,14 @@ static struct {
          .shutdown_s = 30,
          .model = RUN_MODEL_DEFAULTS};
 
-#define SECONDS(name, to, text) \
-    {name, 0, CLI_F64, &opt.to, "SECONDS", text, .lo = 0, .hi = 1e6}
+#define SECONDS(name, to, text)                                        \
+    {                                                                  \
+        name, 0, CLI_F64, &opt.to, "SECONDS", text, .lo = 0, .hi = 1e6 \
+    }
 
 static const cli_option options[] = {
     {"server-name", 0, CLI_STR, &opt.host, "ADDRESS", "address to listen on [127.0.0.1]"},
-    {"server-port", 0, CLI_I64, &opt.port, "PORT", "port, 0 for any [23333]", .lo = 0,
-     .hi = 65535},
+    {"server-port", 0, CLI_I64, &opt.port, "PORT", "port, 0 for any [23333]", .lo = 0, .hi = 65535},
     {"unix-socket", 0, CLI_STR, &opt.unix_socket, "PATH",
      "listen on a Unix socket of mode 0600 instead"},
     {"model-name", 0, CLI_LIST, &opt.names, "NAME",
@@ -71,7 +72,8 @@ static const cli_option options[] = {
      .hi = 1 << 30},
     {"max-connections", 0, CLI_I64, &opt.max_connections, "N", "connections at once [1024]",
      .lo = 1, .hi = 65536},
-    SECONDS("request-timeout", request_s, "most time of an answer, then it ends as length [0: any]"),
+    SECONDS("request-timeout", request_s,
+            "most time of an answer, then it ends as length [0: any]"),
     SECONDS("queue-timeout", queue_s, "longest wait for a place in the batch [0: any]"),
     SECONDS("header-timeout", head_s, "time to receive a request's headers [10]"),
     SECONDS("body-timeout", body_s, "and its body [30]"),
@@ -167,10 +169,7 @@ static err_code check_options(const key_list *k, err *e)
     return OK;
 }
 
-static int32_t ms(double seconds)
-{
-    return seconds >= 2e6 ? INT32_MAX : (int32_t)(1000 * seconds);
-}
+static int32_t ms(double seconds) { return seconds >= 2e6 ? INT32_MAX : (int32_t)(1000 * seconds); }
 
 static void log_request(void *ud, const char *line)
 {
@@ -231,12 +230,12 @@ typedef struct {
 
 static err_code start_engine(backend *b, server *s, const tool_ctx *t, err *e)
 {
-    const engine_opts o = {.max_batch = (int32_t)opt.batch,
-                           /* the door counts those that run, too: the engine takes whom it lets in */
-                           .max_queue = (int32_t)(opt.batch + (opt.queue ? opt.queue
-                                                                         : 4 * opt.batch)),
-                           .prefill_tokens = (int32_t)opt.prefill,
-                           .no_prefix_cache = opt.no_prefix};
+    const engine_opts o = {
+        .max_batch = (int32_t)opt.batch,
+        /* the door counts those that run, too: the engine takes whom it lets in */
+        .max_queue = (int32_t)(opt.batch + (opt.queue ? opt.queue : 4 * opt.batch)),
+        .prefill_tokens = (int32_t)opt.prefill,
+        .no_prefix_cache = opt.no_prefix};
     b->quiet = t->job;
     b->quiet.stop = NULL;
     TRY(engine_open(&b->g, b->r.m, &o, &b->quiet, e));
@@ -288,7 +287,6 @@ static bool wait_idle(const server *s, int64_t limit_ms)
 
 static err_code serve(server *s, backend *b, const tool_ctx *t, err *e)
 {
-    err health;
     if (opt.unix_socket)
         job_log(&t->job, LOG_INFO, "listening on %s", opt.unix_socket);
     else
@@ -304,7 +302,6 @@ static err_code serve(server *s, backend *b, const tool_ctx *t, err *e)
     const int32_t cut = server_active(s);
     server_abort(s);
     (void)wait_idle(s, FLUSH_MS);
-    (void)health;
     return err_set(e, E_CANCELED, "stopped with %d answers cut short", cut);
 }
 
@@ -321,7 +318,8 @@ static err_code run(tool_ctx *t, err *e)
         goto done;
     }
     (void)signal(SIGPIPE, SIG_IGN); /* a peer or a log reader that goes away ends no server */
-    (void)mallopt(M_ARENA_MAX, 4);  /* a thread a connection: not an arena each, which never shrink */
+    (void)mallopt(M_ARENA_MAX,
+                  4); /* a thread a connection: not an arena each, which never shrink */
     if (rc == OK) rc = open_server(&s, t, &k, e);
     if (rc == OK) rc = open_backend(&b, s, t, e);
     if (rc == OK) rc = serve(s, &b, t, e);
@@ -336,10 +334,9 @@ const tool_command tm_run_serve = {
     .name = "serve",
     .usage = "PATH [options]",
     .summary = "answers requests over HTTP as OpenAI's API does, with a chat page",
-    .examples =
-        "  tm-run serve workspace --model-name internlm2\n"
-        "  tm-run serve model --server-name 0.0.0.0 --api-key-file keys --quant-policy 8\n"
-        "  curl http://127.0.0.1:23333/v1/models\n",
+    .examples = "  tm-run serve workspace --model-name internlm2\n"
+                "  tm-run serve model --server-name 0.0.0.0 --api-key-file keys --quant-policy 8\n"
+                "  curl http://127.0.0.1:23333/v1/models\n",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .shared = TOOL_DEVICE | TOOL_DRY_RUN,

@@ -49,13 +49,13 @@ void api_fault_json(out_buf *o, const api_fault *f, const char *request_id);
 
 /* ---- parameters ---- */
 enum { /* who takes a parameter */
-    API_CHAT = 1,
-    API_COMPLETION = 2,
-    API_INTERACTIVE = 4,
-    API_ENCODE = 8,
-    API_DECODE = 16,
-    API_PPL = 32,
-    API_TEMPLATE = 64
+       API_CHAT = 1,
+       API_COMPLETION = 2,
+       API_INTERACTIVE = 4,
+       API_ENCODE = 8,
+       API_DECODE = 16,
+       API_PPL = 32,
+       API_TEMPLATE = 64
 };
 typedef enum {
     API_T_BOOL,
@@ -70,7 +70,7 @@ typedef struct {
     const char *name;
     unsigned who;
     api_type type;
-    double lo, hi;      /* API_T_INT, API_T_NUMBER; NUMBER with lo_open: above lo */
+    double lo, hi; /* API_T_INT, API_T_NUMBER; NUMBER with lo_open: above lo */
     bool lo_open;
     const char *schema; /* API_T_OTHER: JSON schema text */
     const char *doc;
@@ -113,7 +113,7 @@ typedef struct {
     int n_stop_ids;
     api_prompt *prompts; /* [n_prompts]; chat has messages instead */
     int32_t n_prompts;
-    bool prompt_list; /* prompts came as a list of several */
+    bool prompt_list;       /* prompts came as a list of several */
     chat_message *messages; /* [n_messages] */
     int64_t n_messages;
     const cJSON *tools; /* NULL: none */
@@ -121,8 +121,8 @@ typedef struct {
     const char *tool_name; /* API_TOOLS_NAMED */
     char *tools_text;      /* tools as JSON; NULL: none */
     api_format format;
-    char *schema;       /* API_FORMAT_SCHEMA: its text */
-    const char *regex;  /* API_FORMAT_REGEX */
+    char *schema;      /* API_FORMAT_SCHEMA: its text */
+    const char *regex; /* API_FORMAT_REGEX */
     const cJSON *kwargs;
     logit_bias *bias;
     void *joined; /* texts put together from parts: a list, the next one's address first */

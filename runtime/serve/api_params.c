@@ -20,72 +20,108 @@ typedef struct {
 } row;
 
 #define AT(field) offsetof(api_request, field), sizeof(((api_request *)0)->field)
-#define BOOL(name, who, field, doc)                                                   \
-    {                                                                                 \
-        {name, who, API_T_BOOL, 0, 0, false, NULL, doc}, AT(field), NULL              \
+#define BOOL(name, who, field, doc)                                      \
+    {                                                                    \
+        {name, who, API_T_BOOL, 0, 0, false, NULL, doc}, AT(field), NULL \
     }
-#define INT(name, who, field, lo, hi, doc)                                            \
-    {                                                                                 \
-        {name, who, API_T_INT, lo, hi, false, NULL, doc}, AT(field), NULL             \
+#define INT(name, who, field, lo, hi, doc)                                \
+    {                                                                     \
+        {name, who, API_T_INT, lo, hi, false, NULL, doc}, AT(field), NULL \
     }
-#define NUMBER(name, who, field, lo, hi, open, doc)                                   \
-    {                                                                                 \
-        {name, who, API_T_NUMBER, lo, hi, open, NULL, doc}, AT(field), NULL           \
+#define NUMBER(name, who, field, lo, hi, open, doc)                         \
+    {                                                                       \
+        {name, who, API_T_NUMBER, lo, hi, open, NULL, doc}, AT(field), NULL \
     }
-#define STRING(name, who, field, doc)                                                 \
-    {                                                                                 \
-        {name, who, API_T_STRING, 0, 0, false, NULL, doc}, AT(field), NULL            \
+#define STRING(name, who, field, doc)                                      \
+    {                                                                      \
+        {name, who, API_T_STRING, 0, 0, false, NULL, doc}, AT(field), NULL \
     }
-#define OTHER(name, who, read, schema, doc)                                           \
-    {                                                                                 \
-        {name, who, API_T_OTHER, 0, 0, false, schema, doc}, 0, 0, read                \
+#define OTHER(name, who, read, schema, doc)                            \
+    {                                                                  \
+        {name, who, API_T_OTHER, 0, 0, false, schema, doc}, 0, 0, read \
     }
-#define IGNORED(name, who, doc)                                                       \
-    {                                                                                 \
-        {name, who, API_T_IGNORED, 0, 0, false, NULL, doc}, 0, 0, NULL                \
+#define IGNORED(name, who, doc)                                        \
+    {                                                                  \
+        {name, who, API_T_IGNORED, 0, 0, false, NULL, doc}, 0, 0, NULL \
     }
-#define REFUSED(name, who, doc)                                                       \
-    {                                                                                 \
-        {name, who, API_T_REFUSED, 0, 0, false, NULL, doc}, 0, 0, NULL                \
+#define REFUSED(name, who, doc)                                        \
+    {                                                                  \
+        {name, who, API_T_REFUSED, 0, 0, false, NULL, doc}, 0, 0, NULL \
     }
 
 #define IDS   "{\"type\":\"array\",\"items\":{\"type\":\"integer\"}}"
 #define TEXTS "{\"type\":\"array\",\"items\":{\"type\":\"string\"}}"
 
-/* clang-format off: a table of one line a parameter */
 static const row rows[] = {
-    STRING("model", OPENAI | API_PPL | API_ENCODE | API_DECODE | API_TEMPLATE, model, "the model's name or an alias"),
-    OTHER("messages", API_CHAT | API_TEMPLATE, api_read_messages, "{\"type\":\"array\",\"items\":{\"type\":\"object\"},\"minItems\":1}", "the conversation: role, content (text or text parts), tool_calls, tool_call_id"),
-    OTHER("prompt", API_COMPLETION, api_read_prompt, "{\"anyOf\":[{\"type\":\"string\"}," TEXTS "," IDS ",{\"type\":\"array\",\"items\":" IDS "}]}", "text, token ids, or a list of either"),
-    OTHER("prompt", API_INTERACTIVE, api_read_prompt, "{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"array\",\"items\":{\"type\":\"object\"}}]}", "the next words of the session, or messages"),
-    OTHER("input", API_ENCODE | API_PPL, api_read_prompt, "{\"anyOf\":[{\"type\":\"string\"}," TEXTS "," IDS ",{\"type\":\"array\",\"items\":" IDS "}]}", "a text or a list of them (/get_ppl: also token ids)"),
+    STRING("model", OPENAI | API_PPL | API_ENCODE | API_DECODE | API_TEMPLATE, model,
+           "the model's name or an alias"),
+    OTHER("messages", API_CHAT | API_TEMPLATE, api_read_messages,
+          "{\"type\":\"array\",\"items\":{\"type\":\"object\"},\"minItems\":1}",
+          "the conversation: role, content (text or text parts), tool_calls, tool_call_id"),
+    OTHER("prompt", API_COMPLETION, api_read_prompt,
+          "{\"anyOf\":[{\"type\":\"string\"}," TEXTS "," IDS ",{\"type\":\"array\",\"items\":" IDS
+          "}]}",
+          "text, token ids, or a list of either"),
+    OTHER(
+        "prompt", API_INTERACTIVE, api_read_prompt,
+        "{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"array\",\"items\":{\"type\":\"object\"}}]}",
+        "the next words of the session, or messages"),
+    OTHER("input", API_ENCODE | API_PPL, api_read_prompt,
+          "{\"anyOf\":[{\"type\":\"string\"}," TEXTS "," IDS ",{\"type\":\"array\",\"items\":" IDS
+          "}]}",
+          "a text or a list of them (/get_ppl: also token ids)"),
     OTHER("prompt", API_ENCODE, api_read_prompt, "{\"type\":\"string\"}", "as input"),
     OTHER("content", API_ENCODE, api_read_prompt, "{\"type\":\"string\"}", "as input"),
     OTHER("tokens", API_DECODE, api_read_tokens, IDS, "token ids"),
     NUMBER("temperature", GENERATE, sample.temperature, 0, 2, false, "0 is exactly greedy"),
-    NUMBER("top_p", GENERATE, sample.top_p, 0, 1, true, "the shortest head of probabilities with this sum"),
+    NUMBER("top_p", GENERATE, sample.top_p, 0, 1, true,
+           "the shortest head of probabilities with this sum"),
     INT("top_k", GENERATE, sample.top_k, 0, INT32_MAX, "keep so many; 0: all"),
     NUMBER("min_p", GENERATE, sample.min_p, 0, 1, false, "keep those of this share of the largest"),
-    NUMBER("repetition_penalty", GENERATE, sample.repetition_penalty, 0, 1000, true, "weakens what prompt and answer hold; 1: off"),
-    INT("penalty_window", GENERATE, sample.penalty_window, 0, INT32_MAX, "tokens that repetition_penalty looks back on; 0: all"),
-    NUMBER("presence_penalty", GENERATE, sample.presence_penalty, -2, 2, false, "off the logit of what the answer holds"),
-    NUMBER("frequency_penalty", GENERATE, sample.frequency_penalty, -2, 2, false, "and off for each time"),
-    OTHER("seed", GENERATE, api_read_seed, "{\"type\":\"integer\",\"minimum\":-9223372036854775808,\"maximum\":18446744073709551615}", "the same seed gives the same answer, whatever runs beside; choice i uses seed + i"),
+    NUMBER("repetition_penalty", GENERATE, sample.repetition_penalty, 0, 1000, true,
+           "weakens what prompt and answer hold; 1: off"),
+    INT("penalty_window", GENERATE, sample.penalty_window, 0, INT32_MAX,
+        "tokens that repetition_penalty looks back on; 0: all"),
+    NUMBER("presence_penalty", GENERATE, sample.presence_penalty, -2, 2, false,
+           "off the logit of what the answer holds"),
+    NUMBER("frequency_penalty", GENERATE, sample.frequency_penalty, -2, 2, false,
+           "and off for each time"),
+    OTHER(
+        "seed", GENERATE, api_read_seed,
+        "{\"type\":\"integer\",\"minimum\":-9223372036854775808,\"maximum\":18446744073709551615}",
+        "the same seed gives the same answer, whatever runs beside; choice i uses seed + i"),
     INT("n", OPENAI, n, 1, INT32_MAX, "answers to one prompt"),
-    OTHER("best_of", API_COMPLETION, api_read_best_of, "{\"type\":\"integer\",\"minimum\":1,\"maximum\":1}", "1 only"),
-    INT("max_tokens", OPENAI, max_tokens, 0, INT32_MAX, "most tokens of the answer, cut to what the context has room for"),
+    OTHER("best_of", API_COMPLETION, api_read_best_of,
+          "{\"type\":\"integer\",\"minimum\":1,\"maximum\":1}", "1 only"),
+    INT("max_tokens", OPENAI, max_tokens, 0, INT32_MAX,
+        "most tokens of the answer, cut to what the context has room for"),
     INT("max_completion_tokens", API_CHAT, max_tokens, 1, INT32_MAX, "replaces max_tokens"),
-    INT("request_output_len", API_INTERACTIVE, max_tokens, 0, INT32_MAX, "most tokens of the answer"),
+    INT("request_output_len", API_INTERACTIVE, max_tokens, 0, INT32_MAX,
+        "most tokens of the answer"),
     INT("min_tokens", GENERATE, min_tokens, 0, INT32_MAX, "no stop token before so many"),
     INT("min_new_tokens", GENERATE, min_tokens, 0, INT32_MAX, "another name of min_tokens"),
-    OTHER("logprobs", OPENAI, api_read_logprobs, "{\"anyOf\":[{\"type\":\"boolean\"},{\"type\":\"integer\",\"minimum\":0,\"maximum\":20}]}", "chat: a boolean; completions: alternatives beside each token's"),
-    INT("top_logprobs", API_CHAT, top_logprobs, 0, API_MAX_TOP, "alternatives beside each token's; needs logprobs"),
-    INT("prompt_logprobs", OPENAI, prompt_logprobs, 0, API_MAX_TOP, "the same for the prompt's tokens"),
-    BOOL("echo", API_COMPLETION, echo, "the prompt in front of the answer, with logprobs its log-probabilities"),
-    OTHER("logit_bias", GENERATE, api_read_bias, "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"number\",\"minimum\":-100,\"maximum\":100}}", "token id to what is added to its logit"),
+    OTHER(
+        "logprobs", OPENAI, api_read_logprobs,
+        "{\"anyOf\":[{\"type\":\"boolean\"},{\"type\":\"integer\",\"minimum\":0,\"maximum\":20}]}",
+        "chat: a boolean; completions: alternatives beside each token's"),
+    INT("top_logprobs", API_CHAT, top_logprobs, 0, API_MAX_TOP,
+        "alternatives beside each token's; needs logprobs"),
+    INT("prompt_logprobs", OPENAI, prompt_logprobs, 0, API_MAX_TOP,
+        "the same for the prompt's tokens"),
+    BOOL("echo", API_COMPLETION, echo,
+         "the prompt in front of the answer, with logprobs its log-probabilities"),
+    OTHER("logit_bias", GENERATE, api_read_bias,
+          "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"number\",\"minimum\":-100,"
+          "\"maximum\":100}}",
+          "token id to what is added to its logit"),
     BOOL("stream", GENERATE, stream, "server-sent events"),
-    OTHER("stream_options", OPENAI, api_read_stream_options, "{\"type\":\"object\",\"properties\":{\"include_usage\":{\"type\":\"boolean\"}}}", "include_usage"),
-    OTHER("stop", GENERATE, api_read_stop, "{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"array\",\"items\":{\"type\":\"string\"},\"maxItems\":16}]}", "texts that end the answer, wherever token borders fall"),
+    OTHER("stream_options", OPENAI, api_read_stream_options,
+          "{\"type\":\"object\",\"properties\":{\"include_usage\":{\"type\":\"boolean\"}}}",
+          "include_usage"),
+    OTHER("stop", GENERATE, api_read_stop,
+          "{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"array\",\"items\":{\"type\":\"string\"},"
+          "\"maxItems\":16}]}",
+          "texts that end the answer, wherever token borders fall"),
     OTHER("stop_token_ids", GENERATE, api_read_stop_ids, IDS, "tokens that end the answer"),
     BOOL("ignore_eos", GENERATE, ignore_eos, "go on behind stop tokens"),
     BOOL("skip_special_tokens", GENERATE, skip_special, "leave out the text of special tokens"),
@@ -93,21 +129,35 @@ static const row rows[] = {
     BOOL("return_token_ids", GENERATE, return_ids, "ids of prompt and answer beside the text"),
     INT("timeout_ms", GENERATE, timeout_ms, 1, 86400000, "ends the answer as length"),
     BOOL("no_prefix_cache", GENERATE, no_prefix, "neither use nor leave a cached prefix"),
-    OTHER("tools", API_CHAT | API_TEMPLATE, api_read_tools, "{\"type\":\"array\",\"items\":{\"type\":\"object\"},\"maxItems\":128}", "functions that the model may call"),
-    OTHER("tool_choice", API_CHAT, api_read_tool_choice, "{\"anyOf\":[{\"type\":\"string\",\"enum\":[\"none\",\"auto\",\"required\"]},{\"type\":\"object\"}]}", "none, auto, required or one function"),
+    OTHER("tools", API_CHAT | API_TEMPLATE, api_read_tools,
+          "{\"type\":\"array\",\"items\":{\"type\":\"object\"},\"maxItems\":128}",
+          "functions that the model may call"),
+    OTHER("tool_choice", API_CHAT, api_read_tool_choice,
+          "{\"anyOf\":[{\"type\":\"string\",\"enum\":[\"none\",\"auto\",\"required\"]},{\"type\":"
+          "\"object\"}]}",
+          "none, auto, required or one function"),
     BOOL("parallel_tool_calls", API_CHAT, parallel_tools, "more than one call in an answer"),
-    OTHER("response_format", OPENAI, api_read_format, "{\"type\":\"object\",\"properties\":{\"type\":{\"enum\":[\"text\",\"json_object\",\"json_schema\",\"regex\",\"regex_schema\"]}}}", "what the answer must match; what cannot be kept is refused"),
-    OTHER("chat_template_kwargs", API_CHAT | API_TEMPLATE, api_read_kwargs, "{\"type\":\"object\"}", "switches of the chat template"),
-    BOOL("add_generation_prompt", API_TEMPLATE, add_generation, "end with the head of the assistant's turn"),
-    INT("session_id", API_INTERACTIVE, session_id, -1, 9007199254740991.0, "whose turn it is; -1: a new one"),
+    OTHER("response_format", OPENAI, api_read_format,
+          "{\"type\":\"object\",\"properties\":{\"type\":{\"enum\":[\"text\",\"json_object\","
+          "\"json_schema\",\"regex\",\"regex_schema\"]}}}",
+          "what the answer must match; what cannot be kept is refused"),
+    OTHER("chat_template_kwargs", API_CHAT | API_TEMPLATE, api_read_kwargs, "{\"type\":\"object\"}",
+          "switches of the chat template"),
+    BOOL("add_generation_prompt", API_TEMPLATE, add_generation,
+         "end with the head of the assistant's turn"),
+    INT("session_id", API_INTERACTIVE, session_id, -1, 9007199254740991.0,
+        "whose turn it is; -1: a new one"),
     BOOL("interactive_mode", API_INTERACTIVE, interactive, "keep the session for the next request"),
     BOOL("cancel", API_INTERACTIVE, cancel, "stop what the session is answering"),
-    BOOL("add_bos", API_ENCODE | API_COMPLETION | API_PPL, add_bos, "BOS in front where the tokenizer puts one"),
+    BOOL("add_bos", API_ENCODE | API_COMPLETION | API_PPL, add_bos,
+         "BOS in front where the tokenizer puts one"),
     BOOL("add_special", API_ENCODE, add_bos, "as add_bos"),
     BOOL("add_special_tokens", API_ENCODE, add_bos, "as add_bos"),
-    BOOL("parse_special", API_ENCODE | API_COMPLETION | API_PPL, parse_special, "texts of special tokens become those tokens"),
+    BOOL("parse_special", API_ENCODE | API_COMPLETION | API_PPL, parse_special,
+         "texts of special tokens become those tokens"),
     BOOL("skip_special_tokens", API_DECODE, skip_special, "leave out the text of special tokens"),
-    IGNORED("spaces_between_special_tokens", GENERATE, "texts are the tokens' bytes, nothing is put between them"),
+    IGNORED("spaces_between_special_tokens", GENERATE,
+            "texts are the tokens' bytes, nothing is put between them"),
     IGNORED("do_preprocess", API_ENCODE, "has no effect"),
     IGNORED("with_pieces", API_ENCODE, "has no effect"),
     IGNORED("user", ALL, "has no effect"),
@@ -127,7 +177,6 @@ static const row rows[] = {
     REFUSED("chat_template", API_CHAT | API_TEMPLATE, "a template is never taken from a request"),
     REFUSED("use_beam_search", OPENAI, "beam search is not supported"),
 };
-/* clang-format on */
 #define N_ROWS ((int)(sizeof rows / sizeof rows[0]))
 
 const api_param *api_param_at(int i) { return i >= 0 && i < N_ROWS ? &rows[i].p : NULL; }

@@ -352,9 +352,11 @@ static const char *raw_number(const char *s, size_t n, const char *key)
         const size_t from = ++i;
         while (i < n && s[i] != '"') i += s[i] == '\\' ? 2 : 1;
         if (depth != 1 || i - from != len || memcmp(s + from, key, len) != 0) continue;
-        for (i++; i < n && strchr(" \t\r\n", s[i]); i++) {}
+        for (i++; i < n && strchr(" \t\r\n", s[i]); i++) {
+        }
         if (i >= n || s[i] != ':') continue; /* a value that looks like the key */
-        for (i++; i < n && strchr(" \t\r\n", s[i]); i++) {}
+        for (i++; i < n && strchr(" \t\r\n", s[i]); i++) {
+        }
         return i < n ? s + i : NULL;
     }
     return NULL;
@@ -414,8 +416,9 @@ err_code api_read_kwargs(api_reading *x, const char *name, const cJSON *v)
 static bool tool_name_ok(const char *s)
 {
     const size_t n = strlen(s);
-    return n > 0 && n <= 64 && s[strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                           "0123456789_-.")] == 0;
+    return n > 0 && n <= 64 &&
+           s[strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                       "0123456789_-.")] == 0;
 }
 
 static err_code read_tool(api_reading *x, int i, const cJSON *v, const cJSON *first)

@@ -18,11 +18,13 @@
 #include "base/mem.h"
 #include "runtime/serve/http_watch.h"
 
-#define HTTP_CONN_BYTES  ((size_t)256 << 10) /* the library's buffer of a connection, lazily touched */
+#define HTTP_CONN_BYTES \
+    ((size_t)256 << 10) /* the library's buffer of a connection, lazily touched */
 #define HTTP_STACK_BYTES ((size_t)1 << 20)
 #define HTTP_BACKLOG     1024
-#define HTTP_LINGER_MS   1000 /* what comes behind a refusal is read so long, or the peer never sees it */
-#define HTTP_EXTRA_SLOTS 64   /* connections being cleaned up */
+#define HTTP_LINGER_MS \
+    1000 /* what comes behind a refusal is read so long, or the peer never sees it */
+#define HTTP_EXTRA_SLOTS 64 /* connections being cleaned up */
 
 struct http {
     http_opts o;
@@ -360,8 +362,7 @@ static err_code listen_tcp(http *h, err *e)
     const int one = 1;
     (void)snprintf(port, sizeof port, "%d", h->o.port);
     const int rc = getaddrinfo(h->o.host, port, &hints, &list);
-    if (rc != 0)
-        return err_set(e, E_IO, "cannot resolve '%s': %s", h->o.host, gai_strerror(rc));
+    if (rc != 0) return err_set(e, E_IO, "cannot resolve '%s': %s", h->o.host, gai_strerror(rc));
     int number = EADDRNOTAVAIL;
     for (const struct addrinfo *a = list; a && h->port == 0; a = a->ai_next) {
         h->fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
@@ -401,8 +402,8 @@ static err_code start(http *h, err *e)
     h->daemon = MHD_start_daemon(
         MHD_USE_THREAD_PER_CONNECTION | MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_POLL |
             MHD_USE_ITC | MHD_USE_ERROR_LOG,
-        0, NULL, NULL, handle, h, MHD_OPTION_EXTERNAL_LOGGER, library_log,
-        (void *)(uintptr_t)h->j, MHD_OPTION_LISTEN_SOCKET, h->fd, MHD_OPTION_CONNECTION_LIMIT,
+        0, NULL, NULL, handle, h, MHD_OPTION_EXTERNAL_LOGGER, library_log, (void *)(uintptr_t)h->j,
+        MHD_OPTION_LISTEN_SOCKET, h->fd, MHD_OPTION_CONNECTION_LIMIT,
         (unsigned)h->o.max_connections, MHD_OPTION_CONNECTION_MEMORY_LIMIT, HTTP_CONN_BYTES,
         MHD_OPTION_CONNECTION_TIMEOUT, 0U, MHD_OPTION_THREAD_STACK_SIZE, HTTP_STACK_BYTES,
         MHD_OPTION_NOTIFY_COMPLETED, completed, h, MHD_OPTION_NOTIFY_CONNECTION, connection, h,

@@ -111,9 +111,9 @@ static void histogram(out_buf *o, const char *name, const char *help, const engi
     head(o, name, "histogram", help);
     for (int i = 0; i < ENGINE_BUCKETS - 1; i++)
         out_printf(o, "tm_%s_bucket{le=\"%g\"} %" PRId64 "\n", name, h->bounds[i], h->count[i]);
-    out_printf(o, "tm_%s_bucket{le=\"+Inf\"} %" PRId64 "\ntm_%s_sum %.9g\ntm_%s_count %" PRId64 "\n",
-               name, h->count[ENGINE_BUCKETS - 1], name, h->sum, name,
-               h->count[ENGINE_BUCKETS - 1]);
+    out_printf(
+        o, "tm_%s_bucket{le=\"+Inf\"} %" PRId64 "\ntm_%s_sum %.9g\ntm_%s_count %" PRId64 "\n", name,
+        h->count[ENGINE_BUCKETS - 1], name, h->sum, name, h->count[ENGINE_BUCKETS - 1]);
 }
 
 /* A label's value: JSON's escapes are Prometheus' for what names hold. */
@@ -136,8 +136,7 @@ static void engine_text(const engine_stats *s, out_buf *o)
                s->prompt_tokens - s->cached_tokens);
     one(o, "prompt_tokens_total", "counter", "Tokens of prompts.", s->prompt_tokens);
     one(o, "generation_tokens_total", "counter", "Tokens of answers.", s->new_tokens);
-    one(o, "preemptions_total", "counter", "Requests set back for want of blocks.",
-        s->preemptions);
+    one(o, "preemptions_total", "counter", "Requests set back for want of blocks.", s->preemptions);
     one(o, "engine_steps_total", "counter", "Steps of the engine.", s->steps);
     head(o, "engine_busy_seconds_total", "counter", "Time spent in steps.");
     out_printf(o, "tm_engine_busy_seconds_total %.9g\n", s->busy_s);
@@ -146,8 +145,7 @@ static void engine_text(const engine_stats *s, out_buf *o)
               &s->inter_token_s);
     histogram(o, "e2e_request_latency_seconds", "From submission to the end.", &s->e2e_s);
     histogram(o, "request_queue_time_seconds", "Waiting for a place.", &s->queue_s);
-    histogram(o, "request_prefill_time_seconds", "From a place to the first token.",
-              &s->prefill_s);
+    histogram(o, "request_prefill_time_seconds", "From a place to the first token.", &s->prefill_s);
     histogram(o, "decode_batch_size", "Sequences of a step.", &s->batch);
 }
 

@@ -13,7 +13,7 @@ typedef struct {
     char *s;       /* [n], not terminated; NULL while empty */
     size_t n, cap; /* bytes */
     bool failed;   /* something could not be added: what is there is incomplete */
-} out_buf; /* zero-init; free with out_free */
+} out_buf;         /* zero-init; free with out_free */
 
 void out_free(out_buf *o);
 void out_reset(out_buf *o); /* empty, memory kept */

@@ -165,7 +165,7 @@ static bool check_key(call *c)
     c->salt = s->salt;
     if (s->o.n_keys == 0) return true;
     given = given && strncasecmp(given, "Bearer ", 7) == 0 ? given + 7
-                                                            : http_header(c->r, "X-Api-Key");
+                                                           : http_header(c->r, "X-Api-Key");
     if (given && hash_sha256(&h, given, strlen(given), &ignored) == OK) {
         for (int i = 0; i < s->o.n_keys; i++) {
             if (!hash_equal(&h, &s->keys[i].hash)) continue;

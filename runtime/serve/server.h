@@ -19,10 +19,10 @@ typedef struct {
     int n_keys;
     const char *const *origins; /* [n_origins] of pages elsewhere that may call */
     int n_origins;
-    bool check_host;      /* loopback: refuse names that are not ours (DNS rebinding) */
-    bool strict_params;   /* unknown parameters are refused */
-    int64_t timeout_ms;   /* of a request that says none; 0: none */
-    int32_t queue_ms;     /* longest wait for a place in the batch; 0: none */
+    bool check_host;    /* loopback: refuse names that are not ours (DNS rebinding) */
+    bool strict_params; /* unknown parameters are refused */
+    int64_t timeout_ms; /* of a request that says none; 0: none */
+    int32_t queue_ms;   /* longest wait for a place in the batch; 0: none */
     size_t max_head_bytes;
     /* One JSON line a request, no line end. NULL: none. Any thread. */
     void (*log)(void *ud, const char *line);
@@ -38,7 +38,7 @@ typedef struct {
     int n_stop_ids;
     int32_t session_len, max_batch, max_queue;
     int kv_bits;
-    const char *quant;                 /* "w4" or "f16", for /metrics and /props */
+    const char *quant; /* "w4" or "f16", for /metrics and /props */
     int64_t weights_bytes, kv_bytes;
 } server_model;
 

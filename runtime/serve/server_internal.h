@@ -43,8 +43,8 @@ struct server {
 
     atomic_bool ready, draining, aborting;
     atomic_int percent;
-    atomic_int active;  /* requests in a handler or a stream */
-    atomic_int answers; /* that count at the door */
+    atomic_int active;       /* requests in a handler or a stream */
+    atomic_int answers;      /* that count at the door */
     _Atomic double answer_s; /* mean seconds of an answer, lately */
 };
 
@@ -52,10 +52,10 @@ struct call;
 typedef struct {
     const char *method, *path; /* path ending in '/': anything behind it, too */
     void (*handle)(struct call *c);
-    bool open;     /* needs no key */
-    bool no_model; /* answers before there is a model */
-    bool door;     /* makes the engine work: counted */
-    bool json;     /* has a JSON body */
+    bool open;           /* needs no key */
+    bool no_model;       /* answers before there is a model */
+    bool door;           /* makes the engine work: counted */
+    bool json;           /* has a JSON body */
     const char *summary; /* for /openapi.json */
     unsigned who;        /* its parameters, API_*; 0: none */
 } server_route;
@@ -71,8 +71,8 @@ typedef struct call {
     const server_route *route; /* NULL: none */
     char id[SERVER_ID_BYTES];
     uint64_t salt;
-    double began; /* clock_s */
-    bool counted; /* in s->active */
+    double began;   /* clock_s */
+    bool counted;   /* in s->active */
     int32_t n_door; /* in s->answers */
     struct run *run;
     /* for the log */

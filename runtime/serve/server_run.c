@@ -64,7 +64,8 @@ static int stop_ids(const run *r, int32_t *ids, int cap)
 {
     const server_model *m = &r->c->s->m;
     int n = 0;
-    for (int i = 0; i < m->n_stop_ids && !r->q.ignore_eos && n < cap; i++) ids[n++] = m->stop_ids[i];
+    for (int i = 0; i < m->n_stop_ids && !r->q.ignore_eos && n < cap; i++)
+        ids[n++] = m->stop_ids[i];
     for (int i = 0; i < r->q.n_stop_ids && n < cap; i++) ids[n++] = r->q.stop_ids[i];
     return n;
 }
@@ -76,21 +77,22 @@ static err_code submit(choice *ch, grammar *g, err *e)
     const server *s = r->c->s;
     int32_t ids[API_MAX_STOP_IDS * 2];
     const bool echo_probs = q->echo && q->top_logprobs >= 0;
-    engine_request er = {.prompt = r->prompts[ch->prompt].ids,
-                         .n_prompt = (int32_t)r->prompts[ch->prompt].n,
-                         .min_new = (int32_t)q->min_tokens,
-                         .stop_ids = ids,
-                         .n_stop_ids = stop_ids(r, ids, API_MAX_STOP_IDS * 2),
-                         .sample = q->sample,
-                         .top_logprobs = (int32_t)q->top_logprobs,
-                         .prompt_logprobs = (int32_t)(echo_probs ? q->top_logprobs
-                                                                 : q->prompt_logprobs),
-                         .salt = r->c->salt,
-                         .no_prefix = q->no_prefix,
-                         .timeout_ms = q->timeout_ms ? q->timeout_ms : s->o.timeout_ms};
+    engine_request er = {
+        .prompt = r->prompts[ch->prompt].ids,
+        .n_prompt = (int32_t)r->prompts[ch->prompt].n,
+        .min_new = (int32_t)q->min_tokens,
+        .stop_ids = ids,
+        .n_stop_ids = stop_ids(r, ids, API_MAX_STOP_IDS * 2),
+        .sample = q->sample,
+        .top_logprobs = (int32_t)q->top_logprobs,
+        .prompt_logprobs = (int32_t)(echo_probs ? q->top_logprobs : q->prompt_logprobs),
+        .salt = r->c->salt,
+        .no_prefix = q->no_prefix,
+        .timeout_ms = q->timeout_ms ? q->timeout_ms : s->o.timeout_ms};
     const int64_t room = (int64_t)s->m.session_len - er.n_prompt;
     if (q->max_tokens >= 0) er.max_new = (int32_t)(q->max_tokens < room ? q->max_tokens : room);
-    if (er.max_new == 0 && q->max_tokens == 0) er.max_new = 1; /* echo alone: its token is dropped */
+    if (er.max_new == 0 && q->max_tokens == 0)
+        er.max_new = 1; /* echo alone: its token is dropped */
     if (er.max_new && er.min_new > er.max_new) er.min_new = er.max_new;
     er.sample.seed += (uint64_t)(ch->index % q->n);
     TRY(open_text(ch, e));
@@ -125,7 +127,9 @@ static bool check_prompts(run *r)
         const int64_t n = r->prompts[i].n;
         c->n_prompt += (int32_t)(n < room ? n : room);
         if (n > 0 && n < room) continue;
-        const char *param = r->who == API_CHAT ? "messages" : r->who == API_PPL ? "input" : "prompt";
+        const char *param = r->who == API_CHAT  ? "messages"
+                            : r->who == API_PPL ? "input"
+                                                : "prompt";
         if (n == 0) {
             (void)api_fail(&f, API_INVALID_VALUE, param, "'%s': the prompt is empty", param);
         } else {
@@ -170,8 +174,7 @@ static bool fill(run *r)
         return fail_open(c, r, &e, NULL);
     r->polls = p;
     for (int32_t i = 0; i < r->n; i++)
-        r->choices[i] = (choice){
-            .r = r, .index = i, .prompt = (int32_t)(i / r->q.n), .last = -1};
+        r->choices[i] = (choice){.r = r, .index = i, .prompt = (int32_t)(i / r->q.n), .last = -1};
     return submit_all(r);
 }
 
@@ -208,9 +211,9 @@ bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_pro
 
 static void free_choice(choice *ch)
 {
-    out_buf *const bufs[] = {&ch->content,     &ch->calls, &ch->probs,   &ch->tokens,
-                             &ch->token_probs, &ch->tops,  &ch->offsets, &ch->ids,
-                             &ch->prompt_probs};
+    out_buf *const bufs[] = {&ch->content, &ch->calls,       &ch->probs,
+                             &ch->tokens,  &ch->token_probs, &ch->tops,
+                             &ch->offsets, &ch->ids,         &ch->prompt_probs};
     answer_close(&ch->a);
     text_stream_close(&ch->text);
     toolcall_close(&ch->tools);
@@ -256,8 +259,7 @@ static void fail_run(run *r, const err *e)
 {
     if (r->failed) return;
     (void)api_fail_err(&r->fault, e, NULL);
-    if (r->fault.kind == API_INTERNAL)
-        job_log(r->c->s->j, LOG_ERROR, "%s: %s", r->c->id, e->msg);
+    if (r->fault.kind == API_INTERNAL) job_log(r->c->s->j, LOG_ERROR, "%s: %s", r->c->id, e->msg);
     r->failed = true;
 }
 
@@ -371,7 +373,10 @@ static void end_by_state(choice *ch, answer_state state)
     err e = {OK, ""};
     switch (state) {
     case ANSWER_STOP: end_choice(ch, "stop"); return;
-    case ANSWER_TIMEOUT: ch->timed_out = true; end_choice(ch, "length"); return;
+    case ANSWER_TIMEOUT:
+        ch->timed_out = true;
+        end_choice(ch, "length");
+        return;
     case ANSWER_LENGTH: end_choice(ch, "length"); return;
     case ANSWER_FAILED: (void)answer_error(ch->a, &e); break;
     default: break;

@@ -31,8 +31,8 @@ typedef struct {
     out_buf tokens, token_probs, tops, offsets; /* completions: lists, the same way */
     out_buf prompt_probs;                       /* items of "prompt_logprobs" */
     out_buf ids;                                /* "1,2" */
-    double nll;      /* /get_ppl: of the prompt's tokens, summed */
-    token_list kept; /* ids for the session */
+    double nll;                                 /* /get_ppl: of the prompt's tokens, summed */
+    token_list kept;                            /* ids for the session */
     answer_figures figures;
 } choice;
 
@@ -53,7 +53,7 @@ struct run {
     bool failed;      /* `fault` is the end */
     bool begun;       /* the stream's first chunk is out */
     api_fault fault;
-    double sent_s; /* when a stream last sent something */
+    double sent_s;        /* when a stream last sent something */
     struct pollfd *polls; /* [n + 1] */
 };
 

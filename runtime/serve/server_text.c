@@ -7,28 +7,37 @@
 #include "runtime/serve/page.h"
 #include "runtime/serve/server_internal.h"
 
-/* clang-format off: a table of one line a route */
 static const server_route routes[] = {
     {"GET", "/v1/models", server_models, .no_model = true, .summary = "the models"},
     {"GET", "/v1/models/", server_model_one, .no_model = true, .summary = "one model"},
-    {"POST", "/v1/chat/completions", server_chat, .door = true, .json = true, .who = API_CHAT, .summary = "the next message of a conversation"},
-    {"POST", "/v1/completions", server_completion, .door = true, .json = true, .who = API_COMPLETION, .summary = "what follows a text"},
-    {"POST", "/v1/chat/interactive", server_interactive, .door = true, .json = true, .who = API_INTERACTIVE, .summary = "the next turn of a session that the server keeps"},
-    {"POST", "/v1/encode", server_encode, .json = true, .who = API_ENCODE, .summary = "token ids of texts"},
-    {"POST", "/tokenize", server_encode, .json = true, .who = API_ENCODE, .summary = "token ids of texts"},
-    {"POST", "/detokenize", server_decode, .json = true, .who = API_DECODE, .summary = "the text of token ids"},
-    {"POST", "/get_ppl", server_ppl, .door = true, .json = true, .who = API_PPL, .summary = "perplexity of texts"},
-    {"POST", "/apply-template", server_template, .json = true, .who = API_TEMPLATE, .summary = "the prompt of a conversation"},
+    {"POST", "/v1/chat/completions", server_chat, .door = true, .json = true, .who = API_CHAT,
+     .summary = "the next message of a conversation"},
+    {"POST", "/v1/completions", server_completion, .door = true, .json = true,
+     .who = API_COMPLETION, .summary = "what follows a text"},
+    {"POST", "/v1/chat/interactive", server_interactive, .door = true, .json = true,
+     .who = API_INTERACTIVE, .summary = "the next turn of a session that the server keeps"},
+    {"POST", "/v1/encode", server_encode, .json = true, .who = API_ENCODE,
+     .summary = "token ids of texts"},
+    {"POST", "/tokenize", server_encode, .json = true, .who = API_ENCODE,
+     .summary = "token ids of texts"},
+    {"POST", "/detokenize", server_decode, .json = true, .who = API_DECODE,
+     .summary = "the text of token ids"},
+    {"POST", "/get_ppl", server_ppl, .door = true, .json = true, .who = API_PPL,
+     .summary = "perplexity of texts"},
+    {"POST", "/apply-template", server_template, .json = true, .who = API_TEMPLATE,
+     .summary = "the prompt of a conversation"},
     {"POST", "/v1/embeddings", server_off, .no_model = true, .summary = "not in this build"},
     {"GET", "/props", server_props, .summary = "the model, its template, limits and defaults"},
     {"GET", "/metrics", server_metrics, .no_model = true, .summary = "Prometheus metrics"},
     {"GET", "/openapi.json", server_openapi, .no_model = true, .summary = "this description"},
-    {"GET", "/health", server_health, .open = true, .no_model = true, .summary = "200 when requests are answered"},
-    {"GET", "/readyz", server_ready, .open = true, .no_model = true, .summary = "200 when requests are answered"},
-    {"GET", "/livez", server_live, .open = true, .no_model = true, .summary = "200 while the process runs"},
+    {"GET", "/health", server_health, .open = true, .no_model = true,
+     .summary = "200 when requests are answered"},
+    {"GET", "/readyz", server_ready, .open = true, .no_model = true,
+     .summary = "200 when requests are answered"},
+    {"GET", "/livez", server_live, .open = true, .no_model = true,
+     .summary = "200 while the process runs"},
     {"GET", "/", server_page, .open = true, .no_model = true, .summary = "the chat page"},
 };
-/* clang-format on */
 
 const server_route *server_route_at(int i)
 {
@@ -173,8 +182,8 @@ void server_props(call *c)
 
 /* ---- tokens and texts ---- */
 
-static err_code encode_one(const call *c, const api_request *q, const api_prompt *p, token_list *ids,
-                           err *e)
+static err_code encode_one(const call *c, const api_request *q, const api_prompt *p,
+                           token_list *ids, err *e)
 {
     const tokenizer *t = c->s->m.t;
     if (!p->text) return err_set(e, E_INPUT, "'input': expected a text, got token ids");

@@ -178,8 +178,7 @@ void server_write_call_args(choice *ch, const char *json, size_t n)
         out_escaped(o, json, n);
         return;
     }
-    out_printf(o, "%s{\"index\":%d,\"function\":{\"arguments\":", o->n ? "," : "",
-               ch->n_calls - 1);
+    out_printf(o, "%s{\"index\":%d,\"function\":{\"arguments\":", o->n ? "," : "", ch->n_calls - 1);
     out_string(o, json, n);
     out_text(o, "}}");
 }
@@ -221,7 +220,7 @@ static void write_usage(const run *r, out_buf *o)
                "\"usage\":{\"prompt_tokens\":%lld,\"completion_tokens\":%lld,\"total_tokens\":%lld,"
                "\"prompt_tokens_details\":{\"cached_tokens\":%lld},"
                "\"completion_tokens_details\":{\"reasoning_tokens\":0}}",
-               (long long)prompt, (long long) new, (long long)(prompt + new), (long long)cached);
+               (long long)prompt, (long long)new, (long long)(prompt + new), (long long)cached);
 }
 
 static void write_timings(const run *r, out_buf *o)
@@ -329,8 +328,8 @@ void server_write_delta(choice *ch, out_buf *o)
         if (r->q.return_ids) write_ids(&ch->ids, o);
         chunk_close(r, false, o);
     }
-    out_buf *const sent[] = {&ch->content, &ch->calls, &ch->probs,   &ch->tokens, &ch->token_probs,
-                             &ch->tops,    &ch->ids,   &ch->offsets};
+    out_buf *const sent[] = {&ch->content,     &ch->calls, &ch->probs, &ch->tokens,
+                             &ch->token_probs, &ch->tops,  &ch->ids,   &ch->offsets};
     for (size_t i = 0; i < sizeof sent / sizeof sent[0]; i++) {
         o->failed |= sent[i]->failed;
         out_reset(sent[i]);
