@@ -24,7 +24,7 @@ static struct {
     int64_t port, batch, queue, max_body, max_connections, tp, prefill;
     double request_s, head_s, body_s, idle_s, stall_s, queue_s, shutdown_s;
     cli_list names, keys, origins;
-    bool no_auth, strict, no_prefix;
+    bool no_auth, strict, no_prefix, deterministic;
     run_chat_opts template;
     run_model_opts model;
 } opt = {.host = "127.0.0.1",
@@ -67,6 +67,8 @@ static const cli_option options[] = {
      "requests that may wait, others get 429 [0: 4 times the batch]", .lo = 0, .hi = 1 << 20},
     {"max-prefill-token-num", 0, CLI_I64, &opt.prefill, "N", "prompt tokens of one step [512]",
      .lo = 1, .hi = 1 << 20},
+    {"deterministic", 0, CLI_FLAG, &opt.deterministic, NULL,
+     "on CUDA, too, answers that depend on their request alone, for some speed"},
     {"no-prefix-cache", 0, CLI_FLAG, &opt.no_prefix, NULL, "compute every prompt anew"},
     {"max-body", 0, CLI_BYTES, &opt.max_body, "BYTES", "longest request [4M]", .lo = 1024,
      .hi = 1 << 30},
@@ -258,7 +260,9 @@ static err_code start_engine(backend *b, server *s, const tool_ctx *t, err *e)
 
 static err_code open_backend(backend *b, server *s, const tool_ctx *t, err *e)
 {
-    TRY(run_open(&b->r, t, true, e));
+    tool_ctx own = *t;
+    own.device.deterministic = opt.deterministic || t->device.kind == DEV_CPU;
+    TRY(run_open(&b->r, &own, true, e));
     server_loading(s, 10);
     TRY(run_model(&b->r, t, &opt.model, 0, (int32_t)opt.batch, e));
     server_loading(s, 90);
