@@ -216,12 +216,42 @@ def conversations(page):
     click(page, "Undo")
     page.wait("document.querySelector('[aria-current]').innerText === 'Renamed'", "and back")
     check(len(page.eval(text_of("#list button"))) == count, "as many as before")
+    imports(page, saved)
     before = answers(page)
     page.call("Page.reload")
     page.wait("document.readyState === 'complete' && document.querySelectorAll('.assistant .md').length === 2",
               "after a reload it is all there")
     check(answers(page) == before, "word for word")
     names(page, "in a conversation")
+
+
+def imports(page, saved):
+    """A file of ours comes in beside what is there; one with anything in it breaks nothing."""
+    def read(value):
+        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as f:
+            json.dump(value, f)
+        node = page.call("DOM.querySelector", nodeId=page.call("DOM.getDocument")["root"]["nodeId"], selector="#file")
+        page.eval("document.getElementById('note').hidden = true")
+        page.call("DOM.setFileInputFiles", files=[f.name], nodeId=node["nodeId"])
+        page.wait("!document.getElementById('note').hidden")
+        os.remove(f.name)
+        return page.eval("document.querySelector('#note span').innerText")
+    before = answers(page)
+    check(read(saved) == "1 conversation read.", "what was exported is read")
+    check(page.eval(text_of("#list button")).count("Renamed") == 2 and answers(page) == before, "as it was")
+    odd = {"id": "odd", "title": 7, "at": "x", "head": "b", "nodes": {
+        "a": {"id": "a", "parent": None, "role": "user", "text": "<b>q</b>", "error": {"message": 5}},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "text": "odd answer", "stats": "fast", "cut": "x",
+              "error": {"message": "", "status": "y"}},
+        "__proto__": {"id": "__proto__", "parent": None, "role": "user", "text": "x"}}}
+    ring = {"id": "ring", "head": "a", "nodes": {
+        "a": {"id": "a", "parent": "b", "role": "user", "text": "x"},
+        "b": {"id": "b", "parent": "a", "role": "assistant", "text": "y"}}}
+    check(read({"chats": [odd, ring, None, 7, {"id": "../x", "nodes": {}}]}) == "1 conversation read.", "one of five")
+    check(answers(page) == ["odd answer"] and page.eval(text_of(".user .text")) == ["<b>q</b>"], "it is shown")
+    check("no conversations" in read([1]), "another file is told")
+    click(page, "Renamed")
+    page.wait("document.querySelectorAll('.assistant .md').length === 2", "back to the first")
 
 
 def keyboard(page):
