@@ -124,8 +124,10 @@ def _check(code, error):
 # ---- configurations: LMDeploy's names ----
 @dataclasses.dataclass
 class TurbomindEngineConfig:
-    """Fields that have no meaning here (model_format, rope_scaling_factor, download_dir, ...) are not among them:
-    format and positions stand in the model's directory, and nothing is downloaded."""
+    """Fields of LMDeploy that have no meaning here (rope_scaling_factor, download_dir, ...) are not among them:
+    positions stand in the model's directory, and nothing is downloaded."""
+    model_format: typing.Optional[str] = None  # has no effect: the directory says it
+    dtype: str = "auto"  # likewise
     session_len: typing.Optional[int] = None
     max_batch_size: int = 32
     cache_max_entry_count: float = 0.8
@@ -212,7 +214,7 @@ def _gen_options(g, index):
 
 
 class Pipeline:
-    def __init__(self, model_path, backend_config=None, chat_template_config=None, log_level=None, **_):
+    def __init__(self, model_path, backend_config=None, chat_template_config=None, log_level=None):
         b = backend_config or TurbomindEngineConfig()
         if b.tp != 1:
             raise ValueError(f"tp: expected 1, got {b.tp}: one device is used")
@@ -285,7 +287,7 @@ class Pipeline:
         return ids[:n]
 
     # ---- answers ----
-    def stream_infer(self, prompts, gen_config=None, do_preprocess=True, **_):
+    def stream_infer(self, prompts, gen_config=None, do_preprocess=True):
         """Responses that each bring what is new: text and token_ids since the last of their index. The last one of an
         index has a finish_reason."""
         prompts = [prompts] if not _is_batch(prompts) else prompts
@@ -315,7 +317,7 @@ class Pipeline:
         finally:
             _lib.tmf_batch_close(C.byref(batch))
 
-    def __call__(self, prompts, gen_config=None, do_preprocess=True, **_):
+    def __call__(self, prompts, gen_config=None, do_preprocess=True):
         """A Response for a prompt, a list of them for a list."""
         batch = _is_batch(prompts)
         out = [Response(index=i) for i in range(len(prompts) if batch else 1)]
@@ -336,5 +338,9 @@ def _is_batch(prompts):
     return not isinstance(prompts, str) and not (prompts and isinstance(prompts[0], (dict, int)))
 
 
-def pipeline(model_path, backend_config=None, chat_template_config=None, log_level=None, **kwargs):
-    return Pipeline(model_path, backend_config, chat_template_config, log_level, **kwargs)
+def pipeline(model_path, model_name=None, backend_config=None, chat_template_config=None, log_level=None):
+    """model_name: a chat template's name, as with early LMDeploy. log_level: a function of (level, line); names of
+    levels have no effect, the library prints nothing."""
+    if model_name and not chat_template_config:
+        chat_template_config = ChatTemplateConfig(model_name)
+    return Pipeline(model_path, backend_config, chat_template_config, log_level)

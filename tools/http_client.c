@@ -19,6 +19,8 @@
 struct http_client {
     CURLM *multi;
     char *url;
+    char *socket;  /* path of a Unix socket to go through; NULL: none */
+    char *noproxy; /* hosts that no proxy is asked for */
     struct curl_slist *headers;
     CURL *spare[SPARE_MAX];
     int n_spare, open;
@@ -38,6 +40,21 @@ struct http_stream {
 };
 
 /* ---- client ---- */
+
+/* Nobody has a proxy for this machine itself, whatever the environment says. */
+static err_code make_noproxy(char **out, err *e)
+{
+    static const char own[] = "localhost,127.0.0.1,::1";
+    const char *env = getenv("no_proxy");
+    void *p;
+    if (!env) env = getenv("NO_PROXY");
+    const size_t cap = sizeof own + 1 + (env ? strlen(env) : 0);
+    if (env && strcmp(env, "*") == 0) return mem_strdup(out, env, e);
+    TRY(mem_alloc(&p, cap, 1, "hosts", e));
+    *out = p;
+    (void)snprintf(p, cap, "%s%s%s", own, env && *env ? "," : "", env ? env : "");
+    return OK;
+}
 
 static err_code make_url(char **out, const char *url, err *e)
 {
@@ -109,7 +126,10 @@ err_code http_client_open(http_client **out, const char *url, const char *key_fi
         return err_set(e, E_IO, "libcurl cannot be initialized");
     TRY(mem_alloc(&p, 1, sizeof(http_client), "client", e));
     http_client *c = p;
-    err_code rc = make_url(&c->url, url, e);
+    const bool local = strncmp(url, "unix:", 5) == 0;
+    err_code rc = make_url(&c->url, local ? "localhost" : url, e);
+    if (rc == OK && local) rc = mem_strdup(&c->socket, url + 5, e);
+    if (rc == OK) rc = make_noproxy(&c->noproxy, e);
     if (rc == OK) rc = set_headers(c, key_file, e);
     if (rc == OK && !(c->multi = curl_multi_init()))
         rc = err_set(e, E_NOMEM, "client: out of memory");
@@ -128,6 +148,8 @@ void http_client_close(http_client **c)
     if ((*c)->multi) (void)curl_multi_cleanup((*c)->multi);
     curl_slist_free_all((*c)->headers);
     mem_free((*c)->url);
+    mem_free((*c)->socket);
+    mem_free((*c)->noproxy);
     mem_free(*c);
     *c = NULL;
 }
@@ -260,6 +282,10 @@ static err_code set_request(http_stream *s, const char *path, const char *body, 
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_PROTOCOLS_STR, "http,https");
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_HTTPHEADER, s->c->headers);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_USERAGENT, "tm-run/" TMF_VERSION);
+    if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_NOPROXY, s->c->noproxy);
+    if (rc == CURLE_OK && s->c->socket)
+        rc = curl_easy_setopt(h, CURLOPT_UNIX_SOCKET_PATH, s->c->socket);
+    if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_TCP_KEEPALIVE, 1L);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_TCP_NODELAY, 1L);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_CONNECTTIMEOUT, CONNECT_S);
