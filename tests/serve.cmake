@@ -11,3 +11,4 @@ add_executable(bench_engine bench_engine.c)
 target_link_libraries(bench_engine PRIVATE tmf_flags tmf_engine tmf_grammar)
 # Requests and their answers: the pure part.
 tmf_test(api unit tmf_api)
+tmf_fuzz(api tmf_api)
