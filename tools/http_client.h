@@ -8,9 +8,9 @@
 #include "base/json.h"
 
 typedef struct http_client http_client;
-/* url: "host:port", "http://host:port", with or without "/v1" behind, or "unix:PATH" of a socket. key_file: its first key goes
- * out as bearer token; NULL: that of the environment variable TM_RUN_API_KEY, if it is set. Nothing
- * is sent yet. */
+/* url: "host:port", "http://host:port", with or without "/v1" behind, or "unix:PATH" of a socket.
+ * key_file: its first key goes out as bearer token; NULL: that of the environment variable
+ * TM_RUN_API_KEY, if it is set. Nothing is sent yet. */
 err_code http_client_open(http_client **out, const char *url, const char *key_file, err *e);
 void http_client_close(http_client **c);           /* every stream must have ended or been closed */
 const char *http_client_url(const http_client *c); /* without "/v1" */
