@@ -202,6 +202,7 @@ END_TEST
 START_TEST(test_timeout)
 {
     answer *a, *b;
+    engine_stats s;
     up(NULL, 1, SESSION, (engine_opts){0});
     plain_request(&requests[0], 10, 0, 3);
     requests[0].r.timeout_ms = 30;
@@ -210,6 +211,8 @@ START_TEST(test_timeout)
     b = submit(&requests[0]);
     gate_wait();
     (void)usleep(40000);
+    engine_stats_get(eng, &s);
+    ck_assert_double_ge(s.step_s, 0.04);
     must_end_at_once(a, 1, ANSWER_TIMEOUT); /* with what the step under way gave */
     gate_set(-1);
     finish(b, &together[0]);

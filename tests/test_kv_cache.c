@@ -205,6 +205,35 @@ START_TEST(test_bad_options)
 }
 END_TEST
 
+START_TEST(test_lent)
+{
+    err e;
+    int32_t n;
+    kv_cache *c = open_small();
+    ck_assert_int_eq(kv_reserve(c, 1, 20, &e), OK);
+    ck_assert_int_eq(kv_lend(c, &e), E_USAGE);
+    ck_assert_msg(strstr(e.msg, "2 of 10 blocks are in use"), "%s", e.msg);
+    kv_seq_end(c, 1);
+    ck_assert_int_eq(kv_lend(c, &e), OK);
+    ck_assert_int_eq(kv_free_blocks(c), 0);
+    ck_assert_int_eq(kv_reserve(c, 0, 1, &e), E_LIMIT);
+    kv_set_blocks(c, 0, (int32_t[]){7, 3}, 2);
+    kv_set_blocks(c, 1, (int32_t[]){7, 5, 1}, 3); /* 7 is in both */
+    ck_assert_int_eq(kv_reserve(c, 0, 32, &e), OK);
+    ck_assert_int_eq(kv_reserve(c, 0, 33, &e), E_LIMIT);
+    kv_truncate(c, 1, 1);
+    kv_seq_end(c, 0);
+    const int32_t *t = kv_block_list(c, 1, &n);
+    ck_assert(n == 3 && t[0] == 7 && t[2] == 1);
+    kv_lend_end(c);
+    ck_assert_int_eq(kv_free_blocks(c), 10);
+    (void)kv_block_list(c, 1, &n);
+    ck_assert_int_eq(n, 0);
+    ck_assert_int_eq(kv_reserve(c, 0, 100, &e), OK);
+    kv_close(&c);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("kv_cache");
@@ -218,6 +247,7 @@ int main(void)
     tcase_add_test(t, test_bytes);
     tcase_add_test(t, test_layer_views);
     tcase_add_test(t, test_bad_options);
+    tcase_add_test(t, test_lent);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

@@ -402,6 +402,41 @@ START_TEST(test_bad_options)
 }
 END_TEST
 
+/* A sequence goes on in another sampler, with scratch that is a third one's. */
+START_TEST(test_goes_on_elsewhere)
+{
+    err e;
+    sampler *first, *second, *straight;
+    sample_opts o = warm(1.5);
+    o.frequency_penalty = 0.7;
+    o.repetition_penalty = 1.3;
+    int32_t ids[40];
+    ck_assert_int_eq(sampler_open(&straight, VOCAB, 64, &e), OK);
+    ck_assert_int_eq(sampler_open_beside(&first, straight, VOCAB, 64, &e), OK);
+    ck_assert_int_eq(sampler_open_beside(&second, straight, VOCAB, 64, &e), OK);
+    ck_assert_int_eq(sampler_start(straight, &o, &e), OK);
+    ck_assert_int_eq(sampler_start(first, &o, &e), OK);
+    for (int i = 0; i < 40; i++) {
+        ids[i] = next_of(straight);
+        sampler_accept(straight, ids[i]);
+    }
+    for (int i = 0; i < 40; i++) {
+        sampler *s = i < 17 ? first : second;
+        if (i == 17) {
+            const sampler_rng r = sampler_rng_get(first);
+            ck_assert_int_eq(sampler_start(second, &o, &e), OK);
+            for (int k = 0; k < i; k++) sampler_accept(second, ids[k]);
+            sampler_rng_set(second, &r);
+        }
+        ck_assert_int_eq(next_of(s), ids[i]);
+        sampler_accept(s, ids[i]);
+    }
+    sampler_close(&second);
+    sampler_close(&first);
+    sampler_close(&straight);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("sampler");
@@ -423,6 +458,7 @@ int main(void)
     tcase_add_test(t, test_seed_is_pinned);
     tcase_add_test(t, test_large_vocabulary);
     tcase_add_test(t, test_bad_options);
+    tcase_add_test(t, test_goes_on_elsewhere);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

@@ -218,7 +218,10 @@ static void run(engine *g, const sched_step *s)
         }
     }
     lay_out(g, s);
-    if (model_step(g->m, g->seqs, s->n, &g->job, &e) != OK) {
+    g->step_began = begin;
+    const err_code rc = model_step(g->m, g->seqs, s->n, &g->job, &e);
+    g->step_began = 0;
+    if (rc != OK) {
         break_down(g, &e);
         return;
     }
@@ -432,5 +435,7 @@ void engine_stats_get(const engine *cg, engine_stats *s)
     (void)pthread_mutex_lock(&g->lock);
     *s = g->shown;
     s->waiting = g->n_accepted - s->running;
+    const double began = g->step_began;
+    if (began > 0) s->step_s = clock_s() - began;
     (void)pthread_mutex_unlock(&g->lock);
 }

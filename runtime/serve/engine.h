@@ -15,7 +15,7 @@
 typedef struct engine engine;
 typedef struct {
     int32_t max_batch;      /* sequences of one step; 0: the model's slots, which bound it */
-    int32_t max_queue;      /* requests that wait; 0: 4 * max_batch */
+    int32_t max_queue;      /* requests beyond max_batch that may be here; 0: 4 * max_batch */
     int32_t prefill_tokens; /* prompt tokens of one step, beside all that decode; 0: 512 */
     bool no_prefix_cache;
 } engine_opts;
@@ -39,7 +39,8 @@ typedef struct {
     sample_opts sample;      /* bias copied */
     int32_t top_logprobs;    /* -1: no log-probabilities; else so many alternatives a token */
     int32_t prompt_logprobs; /* the same for the prompt's tokens, first one excluded; -1: none */
-    constraint *limit;       /* taken over (closed with the answer); NULL: any token may come */
+    constraint *limit;       /* taken over (closed with the answer); NULL: any token may come. Its
+                                tokenizer has no more ids than the model */
     uint64_t salt;           /* prefixes are shared only between requests of one salt */
     bool no_prefix;          /* neither use nor leave a cached prefix */
     int64_t timeout_ms;      /* from submission; 0: none. Ends as ANSWER_TIMEOUT */
@@ -75,8 +76,9 @@ typedef struct {
 
 typedef struct answer answer;
 /* E_LIMIT: can never fit (prompt empty, longer than the session, or than all of the cache);
- * E_USAGE: a field out of range, named; E_BUSY: the queue is full; E_CANCELED: draining. On failure
- * r->limit stays the caller's. Never waits. */
+ * E_USAGE: a field out of range, named; E_BUSY: max_batch + max_queue requests are here, told
+ * before anything else is looked at; E_CANCELED: draining. On failure r->limit stays the caller's.
+ * Never waits. */
 err_code engine_submit(engine *g, const engine_request *r, answer **out, err *e);
 /* Waits up to timeout_ms (-1: for ever, 0: not at all) for tokens behind those already read, or for
  * the end; copies up to cap of them; returns how many. *state is final only with the last ones.
@@ -108,6 +110,7 @@ typedef struct {
     int64_t accepted, refused, preemptions, ended[ANSWER_FAILED + 1];
     int64_t steps;
     double busy_s; /* spent in steps */
+    double step_s; /* what the step under way has taken so far; 0: none is. For a watchdog */
     engine_histogram queue_s, prefill_s, ttft_s, inter_token_s, e2e_s, batch;
 } engine_stats;
 void engine_stats_get(const engine *g, engine_stats *s);

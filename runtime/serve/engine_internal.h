@@ -70,6 +70,7 @@ struct engine {
     bool draining, closing;     /* lock */
     err failed;                 /* lock; code OK: healthy */
     engine_stats shown;         /* lock */
+    _Atomic double step_began;  /* clock_s; 0: no step is under way */
 
     /* thread */
     answer **live; /* [max_live] in no order */

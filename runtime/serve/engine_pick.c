@@ -55,7 +55,8 @@ static void next_mask(engine *g, answer *a)
 static void apply_mask(const engine *g, const answer *a, float *logits)
 {
     uint32_t *mask = mask_of(g, a);
-    for (int32_t i = 0; i < a->n_stop_ids && constraint_may_end(a->limit); i++)
+    const bool may_end = a->n_stop_ids && constraint_may_end(a->limit);
+    for (int32_t i = 0; i < a->n_stop_ids && may_end; i++)
         mask[a->stop_ids[i] / 32] |= 1u << a->stop_ids[i] % 32;
     for (int32_t i = 0; i < g->vocab; i++) {
         if (!(mask[i / 32] >> i % 32 & 1)) logits[i] = -INFINITY;
