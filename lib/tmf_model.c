@@ -46,7 +46,7 @@ static err_code parse_device(dev_opts *d, const tmf_options *o, err *e)
     const char *name = o->device ? o->device : "cpu";
     char *end;
     d->threads = o->threads;
-    d->deterministic = o->deterministic != 0;
+    d->deterministic = o->deterministic || strcmp(name, "cpu") == 0;
     if (strcmp(name, "cpu") == 0) return OK;
     d->kind = DEV_CUDA;
     if (strcmp(name, "cuda") == 0) return OK;
