@@ -32,6 +32,7 @@ struct load {
     flight *open;
     int64_t n_open;
     double begin, due, end;
+    bool held_up; /* the arrival that is due waits */
     uint64_t state;
     err fatal; /* memory ran out in a callback */
 };
@@ -233,9 +234,11 @@ static err_code begin_due(load *l, int *wait_ms, err *e)
     }
     while (may_begin(l, now) && l->due <= now) {
         if (l->n_open >= LOAD_MAX_OPEN) {
-            l->r->late++;
+            l->r->late += !l->held_up; /* each arrival once */
+            l->held_up = true;
             break;
         }
+        l->held_up = false;
         TRY(begin(l, e));
         l->due -= log(load_uniform(&l->state)) / l->o->rate;
         now = clock_s();
