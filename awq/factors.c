@@ -98,6 +98,7 @@ err_code factors_search(const quant_block *b, const smooth_group *g, block_plan 
     void *mem = NULL;
     float *s;
     err_code rc;
+    if (plan_find_fold(out, g->source)->s.data) return OK; /* chosen for the cache */
     if (!calib_find(b->stats, g->targets[0]))
         return err_set(e, E_INPUT, "layer %d: %s: expected statistics of its input, found none",
                        (int)b->layer, role_name(g->targets[0]));

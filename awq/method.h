@@ -25,6 +25,7 @@ const char *loss_name(loss_kind l);
 typedef struct {
     int32_t group;
     loss_kind loss;
+    bool kv_fold; /* k and v have factors already, for the cache, when a method comes to a block */
 } quant_opts;
 
 typedef struct quant_scratch quant_scratch; /* awq/measure.h */
@@ -65,6 +66,7 @@ typedef struct {
     loss_kind loss;   /* its own choice when --loss is not given and there is a calib file */
     bool searches;    /* compares candidates: LOSS_MODULE means something */
     bool fixes_codes; /* fills plan_linear.codes */
+    bool folds;       /* lets a plan's factors count: quant_opts.kv_fold means something */
     bool carries; /* rounds a layer with the inputs that the rounded layers before it leave: walks
                          through b->chain, fills in the losses, and moves the states on itself */
     /* out comes from plan_shape with scale and zero allocated; factors come from b->mem

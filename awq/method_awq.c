@@ -28,4 +28,5 @@ const quant_method method_awq = {.name = "awq",
                                  .needs = METHOD_CALIB,
                                  .loss = LOSS_GRAM,
                                  .searches = true,
+                                 .folds = true,
                                  .plan_block = plan_block};

@@ -188,5 +188,6 @@ const quant_method method_best = {
     .loss = LOSS_GRAM,
     .searches = true,
     .fixes_codes = true,
+    .folds = true,
     .carries = true,
     .plan_block = plan_best};

@@ -16,6 +16,7 @@ static err_code factors(const quant_block *b, const smooth_group *g, block_plan 
     bool *dead = (bool *)b->scratch->zero;
     bool floor_needed = false;
     float *s;
+    if (plan_find_fold(out, g->source)->s.data) return OK; /* chosen for the cache */
     if (!t)
         return err_set(e, E_INPUT, "layer %d: %s: expected statistics of its input, found none",
                        (int)b->layer, role_name(g->targets[0]));
@@ -52,4 +53,5 @@ const quant_method method_lmdeploy = {
     .summary = "LMDeploy's default: fixed factors from absmax, no search",
     .needs = METHOD_CALIB,
     .loss = LOSS_BLOCKS,
+    .folds = true,
     .plan_block = plan_block};

@@ -26,7 +26,7 @@ typedef struct {
     const plan_info *info;
     hash128 digest; /* of the plan */
     char options[256];
-    uint8_t *codes; /* [n,k] of the largest linear */
+    uint8_t *codes; /* [n,k] of the largest linear; f32 where weights stay dense */
     float *tile;    /* [TILE_ELEMS] or one row */
     float *line;    /* [widest]: a norm or a bias */
     /* of the block at hand */
@@ -52,9 +52,9 @@ static err_code open_inputs(pack *p, err *e)
                        p->o->plan_path);
     p->digest = plan_digest(p->plan);
     snprintf(p->options, sizeof p->options,
-             "{\"method\":\"%.32s\",\"group\":%d,\"clamp\":%s,\"shard_bytes\":%" PRId64 "}",
+             "{\"method\":\"%.32s\",\"group\":%d,\"clamp\":%s,\"shard_bytes\":%" PRId64 "%s}",
              p->info->method, (int)p->info->group, p->o->clamp_f16 ? "true" : "false",
-             p->o->shard_bytes);
+             p->o->shard_bytes, p->o->dense ? ",\"bits\":16" : "");
     return OK;
 }
 
@@ -89,14 +89,24 @@ static err_code open_room(pack *p, err *e)
 {
     int64_t codes, tile, line;
     room(p->m, &codes, &tile, &line);
-    TRY(mem_alloc((void **)&p->codes, (size_t)codes, 1, "codes", e));
+    TRY(mem_alloc((void **)&p->codes, (size_t)codes, p->o->dense ? sizeof(float) : 1, "codes", e));
     TRY(mem_alloc((void **)&p->tile, (size_t)tile, sizeof(float), "weights", e));
     return mem_alloc((void **)&p->line, (size_t)line, sizeof(float), "norms", e);
+}
+
+static uint32_t linear_roles(const model_desc *m)
+{
+    tensor_role roles[PLAN_LINEARS];
+    const int n = model_block_linears(m, roles);
+    uint32_t mask = 0;
+    for (int i = 0; i < n; i++) mask |= 1u << roles[i];
+    return mask;
 }
 
 static w4_dir_opts dir_opts(const pack *p, const char *const *meta)
 {
     return (w4_dir_opts){.group = p->info->group,
+                         .dense_roles = p->o->dense ? linear_roles(p->m) : 0,
                          .shard_bytes = p->o->shard_bytes,
                          .clamp_f16 = p->o->clamp_f16,
                          .force = true, /* pack_state has refused what is not ours */
@@ -113,7 +123,8 @@ err_code pack_memory(memory_plan *plan, device *d, const pack_opts *o, err *e)
         int64_t codes, tile, line;
         room(p.m, &codes, &tile, &line);
         memory_plan_add(plan, "program", memory_plan_process_bytes());
-        memory_plan_add(plan, "codes of a linear", (size_t)codes);
+        memory_plan_add(plan, o->dense ? "a linear" : "codes of a linear",
+                        (size_t)codes * (o->dense ? sizeof(float) : 1));
         memory_plan_add(plan, "rows of a linear", (size_t)(tile + line) * sizeof(float));
         memory_plan_add(plan, "directory writer", w4_dir_memory(p.m, &w));
     }
@@ -200,6 +211,18 @@ static int block_norms(const model_desc *m, tensor_role out[4])
     return n;
 }
 
+static err_code write_dense(pack *p, w4_dir_writer *w, tensor_role r, err *e)
+{
+    const fold_linear *f = fold_find(&p->fold, r);
+    tensor rows = {.data = p->codes}, bias;
+    linear_view v;
+    TRY(weights_linear(p->src, r, p->layer, -1, &v, e));
+    TRY(fold_rows(&rows, &v.dense, f, 0, v.dense.shape[0], p->layer, r, e));
+    if (v.bias.data) TRY(fold_bias(p->line, &v.bias, f, p->layer, r, e));
+    bias = tensor_1d(p->line, DT_F32, v.dense.shape[0]);
+    return w4_dir_dense(w, r, p->layer, -1, &rows, v.bias.data ? &bias : NULL, e);
+}
+
 static err_code write_block(pack *p, w4_dir_writer *w, err *e)
 {
     tensor_role norms[4];
@@ -211,6 +234,10 @@ static err_code write_block(pack *p, w4_dir_writer *w, err *e)
     }
     for (int i = 0; i < p->block.n_linears; i++) {
         w4_weight q = {0};
+        if (p->o->dense) {
+            TRY(write_dense(p, w, p->block.linear[i].role, e));
+            continue;
+        }
         TRY(pack_linear(p, &p->block.linear[i], &q, e));
         TRY(w4_dir_linear(w, p->block.linear[i].role, p->layer, -1, &q, e));
     }

@@ -12,6 +12,7 @@ typedef struct {
     int64_t shard_bytes; /* 0: the writer's default */
     bool clamp_f16;      /* values beyond f16 become +-65504; else E_INPUT naming them */
     bool force;
+    bool dense; /* 16-bit weights: of the plan, its factors alone */
 } pack_opts;
 
 typedef struct {

@@ -8,6 +8,7 @@
 
 #include "awq/chain.h"
 #include "awq/feedback.h"
+#include "awq/kv_fold.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
 #include "awq/moments.h"
@@ -79,6 +80,18 @@ static err_code pick_loss(search *s, err *e)
     return OK;
 }
 
+/* "best" does it unasked: it costs next to nothing. */
+static err_code pick_fold(search *s, err *e)
+{
+    const bool by_gram = s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE;
+    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries : s->o->kv_fold > 0;
+    if (!s->q.kv_fold) return OK;
+    if (!s->method->folds)
+        return err_set(e, E_USAGE, "folds of k and v: method '%s' takes no factors",
+                       s->method->name);
+    return by_gram ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
+}
+
 static err_code check_groups(const search *s, err *e)
 {
     tensor_role roles[PLAN_LINEARS];
@@ -112,8 +125,9 @@ static err_code open_inputs(search *s, err *e)
         TRY(calib_check_model(s->calib, s->m, weights_digest(s->src), e));
     }
     TRY(pick_loss(s, e));
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"}", (int)s->q.group,
-             loss_name(s->q.loss));
+    TRY(pick_fold(s, e));
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s}", (int)s->q.group,
+             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "");
     return OK;
 }
 
@@ -176,6 +190,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "hidden states and forward pass",
                         layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
         memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (s.q.kv_fold) memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
         if (s.method->carries)
             memory_plan_add(p, "rounded inputs",
                             chain_bytes(s.m, (int64_t)per_pass * c->seqlen, c->seqlen) +
@@ -237,6 +252,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
         TRY(weights_check_layer(s->src, layer, NULL, NULL, e));
     }
     TRY(plan_alloc(s, &plan, e));
+    if (s->q.kv_fold) TRY(kv_fold_factors(&b, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
     if (!s->chain) TRY(block_losses(&b, &plan, e));
     if (s->chain && layer + 1 < s->m->layers) TRY(chain_advance(s->chain, p, e));

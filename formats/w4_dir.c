@@ -480,10 +480,20 @@ static err_code add_skipped(const w4_dir_writer *w, cJSON *list, err *e)
     return OK;
 }
 
+static bool all_dense(const w4_dir_writer *w)
+{
+    tensor_role roles[7];
+    const int n = model_block_linears(w->t.m, roles);
+    bool all = true;
+    for (int i = 0; i < n; i++) all = all && (w->o.dense_roles >> roles[i] & 1u);
+    return all;
+}
+
 /* quant_method, version, bits, group_size, zero_point as AutoAWQ and LMDeploy write them. */
 static err_code add_quantization(const w4_dir_writer *w, cJSON *config, err *e)
 {
     cJSON_DeleteItemFromObjectCaseSensitive(config, "quantization_config");
+    if (all_dense(w)) return OK; /* a 16-bit model */
     cJSON *q = cJSON_AddObjectToObject(config, "quantization_config");
     if (!q || !cJSON_AddStringToObject(q, "quant_method", "awq") ||
         !cJSON_AddStringToObject(q, "version", "gemm") || !cJSON_AddNumberToObject(q, "bits", 4) ||

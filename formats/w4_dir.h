@@ -12,7 +12,8 @@ typedef struct w4_dir_writer w4_dir_writer;
 
 typedef struct {
     int32_t group;        /* of every W4 linear; must divide their inputs (E_SHAPE) */
-    uint32_t dense_roles; /* bit r: role r stays f16, named in modules_to_not_convert */
+    uint32_t dense_roles; /* bit r: role r stays f16, named in modules_to_not_convert; all linears:
+                             the directory is a 16-bit model */
     int64_t shard_bytes;  /* 0: 4 GB (10^9); a tensor is never cut */
     bool clamp_f16;       /* beyond f16: +-65504 with a warning; else E_INPUT naming them */
     bool force;           /* replace what is at the output path */

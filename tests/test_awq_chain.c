@@ -7,6 +7,7 @@
 
 #include "awq/correct.h"
 #include "awq/feedback.h"
+#include "awq/kv_fold.h"
 #include "awq/pack.h"
 #include "awq/range.h"
 #include "formats/weights_mem.h"
@@ -48,8 +49,10 @@ static kept inputs(weight_src *src, tensor_role role)
     return s;
 }
 
-/* The model with v and o of layer 0 moved a little. */
-static weight_src *moved_model(weight_src *src)
+typedef void (*change_fn)(const model_desc *m, tensor_role r, int32_t layer, tensor *w);
+
+/* The model with its linears in f32, each as `change` makes it. */
+static weight_src *changed_model(weight_src *src, change_fn change)
 {
     const model_desc *m = weights_desc(src);
     weights_mem *w = NULL;
@@ -60,7 +63,6 @@ static weight_src *moved_model(weight_src *src)
         for (tensor_role r = 0; r < ROLE_COUNT; r++) {
             linear_view v;
             tensor t;
-            uint32_t seed = 7 + r;
             if (!weights_has(src, r, l, -1)) continue;
             if (l < 0 || r == ROLE_ATTN_NORM || r == ROLE_FFN_NORM) {
                 MUST(weights_tensor(src, r, l, &t, &e));
@@ -68,18 +70,25 @@ static weight_src *moved_model(weight_src *src)
                 continue;
             }
             MUST(weights_linear(src, r, l, -1, &v, &e));
-            const bool move = l == 0 && (r == ROLE_V || r == ROLE_O);
             t = tensor_2d(malloc((size_t)tensor_count(&v.dense) * 4), DT_F32, v.dense.shape[0],
                           v.dense.shape[1]);
             tensor_convert(&t, &v.dense);
-            for (int64_t i = 0; move && i < tensor_count(&t); i++)
-                ((float *)t.data)[i] += (float)(0.1 * next_value(&seed));
+            change(m, r, l, &t);
             v.dense = t;
             MUST(weights_mem_linear(w, r, l, &v, &e));
             free(t.data);
         }
     MUST(weights_mem_source(&out, &w, &e));
     return out;
+}
+
+/* v and o of layer 0 move a little. */
+static void move(const model_desc *m, tensor_role r, int32_t layer, tensor *w)
+{
+    uint32_t seed = 7 + r;
+    (void)m;
+    for (int64_t i = 0; layer == 0 && (r == ROLE_V || r == ROLE_O) && i < tensor_count(w); i++)
+        ((float *)w->data)[i] += (float)(0.1 * next_value(&seed));
 }
 
 typedef struct {
@@ -114,7 +123,7 @@ static void open_two(two *t, model_desc m)
     *t = (two){.o = {.group = 32, .loss = LOSS_GRAM}};
     MUST(tiny_open(&t->src, &o, &e));
     t->m = weights_desc(t->src);
-    t->other = moved_model(t->src);
+    t->other = changed_model(t->src, move);
     MUST(layer_walk_open(&t->walk, dev, t->src, &tokens, &e));
     MUST(chain_open(&t->chain, dev, t->walk, t->m, &held_out, &e));
     ck_assert(chain_holds_out(t->chain));
@@ -154,7 +163,7 @@ static double *residuals(two *t, const kept *a, const kept *b)
     MUST(weights_linear(t->other, ROLE_O, 0, -1, &w, &e));
     tensor f = tensor_2d(malloc((size_t)(hidden * a->k) * 4), DT_F32, hidden, a->k);
     tensor_convert(&f, &v.dense);
-    const float *x = f.data, *y = w.dense.data; /* moved_model keeps f32 */
+    const float *x = f.data, *y = w.dense.data; /* f32 */
     for (int64_t i = 0; i < ROWS; i++)
         for (int64_t n = 0; n < hidden; n++)
             for (int64_t k = 0; k < a->k; k++)
@@ -219,7 +228,7 @@ END_TEST
 
 /* ---- corrected weights ---- */
 
-static const correct_opts half = {.ridge = 1e-6, .resid = 0.5};
+static const correct_opts halfway = {.ridge = 1e-6, .resid = 0.5};
 
 static err_code given_rows(void *ctx, int64_t from, int64_t n, tensor *x, err *e)
 {
@@ -234,7 +243,7 @@ static double loss_of(two *t, tensor_role r, const chain_moments *m, tensor *w)
 {
     double loss;
     err e;
-    MUST(correct_loss(&t->b, r, m, &half, given_rows, w, &loss, &e));
+    MUST(correct_loss(&t->b, r, m, &halfway, given_rows, w, &loss, &e));
     return loss;
 }
 
@@ -286,8 +295,8 @@ START_TEST(correction)
     solved = set[0];
     solved.cross.data = memcpy(malloc(bytes), set[0].cross.data, bytes);
     solved.resid.data = memcpy(malloc(more), set[0].resid.data, more);
-    MUST(correct_solve(&t.b, ROLE_DOWN, &solved, chain_scratch(t.chain), &half, &e));
-    MUST(correct_weights(&t.b, ROLE_DOWN, &solved, &half, &best, &e));
+    MUST(correct_solve(&t.b, ROLE_DOWN, &solved, chain_scratch(t.chain), &halfway, &e));
+    MUST(correct_weights(&t.b, ROLE_DOWN, &solved, &halfway, &best, &e));
     const double least = plain_loss(&best, &was, &x, &y, r);
     ck_assert_msg(least < 0.6 * plain_loss(&was, &was, &x, &y, r), "%g of %g", least,
                   plain_loss(&was, &was, &x, &y, r));
@@ -407,6 +416,141 @@ START_TEST(sweeps_and_scales)
 }
 END_TEST
 
+/* ---- folds for the cache ---- */
+
+/* Channel 3 of every value head and pair 2 of every key head are large. */
+static void outliers(const model_desc *m, tensor_role r, int32_t layer, tensor *w)
+{
+    (void)layer;
+    for (int64_t i = 0; i < tensor_count(w); i++) {
+        const int64_t dim = i / w->shape[1] % m->head_dim, half = m->rope_dims / 2;
+        if ((r == ROLE_V && dim == 3) || (r == ROLE_K && (dim == 2 || dim == 2 + half)))
+            ((float *)w->data)[i] *= 20;
+    }
+}
+
+/* One token's values of a head through 4 bits under the factors s: what o makes of the errors. */
+static double value_error(const double *v, const float *s, const float *o, int64_t stride,
+                          int64_t hidden, int64_t hd)
+{
+    double lo = INFINITY, hi = -INFINITY, sum = 0, miss[512];
+    for (int64_t i = 0; i < hd; i++) {
+        lo = fmin(lo, v[i] / s[i]);
+        hi = fmax(hi, v[i] / s[i]);
+    }
+    const double step = (hi - lo) / 15;
+    for (int64_t i = 0; i < hd; i++)
+        miss[i] = (rint((v[i] / s[i] - lo) / step) * step + lo) * s[i] - v[i];
+    for (int64_t n = 0; n < hidden; n++) {
+        double y = 0;
+        for (int64_t i = 0; i < hd; i++) y += o[n * stride + i] * miss[i];
+        sum += y * y;
+    }
+    return sum;
+}
+
+START_TEST(folds_for_the_cache)
+{
+    two t;
+    block_plan p;
+    fold f;
+    linear_view v, o;
+    double before = 0, after = 0, value[512];
+    err e;
+    open_two(&t, small(tiny_llama()));
+    const int64_t hd = t.m->head_dim, share = t.m->heads / t.m->kv_heads, half = hd / 2;
+    weight_src *plain = t.src;
+    t.src = changed_model(plain, outliers);
+    layer_walk_close(&t.walk);
+    const tensor tokens = tensor_2d(ids, DT_I32, WINDOWS, SEQLEN);
+    MUST(layer_walk_open(&t.walk, dev, t.src, &tokens, &e));
+    MUST(layer_walk_bind(t.walk, 0, &e));
+    t.b.src = t.src;
+    t.b.walk = t.walk;
+    p = plan_shape(t.m, 32);
+    MUST(kv_fold_factors(&t.b, &p, &e));
+    MUST(fold_init(&f, t.m, &p, &e)); /* pairs are equal, or it says so */
+    fold_free(&f);
+    const float *k = plan_find_fold(&p, ROLE_K)->s.data, *s = plan_find_fold(&p, ROLE_V)->s.data;
+    kept x = inputs(t.src, ROLE_QKV);
+    MUST(weights_linear(t.src, ROLE_V, 0, -1, &v, &e));
+    MUST(weights_linear(t.src, ROLE_O, 0, -1, &o, &e));
+    for (int64_t h = 0; h < t.m->kv_heads; h++) {
+        double logs = 0, ones = 0;
+        float one[512];
+        for (int64_t i = 0; i < hd; i++) {
+            one[i] = 1;
+            ones += log(k[h * hd + i]);
+            logs += log(s[h * hd + i]);
+            ck_assert(k[h * hd + i] <= k[h * hd + 2] && s[h * hd + i] <= s[h * hd + 3]);
+        }
+        ck_assert(fabs(logs) < 1e-4 && fabs(ones) < 1e-4 && s[h * hd + 3] > 2 &&
+                  k[h * hd + 2] > 2 && k[h * hd + 2] == k[h * hd + 2 + half]);
+        for (int64_t r = 0; r < x.n; r += 5)
+            for (int64_t q = 0; q < share; q++) {
+                for (int64_t i = 0; i < hd; i++) {
+                    value[i] = 0;
+                    for (int64_t c = 0; c < x.k; c++)
+                        value[i] += ((float *)v.dense.data)[(h * hd + i) * x.k + c] *
+                                    x.x[r * x.k + c];
+                }
+                const float *at = (float *)o.dense.data + (h * share + q) * hd;
+                before += value_error(value, one, at, o.dense.shape[1], t.m->hidden, hd);
+                after += value_error(value, s + h * hd, at, o.dense.shape[1], t.m->hidden, hd);
+            }
+    }
+    ck_assert_msg(after < 0.5 * before, "%g of %g", after, before);
+    free(x.x);
+    weights_close(&t.src);
+    t.src = plain;
+    close_two(&t);
+}
+END_TEST
+
+/* A directory of 16-bit weights with a plan's factors is the same function. */
+START_TEST(folded_alone)
+{
+    const pack_opts po = {
+        .model_dir = model_dir, .plan_path = plan_path, .out_dir = awq_dir, .dense = true};
+    const model_desc forms[] = {tiny_llama(), tiny_internlm2(), tiny_qwen2()};
+    search_summary s;
+    pack_summary ps;
+    weight_src *src = NULL, *made = NULL;
+    err e;
+    make_model(small(forms[_i]));
+    search_opts o = options("awq", NULL);
+    o.kv_fold = 1;
+    MUST(search_run(&s, dev, &o, NULL, &e));
+    MUST(pack_run(&ps, dev, &po, NULL, &e));
+    MUST(weights_open(&src, model_dir, &e));
+    MUST(weights_open(&made, awq_dir, &e));
+    ck_assert(weights_kind(made) == SRC_HF);
+    const int32_t vocab = weights_desc(src)->vocab;
+    const size_t n = SEQLEN * (size_t)vocab;
+    double *a = malloc(n * sizeof *a), *b = malloc(n * sizeof *b), most = 0, size = 0;
+    tiny_forward(a, src, ids, SEQLEN, NULL, NULL);
+    tiny_forward(b, made, ids, SEQLEN, NULL, NULL);
+    for (size_t i = 0; i < n; i++) {
+        most = fmax(most, fabs(a[i] - b[i]));
+        size = fmax(size, fabs(a[i]));
+    }
+    ck_assert_msg(most > 0 && most < 0.01 * size, "%g of %g", most, size);
+    free(a);
+    free(b);
+    weights_close(&made);
+    weights_close(&src);
+    MUST(pack_run(&ps, dev, &po, NULL, &e));
+    ck_assert(ps.fresh);
+    o = options("gptq", NULL);
+    o.kv_fold = 1;
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
+    ck_assert_msg(strstr(e.msg, "'gptq' takes no factors") != NULL, "%s", e.msg);
+    o = options("awq", "blocks");
+    o.kv_fold = 1;
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
+}
+END_TEST
+
 /* ---- what it brings ---- */
 
 /* Mean squared error of the 4-bit directory's logits over the windows. */
@@ -464,6 +608,8 @@ int main(void)
     tcase_add_test(t, correction);
     tcase_add_test(t, ranges_by_ends);
     tcase_add_test(t, sweeps_and_scales);
+    tcase_add_test(t, folds_for_the_cache);
+    tcase_add_loop_test(t, folded_alone, 0, 3);
     tcase_add_loop_test(t, carried_is_better, 0, 3);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);

@@ -6,7 +6,7 @@
 #include "tools/tool.h"
 
 static struct {
-    const char *calib, *method, *loss, *out;
+    const char *calib, *method, *loss, *kv_fold, *out;
     int64_t group, bits, gram_bytes;
     bool search_scale;
 } opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
@@ -21,6 +21,10 @@ static const cli_option options[] = {
      "what errors count by: gram (all of H), blocks (its diagonal blocks), module, weights [by "
      "method]",
      .choices = "gram|blocks|module|weights"},
+    {"kv-fold", 0, CLI_CHOICE, &opt.kv_fold, "HOW",
+     "factors of keys and values that make a 4-bit cache lose least, folded into q and o [yes with "
+     "best]",
+     .choices = "yes|no"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
@@ -36,6 +40,7 @@ static search_opts search_options(const tool_ctx *t)
                          .out_path = opt.out,
                          .method = opt.search_scale || !opt.method ? "awq" : opt.method,
                          .loss = opt.loss,
+                         .kv_fold = !opt.kv_fold ? -1 : opt.kv_fold[0] == 'y',
                          .group = (int32_t)opt.group,
                          .gram_bytes = opt.gram_bytes,
                          .save_s = 20,

@@ -1,5 +1,6 @@
 /* pack-w4: a model and its plan in, a Hugging Face AWQ directory out. */
 #include <stdio.h>
+#include <string.h>
 
 #include "awq/pack.h"
 #include "tools/memory_text.h"
@@ -7,9 +8,9 @@
 
 static struct {
     const char *plan, *out, *compare;
-    int64_t shard_bytes;
+    int64_t shard_bytes, bits;
     bool clamp;
-} opt;
+} opt = {.bits = 4};
 
 static const cli_option options[] = {
     {"plan", 0, CLI_STR, &opt.plan, "FILE", "what awq-search wrote for this model"},
@@ -17,6 +18,8 @@ static const cli_option options[] = {
     {"compare-tensor", 0, CLI_STR, &opt.compare, "NAME",
      "make one tensor of AWQ_DIR again and compare its bytes"},
     {"max-shard-size", 0, CLI_BYTES, &opt.shard_bytes, "BYTES", "largest weight file [4 GB]"},
+    {"w-bits", 0, CLI_I64, &opt.bits, "N",
+     "4, or 16: a 16-bit model with the plan's factors folded in [4]", .lo = 1, .hi = 16},
     {"clamp", 0, CLI_FLAG, &opt.clamp, NULL,
      "values beyond f16 become its largest instead of an error"},
 };
@@ -24,6 +27,10 @@ static const cli_option options[] = {
 static err_code check_options(err *e)
 {
     if (!opt.plan) return err_set(e, E_USAGE, "--plan: expected a plan file");
+    if (opt.bits != 4 && opt.bits != 16)
+        return err_set(e, E_USAGE, "--w-bits: expected 4 or 16, got %d", (int)opt.bits);
+    if (opt.bits == 16 && opt.compare)
+        return err_set(e, E_USAGE, "--compare-tensor: expected 4-bit weights, got --w-bits 16");
     if (!opt.out) return err_set(e, E_USAGE, "--output: expected a directory name");
     return OK;
 }
@@ -46,8 +53,13 @@ static err_code pack(const tool_ctx *t, device *d, const pack_opts *o, err *e)
     pack_summary s;
     char text[64], size[32];
     TRY(pack_run(&s, d, o, &t->job, e));
-    snprintf(text, sizeof text, "%d tensors, %s, group %d", (int)s.tensors,
-             tool_bytes_text(size, sizeof size, s.bytes), (int)s.group);
+    snprintf(text, sizeof text, "%d tensors, %s, ", (int)s.tensors,
+             tool_bytes_text(size, sizeof size, s.bytes));
+    const size_t used = strlen(text);
+    if (o->dense)
+        snprintf(text + used, sizeof text - used, "16 bits");
+    else
+        snprintf(text + used, sizeof text - used, "group %d", (int)s.group);
     if (s.fresh)
         job_log(&t->job, LOG_INFO, "'%s' is up to date: %s", o->out_dir, text);
     else
@@ -64,7 +76,8 @@ static err_code compare(const tool_ctx *t, device *d, const pack_opts *o, err *e
 
 static err_code run(tool_ctx *t, err *e)
 {
-    const pack_opts o = {t->args[0], opt.plan, opt.out, opt.shard_bytes, opt.clamp, t->force};
+    const pack_opts o = {t->args[0], opt.plan, opt.out,       opt.shard_bytes,
+                         opt.clamp,  t->force, opt.bits == 16};
     memory_plan plan;
     device *d = NULL;
     err_code rc;

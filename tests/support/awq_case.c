@@ -60,6 +60,7 @@ search_opts options(const char *method, const char *loss)
                          .out_path = plan_path,
                          .method = method,
                          .loss = loss,
+                         .kv_fold = -1,
                          .group = 32,
                          .gram_bytes = (int64_t)1 << 30,
                          .force = true};

@@ -1,0 +1,321 @@
+/* Folding for the cache. Exponents were searched on two models: powers of the channels' rms
+ * alone beat those that also divide by the rms of q, and moving single channels on top gained
+ * nothing. */
+#include "awq/kv_fold.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "base/mem.h"
+#include "runtime/layer_walk.h"
+
+#define SAMPLES 2048  /* tokens */
+#define POINTS  5     /* exponents 0, 1/4 .. 1 */
+#define LEVELS  15.f  /* of 4 bits */
+#define FLOOR   1e-3f /* of the largest rms: channels that never fire */
+
+typedef struct {
+    const quant_block *b;
+    const model_desc *m;
+    int64_t hidden, hd, cols, n, cap; /* cols: of q, k and v; n of cap samples taken */
+    int64_t seen, stride;             /* rows seen; one in `stride` is taken */
+    float *x;                         /* [cap,hidden] normed input */
+    float *qkv;                       /* [cap,cols] */
+    int32_t *pos;                     /* [cap] */
+    float *head;                      /* [cap,hd] one head, then its errors */
+    float *metric;                    /* [hd,hd] */
+    float *w;                         /* [hidden,heads*hd] o */
+    double *rms, *cost;               /* [hd], [cap] */
+    float *inv_freq, mscale;          /* [rope_dims/2] */
+    arena mem;
+} kv_job;
+
+/* ---- memory ---- */
+
+static int64_t width(const model_desc *m)
+{
+    return (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
+}
+
+typedef struct {
+    void **out;
+    int64_t count;
+    size_t size;
+} kv_part;
+
+static int parts_of(kv_job *j, const model_desc *m, kv_part p[9])
+{
+    const int64_t hd = m->head_dim;
+    int n = 0;
+    p[n++] = (kv_part){(void **)&j->x, SAMPLES * (m->hidden > hd ? m->hidden : hd), sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->qkv, SAMPLES * width(m), sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->pos, SAMPLES, sizeof(int32_t)};
+    p[n++] = (kv_part){(void **)&j->head, SAMPLES * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->metric, hd * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->w, m->hidden * (int64_t)m->heads * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->rms, hd, sizeof(double)};
+    p[n++] = (kv_part){(void **)&j->cost, SAMPLES, sizeof(double)};
+    p[n++] = (kv_part){(void **)&j->inv_freq, hd, sizeof(float)};
+    return n;
+}
+
+size_t kv_fold_bytes(const model_desc *m)
+{
+    kv_job j;
+    kv_part p[9];
+    size_t sum = 0;
+    const int n = parts_of(&j, m, p);
+    for (int i = 0; i < n; i++) sum += arena_need((size_t)p[i].count * p[i].size);
+    return sum;
+}
+
+static err_code room(kv_job *j, err *e)
+{
+    kv_part p[9];
+    const int n = parts_of(j, j->m, p);
+    TRY(arena_init(&j->mem, kv_fold_bytes(j->m), "keys and values", e));
+    for (int i = 0; i < n; i++)
+        TRY(arena_get(&j->mem, p[i].out, (size_t)p[i].count * p[i].size, e));
+    return OK;
+}
+
+/* ---- sampled tokens ---- */
+
+static err_code sample_tap(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    kv_job *j = ctx;
+    const int64_t seqlen = layer_walk_states(j->b->walk).shape[0] / layer_walk_windows(j->b->walk);
+    (void)layer;
+    if (role != ROLE_QKV) return OK;
+    for (int64_t i = 0; i < x->shape[0]; i++, j->seen++) {
+        if (j->seen % j->stride || j->n == j->cap) continue;
+        memcpy(j->x + j->n * j->hidden, (const float *)x->data + i * x->stride[0],
+               (size_t)j->hidden * sizeof(float));
+        j->pos[j->n++] = (int32_t)(j->seen % seqlen);
+    }
+    return err_set(e, E_CANCELED, "sampled"); /* nothing behind is needed */
+}
+
+static err_code sample(kv_job *j, err *e)
+{
+    layer_walk *w = j->b->walk;
+    const block *b = layer_walk_block(w);
+    const int32_t windows = layer_walk_windows(w), step = layer_walk_windows_per_pass(w);
+    j->cap = SAMPLES;
+    j->stride = (layer_walk_states(w).shape[0] + SAMPLES - 1) / SAMPLES;
+    j->stride += j->stride > 1 && j->stride % 2 == 0; /* odd: all positions take part */
+    for (int32_t at = 0; at < windows; at += step)
+        TRY(layer_walk_pass(w, b, at, windows - at < step ? windows - at : step, sample_tap, j,
+                            NULL, e));
+    const tensor x = tensor_2d(j->x, DT_F32, j->n, j->hidden),
+                 all = tensor_2d(j->qkv, DT_F32, j->n, j->cols);
+    int64_t at = 0;
+    for (int i = 0; i < b->n_qkv; i++) {
+        const bound_linear *l = &b->qkv[i];
+        tensor y = tensor_cols(&all, at, l->n);
+        TRY(op_gemm(j->b->d, &y, &x, &l->dense, l->bias.data ? &l->bias : NULL, false, e));
+        at += l->n;
+    }
+    return OK;
+}
+
+/* First column of head h of q (in its KV head's order), k or v among j->cols. */
+static int64_t column(const kv_job *j, tensor_role part, int32_t h)
+{
+    const int32_t share = j->m->heads / j->m->kv_heads;
+    if (j->m->qkv == QKV_GROUPED) {
+        const int64_t group = part == ROLE_Q ? h / share : h,
+                      in = part == ROLE_Q ? h % share : share + (part == ROLE_V);
+        return (group * (share + 2) + in) * j->hd;
+    }
+    const int64_t before = part == ROLE_Q   ? 0
+                           : part == ROLE_K ? j->m->heads
+                                            : j->m->heads + j->m->kv_heads;
+    return (before + h) * j->hd;
+}
+
+/* The two dims that turn together; b < 0: dim a is not turned. */
+static void pair_of(const model_desc *m, int64_t i, int64_t *a, int64_t *b)
+{
+    const int64_t half = m->rope_dims / 2;
+    *a = m->rope_interleaved ? 2 * i : i;
+    *b = m->rope_interleaved ? 2 * i + 1 : i + half;
+}
+
+/* Head `h` of a part into j->head, turned to its position unless it is v's. */
+static void take_head(kv_job *j, tensor_role part, int32_t h)
+{
+    const int64_t at = column(j, part, h), half = j->m->rope_dims / 2;
+    for (int64_t t = 0; t < j->n; t++) {
+        float *to = j->head + t * j->hd;
+        memcpy(to, j->qkv + t * j->cols + at, (size_t)j->hd * sizeof *to);
+        for (int64_t i = 0; i < half && part != ROLE_V; i++) {
+            const double angle = (double)j->pos[t] * j->inv_freq[i];
+            const float c = (float)cos(angle) * j->mscale, s = (float)sin(angle) * j->mscale;
+            int64_t a, b;
+            pair_of(j->m, i, &a, &b);
+            const float x = to[a], y = to[b];
+            to[a] = x * c - y * s;
+            to[b] = y * c + x * s;
+        }
+    }
+}
+
+/* ---- one head ---- */
+
+static void measure_rms(kv_job *j, bool pairs)
+{
+    double most = 0;
+    for (int64_t i = 0; i < j->hd; i++) {
+        double sum = 0;
+        for (int64_t t = 0; t < j->n; t++) sum += pow(j->head[t * j->hd + i], 2);
+        j->rms[i] = sqrt(sum / (double)j->n);
+    }
+    for (int64_t i = 0; pairs && i < j->m->rope_dims / 2; i++) {
+        int64_t a, b;
+        pair_of(j->m, i, &a, &b);
+        j->rms[a] = j->rms[b] = sqrt((j->rms[a] * j->rms[a] + j->rms[b] * j->rms[b]) / 2);
+    }
+    for (int64_t i = 0; i < j->hd; i++) most = fmax(most, j->rms[i]);
+    for (int64_t i = 0; i < j->hd; i++) j->rms[i] = most > 0 ? fmax(j->rms[i], FLOOR * most) : 1;
+}
+
+/* rms^a with a geometric mean of 1. */
+static void factors_of(const kv_job *j, double a, float *s)
+{
+    double mean = 0;
+    for (int64_t i = 0; i < j->hd; i++) mean += a * log(j->rms[i]) / (double)j->hd;
+    for (int64_t i = 0; i < j->hd; i++) s[i] = (float)exp(a * log(j->rms[i]) - mean);
+}
+
+typedef struct {
+    const kv_job *j;
+    const float *s;
+    float *out; /* [n,hd] */
+} error_job;
+
+/* What the cache's rule (kernels/ops.h) makes of head / s, times s, less the head. */
+static void token_error(void *ctx, int64_t t, int worker)
+{
+    const error_job *c = ctx;
+    const int64_t hd = c->j->hd;
+    const float *x = c->j->head + t * hd;
+    float *y = c->out + t * hd, lo = x[0] / c->s[0], hi = lo;
+    (void)worker;
+    for (int64_t i = 0; i < hd; i++) {
+        y[i] = x[i] / c->s[i];
+        lo = fminf(lo, y[i]);
+        hi = fmaxf(hi, y[i]);
+    }
+    const float zero = f16_to_f32(f32_to_f16(lo)),
+                step = f16_to_f32(f32_to_f16((hi - lo) / LEVELS));
+    for (int64_t i = 0; i < hd; i++) {
+        const float q = step > 0 ? fminf(fmaxf(nearbyintf((y[i] - zero) / step), 0.f), LEVELS) : 0;
+        y[i] = (q * step + zero) * c->s[i] - x[i];
+    }
+}
+
+static err_code best_factors(kv_job *j, float *s, err *e)
+{
+    float *errors = j->x; /* no longer needed */
+    double least = INFINITY;
+    int best = 0;
+    const tensor metric = tensor_2d(j->metric, DT_F32, j->hd, j->hd),
+                 rows = tensor_2d(errors, DT_F32, j->n, j->hd);
+    tensor cost = tensor_1d(j->cost, DT_F64, j->n);
+    for (int p = 0; p < POINTS; p++) {
+        error_job c = {j, s, errors};
+        double sum = 0;
+        factors_of(j, (double)p / (POINTS - 1), s);
+        pool_run(dev_pool(j->b->d), token_error, &c, j->n);
+        TRY(op_quad(j->b->d, &cost, &rows, &metric, e));
+        for (int64_t t = 0; t < j->n; t++) sum += j->cost[t];
+        if (sum < least) {
+            least = sum;
+            best = p;
+        }
+    }
+    factors_of(j, (double)best / (POINTS - 1), s);
+    return OK;
+}
+
+/* ---- what errors count by ---- */
+
+static err_code add_gram(kv_job *j, const float *rows, int64_t n, int64_t stride, err *e)
+{
+    tensor h = tensor_2d(j->metric, DT_F32, j->hd, j->hd),
+           x = tensor_2d((float *)(uintptr_t)rows, DT_F32, n, j->hd);
+    x.stride[0] = stride;
+    return op_gram(j->b->d, &h, &x, e);
+}
+
+static err_code finish_gram(kv_job *j, err *e)
+{
+    tensor h = tensor_2d(j->metric, DT_F32, j->hd, j->hd);
+    return op_gram_finish(j->b->d, &h, e);
+}
+
+static void clear_gram(kv_job *j) { memset(j->metric, 0, (size_t)(j->hd * j->hd) * sizeof(float)); }
+
+/* Errors of k reach the scores through q, of all heads that read it. */
+static err_code k_head(kv_job *j, int32_t h, float *s, err *e)
+{
+    const int32_t share = j->m->heads / j->m->kv_heads;
+    clear_gram(j);
+    for (int32_t i = 0; i < share; i++) {
+        take_head(j, ROLE_Q, h * share + i);
+        TRY(add_gram(j, j->head, j->n, j->hd, e));
+    }
+    TRY(finish_gram(j, e));
+    take_head(j, ROLE_K, h);
+    measure_rms(j, true);
+    return best_factors(j, s, e);
+}
+
+/* Errors of v reach the residual stream through o's columns. */
+static err_code v_head(kv_job *j, int32_t h, float *s, err *e)
+{
+    const int32_t share = j->m->heads / j->m->kv_heads;
+    const int64_t k = j->m->heads * j->hd;
+    clear_gram(j);
+    for (int32_t i = 0; i < share; i++)
+        TRY(add_gram(j, j->w + (h * share + i) * j->hd, j->hidden, k, e));
+    TRY(finish_gram(j, e));
+    take_head(j, ROLE_V, h);
+    measure_rms(j, false);
+    return best_factors(j, s, e);
+}
+
+static err_code all_heads(kv_job *j, block_plan *out, err *e)
+{
+    const bool keys = !j->m->qk_norm;
+    linear_view o;
+    float *k = NULL, *v;
+    tensor w = {.data = j->w};
+    TRY(weights_linear(j->b->src, ROLE_O, j->b->layer, -1, &o, e));
+    TRY(fold_rows(&w, &o.dense, NULL, 0, j->hidden, j->b->layer, ROLE_O, e));
+    TRY(plan_factors(j->b, out, ROLE_V, &v, e));
+    if (keys) TRY(plan_factors(j->b, out, ROLE_K, &k, e));
+    model_inv_freq(j->m, j->m->max_tokens, j->inv_freq, &j->mscale);
+    for (int32_t h = 0; h < j->m->kv_heads; h++) {
+        TRY(job_check(j->b->j, e));
+        if (keys) TRY(k_head(j, h, k + h * j->hd, e));
+        TRY(v_head(j, h, v + h * j->hd, e));
+    }
+    return OK;
+}
+
+err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e)
+{
+    kv_job j = {
+        .b = b, .m = b->m, .hidden = b->m->hidden, .hd = b->m->head_dim, .cols = width(b->m)};
+    if (!b->walk || dev_mem(b->d) != MEM_HOST)
+        return err_set(e, E_UNSUPPORTED, "layer %d: folds of k and v need --loss gram on the CPU",
+                       (int)b->layer);
+    err_code rc = room(&j, e);
+    if (rc == OK) rc = sample(&j, e);
+    if (rc == OK) rc = all_heads(&j, out, e);
+    arena_free(&j.mem);
+    return rc;
+}
