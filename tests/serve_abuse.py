@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What breaks servers, done to tm-run serve: slow, broken, vanishing and too many clients.
 
-serve_abuse.py TM_RUN MODEL [--full] [--only=NAME]: without --full the short form, as CI runs it.
+serve_abuse.py TM_RUN MODEL [--full] [--sanitized] [--only=NAME]: without --full the short form, as CI runs it;
+--sanitized for a build that keeps freed memory: its size is not looked at.
 """
 import json
 import os
@@ -19,6 +20,7 @@ from serve_lib import Failed, Server, check, expect, read_answer, run, tool_and_
 TOOL, MODEL = tool_and_model()
 CLIENT = os.environ.get("TM_RUN_CLIENT", TOOL)
 FULL = "--full" in sys.argv
+SANITIZED = "--sanitized" in sys.argv
 CHAT = "/v1/chat/completions"
 ASK = {"model": "demo", "messages": [{"role": "user", "content": "What is 17 + 25?"}], "temperature": 0}
 
@@ -251,7 +253,7 @@ def test_disconnects():
         drift = (last - first) / first
         print(f"     {total} clients went away: RSS {first >> 20} to {last >> 20} MiB ({100 * drift:+.1f} %), "
               f"{server.metric('requests_cancelled_total'):.0f} cancelled")
-        check("memory stays", drift < 0.02, drift)
+        check("memory stays", SANITIZED or drift < 0.02, drift)
         check("they were noticed", server.metric("requests_cancelled_total") > total * 0.3)
         healthy(server)
     finally:
@@ -306,7 +308,7 @@ def test_overload():
                 break
         check("refusals under 50 ms", over["refused_ms"]["p99"] < 50, over["refused_ms"])
         check("throughput", share >= 0.9, share)
-        check("memory flat", drift < 0.05, (before, after))
+        check("memory flat", SANITIZED or drift < 0.05, (before, after))
         healthy(server)
     finally:
         expect("exit code", server.stop(), 0)

@@ -64,15 +64,15 @@ static const char *talk(int fd, const char *request)
 
 START_TEST(test_loading)
 {
-    static const char chat[] = "POST /v1/chat/completions" HEAD
-                               "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+    static const char ask[] = "POST /v1/chat/completions" HEAD
+                              "Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
     const server_opts o = options();
     server *s;
     err e;
     lines = 0;
     ck_assert_msg(server_open(&s, &o, NULL, &e) == OK, "%s", e.msg);
     server_loading(s, 40);
-    const char *a = talk(connect_tcp(s), chat);
+    const char *a = talk(connect_tcp(s), ask);
     ck_assert_ptr_nonnull(strstr(a, "HTTP/1.1 503"));
     ck_assert_ptr_nonnull(strstr(a, "Retry-After: "));
     ck_assert_ptr_nonnull(strstr(a, "service_unavailable"));

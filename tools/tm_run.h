@@ -10,7 +10,7 @@
 #include "tools/tool.h"
 
 extern const tool_command tm_run_chat, tm_run_generate, tm_run_ppl, tm_run_bench, tm_run_tasks,
-    tm_run_score, tm_run_tokenize, tm_run_info, tm_run_client, tm_run_bench_serve;
+    tm_run_score, tm_run_tokenize, tm_run_info, tm_run_client, tm_run_bench_serve, tm_run_serve;
 
 /* ---- model options ---- */
 typedef struct {
