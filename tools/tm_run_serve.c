@@ -246,6 +246,7 @@ static err_code start_engine(backend *b, server *s, const tool_ctx *t, err *e)
     const server_model m = {.g = b->g,
                             .t = b->r.t,
                             .c = b->c,
+                            .meta_instruction = opt.template.meta,
                             .stop_ids = b->stops,
                             .n_stop_ids = run_stop_ids(b->stops, &b->r, b->c),
                             .session_len = model_session_len(b->r.m),

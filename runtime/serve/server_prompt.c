@@ -34,10 +34,11 @@ static bool new_prompts(call *c, token_list **prompts, int32_t n)
 
 /* ---- chat ---- */
 
-static chat_request chat_of(const api_request *q)
+static chat_request chat_of(const call *c, const api_request *q)
 {
     return (chat_request){.messages = q->messages,
                           .n = q->n_messages,
+                          .meta_instruction = c->s->m.meta_instruction,
                           .tools = q->choice == API_TOOLS_NONE ? NULL : q->tools,
                           .kwargs = q->kwargs,
                           .now = (int64_t)time(NULL),
@@ -54,7 +55,7 @@ void server_chat(call *c)
         api_request_free(&q);
         return;
     }
-    const chat_request r = chat_of(&q);
+    const chat_request r = chat_of(c, &q);
     if (chat_encode_request(c->s->m.c, &r, prompts, &e) != OK) {
         (void)fail(c, &e, "messages");
         free_prompts(prompts, 1);
@@ -153,7 +154,7 @@ static void answer_idle(call *c)
 static err_code next_turn(const call *c, const api_request *q, session *s, token_list *ids, err *e)
 {
     const token_list *held = session_ids(s);
-    const chat_request r = chat_of(q);
+    const chat_request r = chat_of(c, q);
     token_list next = {0};
     int drop = 0;
     if (held->n == 0) return chat_encode_request(c->s->m.c, &r, ids, e);

@@ -285,6 +285,7 @@ static err_code render(const call *c, const api_request *q, out_buf *o, err *e)
 {
     const chat_request r = {.messages = q->messages,
                             .n = q->n_messages,
+                            .meta_instruction = c->s->m.meta_instruction,
                             .tools = q->tools,
                             .kwargs = q->kwargs,
                             .now = (int64_t)time(NULL),
