@@ -14,7 +14,7 @@
 
 #define JINJA_MAX_TEMPLATE ((size_t)1 << 20)
 #define JINJA_MAX_NODES    100000
-#define JINJA_MAX_DEPTH    64      /* nested blocks, expressions, calls */
+#define JINJA_MAX_DEPTH    100     /* nested blocks and expressions; values in values */
 #define JINJA_MAX_STEPS    4000000 /* nodes evaluated by one rendering, items copied */
 #define JINJA_MAX_MEMORY   ((size_t)256 << 20)
 #define JINJA_MAX_OUTPUT   ((size_t)64 << 20)
