@@ -119,7 +119,7 @@ static double window_sum(const float *nll, int32_t n)
     return sum;
 }
 
-static err_code ppl_check(const model *m, int64_t n, const ppl_opts *o, int64_t *windows, err *e)
+err_code ppl_windows(int64_t *windows, const model *m, int64_t n, const ppl_opts *o, err *e)
 {
     if (o->window < 2)
         return err_set(e, E_USAGE, "window: expected 2 or more tokens, got %d", o->window);
@@ -142,7 +142,7 @@ err_code ppl_run(ppl_result *r, model *m, const int32_t *ids, int64_t n, const p
     double sum = 0, squares = 0;
     err_code rc = OK;
     memset(r, 0, sizeof *r);
-    TRY(ppl_check(m, n, o, &windows, e));
+    TRY(ppl_windows(&windows, m, n, o, e));
     const int32_t slots = model_plan_of(m)->max_seqs, losses = o->window - 1;
     const double begin = clock_s();
     TRY(work_make(&w, slots, o->window, e));

@@ -30,6 +30,8 @@ typedef struct {
 } ppl_result;
 /* Sequences that one pass of max_rows rows can hold: open the model with that many slots. */
 int32_t ppl_seqs(int32_t window, int32_t max_rows);
+/* How many of n ids' windows ppl_run would run. E_INPUT when there is not one whole window. */
+err_code ppl_windows(int64_t *windows, const model *m, int64_t n, const ppl_opts *o, err *e);
 /* E_INPUT when there is not one whole window. Uses every slot and ends them. */
 err_code ppl_run(ppl_result *r, model *m, const int32_t *ids, int64_t n, const ppl_opts *o,
                  const job *j, err *e);

@@ -7,6 +7,7 @@
 #include "runtime/generate.h"
 #include "runtime/model.h"
 #include "runtime/sampler.h"
+#include "runtime/score.h"
 #include "tools/tool.h"
 
 extern const tool_command tm_run_chat, tm_run_generate, tm_run_ppl, tm_run_bench, tm_run_tasks,
@@ -116,6 +117,11 @@ err_code run_open(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e);
 err_code run_model(run_ctx *r, const tool_ctx *t, const run_model_opts *o, int64_t session,
                    int32_t seqs, err *e);
 void run_close(run_ctx *r);
+
+/* ---- ppl --compare ---- */
+/* Both models over the same windows, the one at `path` with the same options; prints the result. */
+err_code run_compare(run_ctx *r, const tool_ctx *t, const char *path, const run_model_opts *mo,
+                     const token_list *ids, const ppl_opts *o, err *e);
 
 /* ---- texts ---- */
 /* "1,2,3" appended. E_USAGE naming `option` and the place. */

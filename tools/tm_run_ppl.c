@@ -6,7 +6,7 @@
 
 static struct {
     cli_list data;
-    const char *dataset;
+    const char *dataset, *compare;
     run_chat_opts chat;
     int64_t window, windows;
     run_model_opts model;
@@ -21,6 +21,8 @@ static const cli_option options[] = {
      "tokens of a window [the smaller of 2048 and the model's context]", .lo = 2, .hi = 1 << 24},
     {"windows", 0, CLI_I64, &opt.windows, "N", "how many from the start [0: all]", .lo = 0,
      .hi = 1e9},
+    {"compare", 0, CLI_STR, &opt.compare, "PATH2",
+     "another model of the same tokens: paired differences from it, KL divergence, best ids"},
     RUN_CHAT_OPTIONS(opt.chat),
     RUN_MODEL_OPTIONS(opt.model),
 };
@@ -58,12 +60,16 @@ static err_code measure(run_ctx *r, const tool_ctx *t, err *e)
     const int32_t context = weights_desc(r->src)->max_tokens;
     if (!opt.window) opt.window = context < 2048 ? context : 2048;
     const ppl_opts o = {(int32_t)opt.window, opt.windows};
-    const int32_t rows = 512, seqs = ppl_seqs(o.window, rows);
+    const int32_t seqs = ppl_seqs(o.window, 512);
     err_code rc = run_model(r, t, &opt.model, opt.window - 1, seqs, e);
     if (rc == OK && r->m) {
         rc = run_data_ids(&ids, r, &opt.data, opt.dataset, &opt.chat, t, e);
-        if (rc == OK) rc = ppl_run(&result, r->m, ids.ids, ids.n, &o, &t->job, e);
-        if (rc == OK) rc = report(t, r, &result, e);
+        if (rc == OK && opt.compare) {
+            rc = run_compare(r, t, opt.compare, &opt.model, &ids, &o, e);
+        } else if (rc == OK) {
+            rc = ppl_run(&result, r->m, ids.ids, ids.n, &o, &t->job, e);
+            if (rc == OK) rc = report(t, r, &result, e);
+        }
     }
     token_list_free(&ids);
     return rc;
@@ -85,7 +91,8 @@ const tool_command tm_run_ppl = {
     .summary = "measures perplexity over windows that do not overlap",
     .examples =
         "  tm-run ppl model --data wiki.test.txt --window 1024 --json\n"
-        "  tm-run ppl workspace --data wiki.test.txt --window 1024 --windows 20 --quant-policy 4\n",
+        "  tm-run ppl workspace --data wiki.test.txt --window 1024 --windows 20 --quant-policy 4\n"
+        "  tm-run ppl model-w4 --compare model --data wiki.test.txt --window 1024\n",
     .options = options,
     .n_options = sizeof options / sizeof *options,
     .shared = TOOL_DEVICE | TOOL_JSON | TOOL_DRY_RUN,

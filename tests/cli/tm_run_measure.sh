@@ -15,6 +15,11 @@ for bits in 8 4; do
     out_json 'd["kv_bits"] == '$bits' and d["nll"] != json.load(open("batched"))["nll"]'
     out_json 'abs(d["nll"] - json.load(open("batched"))["nll"]) < 0.05'
 done
+check 'ppl beside another model' 0 tm-run ppl "$demo" --compare "$demo" --data some.jsonl --window 256 --windows 2 --json
+out_json 'd["kl"] == 0 and d["nll_difference"] == 0 and d["top1_agreement"] == 1 and d["ppl"] == d["reference_ppl"]'
+check 'for people' 0 tm-run ppl "$demo" --compare "$demo" --data some.jsonl --window 256 --windows 2
+out_has '^nll \+0.000000 \+- 0.000000, KL divergence 0.000000 \+- 0.000000 nats, best id the same 100.00 %$'
+check 'beside nothing' 6 tm-run ppl "$demo" --compare nowhere --data some.jsonl --window 256
 check 'ppl of a compressed file' 0 bash -c "gzip -c some.jsonl >some.jsonl.gz &&
     tm-run ppl '$demo' --data some.jsonl.gz --window 256 --windows 6 --json"
 out_json 'd["nll"] == json.load(open("batched"))["nll"]'
