@@ -165,6 +165,10 @@ def test_host_and_origin():
     check("no CORS", "access-control-allow-origin" not in same.headers, same.headers)
     there = strict.get("/v1/models", {**KEYED, "Origin": "https://page.example"})
     expect("allowed", there.headers.get("access-control-allow-origin"), "https://page.example")
+    asked = strict.ask("OPTIONS", CHAT, None, {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"})
+    expect("asked before", (asked.status, asked.headers.get("access-control-allow-origin")), (204, "https://page.example"))
+    expect("from elsewhere", strict.ask("OPTIONS", CHAT, None, {
+        "Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}).status, 403)
     check("no credentials", "access-control-allow-credentials" not in there.headers, there.headers)
 
 

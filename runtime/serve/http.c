@@ -20,7 +20,7 @@
 
 #define HTTP_CONN_BYTES \
     ((size_t)256 << 10) /* the library's buffer of a connection, lazily touched */
-#define HTTP_STACK_BYTES ((size_t)1 << 20)
+#define HTTP_STACK_BYTES ((size_t)2 << 20)
 #define HTTP_BACKLOG     1024
 #define HTTP_LINGER_MS \
     1000 /* what comes behind a refusal is read so long, or the peer never sees it */
@@ -87,12 +87,6 @@ const char *http_query(const http_request *r, const char *name)
                                       &n) != MHD_YES)
         return NULL;
     return value ? value : "";
-}
-
-bool http_gone(const http_request *r)
-{
-    struct pollfd p = {.fd = r->fd, .events = POLLRDHUP};
-    return poll(&p, 1, 0) > 0 && (p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL));
 }
 
 void http_reply_field(http_reply *r, const char *name, const char *value)

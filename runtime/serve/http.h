@@ -29,8 +29,6 @@ const char *http_header(const http_request *r, const char *name);
 int http_header_count(const http_request *r, const char *name);
 /* The value of ?name=, "" without one, NULL when it is not there. */
 const char *http_query(const http_request *r, const char *name);
-/* Its client has gone: nobody reads the answer. */
-bool http_gone(const http_request *r);
 
 typedef struct {
     int status;

@@ -218,6 +218,12 @@ static void allow_field(call *c)
     http_reply_field(c->a, "Allow", list);
 }
 
+static bool is_preflight(const call *c, bool path_known)
+{
+    return path_known && c->s->o.n_origins && strcmp(c->r->method, "OPTIONS") == 0 &&
+           http_header(c->r, "Access-Control-Request-Method");
+}
+
 static bool preflight(call *c)
 {
     c->a->status = 204;
@@ -232,8 +238,6 @@ static bool check_route(call *c, bool path_known)
 {
     char text[160];
     if (c->route) return true;
-    if (path_known && strcmp(c->r->method, "OPTIONS") == 0 && c->s->o.n_origins)
-        return preflight(c);
     if (path_known) {
         (void)refuse(c, API_METHOD, "this path does not take that method");
         allow_field(c);
@@ -318,15 +322,15 @@ static bool on_head(void *ud, http_request *r, http_reply *a)
     }
     common_fields(c);
     c->route = find_route(r->method, r->path, &path_known);
-    return check_framing(c) && check_peer(c) && check_key(c) && check_route(c, path_known) &&
-           check_body(c);
+    if (!check_framing(c) || !check_peer(c)) return false;
+    if (is_preflight(c, path_known)) return preflight(c); /* browsers send no key with it */
+    return check_key(c) && check_route(c, path_known) && check_body(c);
 }
 
 static bool check_model(call *c)
 {
     server *s = c->s;
     char text[64];
-    err e;
     if (c->route->no_model) return true;
     if (!atomic_load(&s->ready)) {
         (void)snprintf(text, sizeof text, "the model is being loaded: %d %%",
@@ -334,7 +338,13 @@ static bool check_model(call *c)
         metrics_rejected(s->counts, "loading");
         return refuse(c, API_UNAVAILABLE, text);
     }
-    if (!c->route->door) return true;
+    return !c->route->door || server_door(c);
+}
+
+bool server_door(call *c)
+{
+    server *s = c->s;
+    err e;
     if (atomic_load(&s->draining)) {
         metrics_rejected(s->counts, "draining");
         c->a->close = true;

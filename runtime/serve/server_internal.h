@@ -85,6 +85,8 @@ typedef struct call {
 void server_fail(call *c, const api_fault *f);
 /* The whole answer is in c->a->body: its status and type. */
 void server_json(call *c, int status);
+/* One place at the door, unless the server is going or the engine has failed; false: answered. */
+bool server_door(call *c);
 /* Takes n more places at the door; false: there is no room, and a 429 was answered. */
 bool server_enter(call *c, int32_t n);
 /* Parses the body; false: answered. */

@@ -199,6 +199,10 @@ void server_interactive(call *c)
         api_request_free(&q);
         return;
     }
+    if (!server_door(c)) { /* only now: a cancel must pass when the queue is full */
+        api_request_free(&q);
+        return;
+    }
     if (session_take(&s, c->s->sessions, c->salt, q.session_id, &e) != OK) {
         api_fault f;
         (void)api_fail(&f, API_CONFLICT, "session_id", "%s", e.msg);
