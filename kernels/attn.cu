@@ -1,7 +1,13 @@
 /* The attention op: decode rows go to the split-KV kernel, longer ones to the flash kernel. */
+#include <string.h>
+
 #include "kernels/attn_decode.cuh"
 #include "kernels/attn_prefill.cuh"
 #include "kernels/device_cuda.cuh"
+
+/* Beyond so much cache a layer, attention is faster as a kernel of its own than inside a decode
+ * pass (docs/perf.md). */
+#define PASS_BYTES ((int64_t)48 << 20)
 
 static bool fast_dim(int d) { return d == 64 || d == 96 || d == 128 || d == 256; }
 
@@ -28,8 +34,11 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
 {
     const cuda_state *s = cuda_of(d);
     const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
-    attn_decode_call c = {};
-    if (rope) c.rope = *rope, c.fused = true;
+    const int64_t row_bytes = (int64_t)kv->kv_heads * kv->head_dim * 2 * bits / 8;
+    attn_decode_call c;
+    bool taken = false;
+    memset(&c, 0, sizeof c); /* padding too: calls are compared */
+    if (rope) memcpy(&c.rope, rope, sizeof c.rope), c.fused = true;
     void *work;
     c.q = (const __half *)q->data, c.y = (__half *)y->data;
     c.data = (const uint8_t *)kv->data, c.param = (const __half2 *)kv->param;
@@ -39,13 +48,21 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
     c.q_row = q->stride[0], c.q_head = q->stride[1], c.q_sub = q->stride[2], c.y_row = y->stride[0];
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
     c.block_tokens = kv->block_tokens, c.window = window, c.scale = scale;
-    c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv, bits, s->sms);
+    const bool pass = cuda_pass_open(d) && c.seqs == 1 && row_bytes * rows->max_kv <= PASS_BYTES;
+    c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv,
+                                  s->sms * (pass         ? 1
+                                            : bits == 16 ? 2
+                                                         : 3),
+                                  pass ? 384 : 128);
     if ((int64_t)c.seqs * c.kv_heads * ((c.group + 7) / 8) > CUDA_COUNTERS) c.splits = 1;
     const size_t planes = cuda_planes_bytes(y->shape[1]) + 128; /* at the other end */
     const size_t bytes = attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim,
                                                 c.splits);
     TRY(dev_scratch(d, &work, bytes + planes, "attn", e));
     c.work = (float *)work;
+    if (pass) TRY(cuda_pass_attn(d, &c, kv->head_dim, bits, &taken, e));
+    if (taken) return OK;
+    TRY(cuda_pass_stop(d, e));
     if (kv->head_dim == 128) c.planes = cuda_planes_want(d, y->shape[0], y->shape[1]);
     TRY(cuda_launched(d, "attn: decode",
                       attn_decode(&c, kv->head_dim, bits, s->stream, s->sm >= 90), e));
@@ -71,6 +88,7 @@ err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
     c.q_row = q->stride[0], c.q_head = q->stride[1], c.q_sub = q->stride[2], c.y_row = y->stride[0];
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
     c.block_tokens = kv->block_tokens, c.window = window, c.max_q = rows->max_q, c.scale = scale;
+    TRY(cuda_pass_flush(d, e));
     const cudaError_t rc = fast ? attn_prefill(&c, kv->head_dim, bits, s->stream, s->sm >= 90)
                                 : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream,
                                              s->sm >= 90);

@@ -6,7 +6,7 @@
 #include "kernels/gemm_w4.cuh"
 #include "kernels/kv_append.cuh"
 
-typedef struct {
+typedef struct attn_decode_call {
     const __half *q;       /* row s: [kv_heads, group, D] at q + s*q_row + h*q_head + r*q_sub */
     __half *y;             /* [seqs, kv_heads*group, D], row stride y_row */
     const uint8_t *data;   /* [blocks][kv_heads][K,V][block_tokens][token bytes] */
@@ -25,8 +25,9 @@ typedef struct {
 } attn_decode_call;
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits);
-/* How many parts to cut the longest context into so that every multiprocessor has work. */
-int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int bits, int sms);
+/* How many parts to cut the longest context into, where `slots` parts run at once; a part
+ * has `least` tokens or more. */
+int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int slots, int least);
 #define ATTN_MAX_SPLITS 64
 #define ATTN_MAX_WAVES \
     8 /* more than one split only while splits fill at most so many waves of blocks */

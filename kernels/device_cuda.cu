@@ -35,6 +35,7 @@ static void cuda_release(device *d, void *p)
 static err_code cuda_copy(device *d, tensor *dst, const tensor *src, err *e)
 {
     if (!tensor_count(dst)) return OK;
+    TRY(cuda_pass_flush(d, e));
     state(d)->planes.x = NULL;
     CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault,
                              state(d)->stream),
@@ -99,6 +100,7 @@ static void cuda_close(device *d)
         cudaFree(s->counters);
         cudaFree(d->shared_scratch);
         if (s->stream) cudaStreamDestroy(s->stream);
+        mem_free(s->pass);
     }
     mem_free(s);
     pool_close(&d->workers);
@@ -108,6 +110,7 @@ static void cuda_close(device *d)
 static err_code cuda_record_begin(device *d, err *e)
 {
     CUDA_TRY(cudaStreamBeginCapture(state(d)->stream, cudaStreamCaptureModeThreadLocal), e);
+    cuda_pass_begin(d);
     return OK;
 }
 
@@ -115,9 +118,15 @@ static err_code cuda_record_end(device *d, void **graph, err *e)
 {
     cudaGraph_t g = NULL;
     cudaGraphExec_t x = NULL;
-    CUDA_TRY(cudaStreamEndCapture(state(d)->stream, &g), e);
-    const cudaError_t rc = cudaGraphInstantiate(&x, g, 0);
-    cudaGraphDestroy(g);
+    const err_code flushed = cuda_pass_flush(d, e);
+    cuda_pass_end(d);
+    cudaError_t rc = cudaStreamEndCapture(state(d)->stream, &g);
+    if (flushed != OK) {
+        if (g) cudaGraphDestroy(g);
+        return flushed;
+    }
+    if (rc == cudaSuccess) rc = cudaGraphInstantiate(&x, g, 0);
+    if (g) cudaGraphDestroy(g);
     CUDA_TRY(rc, e);
     *graph = x;
     return OK;
@@ -143,8 +152,8 @@ static const dev_backend cuda_backend = {
 static err_code open_handles(device *d, cuda_state *s, err *e)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
-    CUDA_TRY(cudaMalloc((void **)&s->counters, CUDA_COUNTERS * sizeof(int32_t)), e);
-    CUDA_TRY(cudaMemsetAsync(s->counters, 0, CUDA_COUNTERS * sizeof(int32_t), s->stream), e);
+    CUDA_TRY(cudaMalloc((void **)&s->counters, (CUDA_COUNTERS + 4) * sizeof(int32_t)), e);
+    CUDA_TRY(cudaMemsetAsync(s->counters, 0, (CUDA_COUNTERS + 4) * sizeof(int32_t), s->stream), e);
     if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS ||
         cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
         return err_set(e, E_DEVICE, "%s: cublasCreate failed", d->name);
@@ -185,6 +194,7 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     s->sms = p.multiProcessorCount;
     s->last_op = "open";
     TRY(open_handles(d, s, e));
+    TRY(cuda_pass_make(d, e));
     ops_init_cuda(&d->ops, sm);
     return OK;
 }

@@ -23,11 +23,15 @@ typedef struct {
     int group;
 } cuda_planes;
 
+/* Work of a decode pass that is being recorded and not launched yet: device_cuda_pass.cu. */
+typedef struct cuda_pass cuda_pass;
+
 typedef struct {
     cudaStream_t stream;
     cublasHandle_t blas;
     void *blas_work;
-    int32_t *counters;   /* [CUDA_COUNTERS] zero between ops */
+    int32_t *counters;   /* [CUDA_COUNTERS], then 4 of the decode pass: zero between ops */
+    cuda_pass *pass;     /* NULL below sm_90 */
     const char *last_op; /* for errors that surface later */
     int w4_group;        /* of the weight uploaded last: what producers make planes for; 0 none */
     cuda_planes planes;
@@ -55,6 +59,22 @@ static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, e
     return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
 }
 
+/* Launches what is gathered; before anything else is queued. */
+err_code cuda_pass_flush(device *d, err *e);
+err_code cuda_pass_make(device *d, err *e);
+/* Launches what is gathered and gathers no more: a pass with attention between its products
+ * would be two kernels a layer, slower than one for each op. */
+err_code cuda_pass_stop(device *d, err *e);
+void cuda_pass_begin(device *d);
+bool cuda_pass_open(const device *d);
+void cuda_pass_end(device *d); /* drops what was not launched */
+/* *taken: the op is part of the pass; else the caller launches it. */
+err_code cuda_pass_product(device *d, const w4_tiles *w, const w4_one_call *c, bool *taken, err *e);
+
+struct attn_decode_call;
+err_code cuda_pass_attn(device *d, const struct attn_decode_call *c, int head_dim, int bits,
+                        bool *taken, err *e);
+
 /* Launches with programmatic dependency: the kernel calls pdl_wait before it reads what earlier
  * ones wrote. */
 template <typename... P, typename... A>
@@ -63,6 +83,7 @@ static inline err_code cuda_launch(device *d, const char *op, void (*kernel)(P..
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
+    TRY(cuda_pass_flush(d, e));
     cfg.gridDim = grid;
     cfg.blockDim = block;
     cfg.dynamicSmemBytes = smem;

@@ -52,6 +52,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
     if (w->dt != DT_F16) /* dev_upload makes weights f16 */
         return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name,
                        dtype_name(w->dt));
+    TRY(cuda_pass_flush(d, e));
     TRY(cuda_blas(d, "gemm",
                   cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
                                CUDA_R_16F, k, x->data, CUDA_R_16F, (int)x->stride[0], &beta,
@@ -69,6 +70,7 @@ err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
 {
     const float one = 1.f;
     const int k = (int)x->shape[1], m = (int)x->shape[0];
+    TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "gram",
                      cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one,
                                   x->data, CUDA_R_16F, (int)x->stride[0], x->data, CUDA_R_16F,
@@ -87,6 +89,7 @@ err_code gram_finish_cuda(device *d, tensor *h, err *e)
 err_code matmul_cuda(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
 {
     const float one = 1.f, zero = 0.f;
+    TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "matmul",
                      cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
                                  (int)a->shape[0], (int)a->shape[1], &one, (const float *)b->data,

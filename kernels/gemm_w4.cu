@@ -280,6 +280,7 @@ static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
         return err_set(e, E_LIMIT, "gemm_w4: ops_reserve was not told of %d inputs", w->k);
     c->planes = o.planes;
     c->scales = o.scales;
+    TRY(cuda_pass_flush(d, e));
     if (p.x != c->x || p.m != c->m || p.k != w->k || p.ld != c->ldx || p.group != w->group) {
         TRY(cuda_launched(d, "gemm_w4: planes", gemm_w4_planes(w, c, s->stream, s->sm >= 90), e));
         p.x = c->x, p.m = c->m, p.k = w->k, p.ld = c->ldx, p.group = w->group;
@@ -321,6 +322,10 @@ static bool one_row(const device *d, const tensor *x, const w4_weight *w)
 static err_code run_one(device *d, const w4_weight *w, const w4_one_call *c, err *e)
 {
     const w4_tiles t = tiles_of(w);
+    bool taken;
+    TRY(cuda_pass_product(d, &t, c, &taken, e));
+    if (taken) return OK;
+    TRY(cuda_pass_flush(d, e));
     return cuda_launched(d, "gemm_w4: one row",
                          gemm_w4_one(&t, c, cuda_of(d)->sms, cuda_of(d)->stream, true), e);
 }

@@ -63,6 +63,58 @@ typedef struct {
 } w4_planes_out;
 
 #ifdef __CUDACC__
+/* The integer product: codes [16 rows, 32] times planes [32, 8 columns]. */
+__device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+__device__ __forceinline__ float warp_most(float v) /* of values that are not negative */
+{
+#if __CUDA_ARCH__ >= 800
+    return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v)));
+#else
+    for (int i = 16; i; i >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
+    return v;
+#endif
+}
+
+/* Over the lanes of a group of inputs, 4 a lane. */
+__device__ __forceinline__ int group_sum(int v, int group)
+{
+#if __CUDA_ARCH__ >= 800
+    if (group == 128) return __reduce_add_sync(~0u, v);
+#endif
+    for (int i = group / 8; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
+    return v;
+}
+
+/* Four values of each lane, 128 of a warp, as 16-bit fixed point in two planes of bytes. Returns
+ * the scale; *sum: the integers of this lane's group added up. All lanes call. */
+__device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t *hi, uint32_t *lo,
+                                          int *sum)
+{
+    const float top = warp_most(
+        fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3]))));
+    const float inv = top > 0.f ? 32512.f / top : 0.f;
+    *sum = 0;
+    *hi = *lo = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
+        *hi |= (uint32_t)(h & 255) << (8 * i);
+        *lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
+        *sum += q;
+    }
+    *sum = group_sum(*sum, group);
+    return top > 0.f ? top / 32512.f : 0.f;
+}
+
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.
  * All lanes call. planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds
  * column g (token g / 2, high plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k =
@@ -72,20 +124,9 @@ typedef struct {
 __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token,
                                                 const float v[4], int lane)
 {
-    float top = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-#pragma unroll
-    for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-    const float inv = top > 0.f ? 32512.f / top : 0.f;
-    int sum = 0;
-    uint32_t hi = 0, lo = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
-        hi |= (uint32_t)(h & 255) << (8 * i);
-        lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
-        sum += q;
-    }
-    for (int i = o.group / 8; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    uint32_t hi, lo;
+    int sum;
+    const float scale = w4_fixed(v, o.group, &hi, &lo, &sum);
     /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
     const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
     const size_t at = (size_t)(token / W4_CHUNK) * o.units + unit;
@@ -95,7 +136,7 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
     *(uint32_t *)p = hi;
     *(uint32_t *)(p + 64) = lo;
     float *s = o.scales + (at * o.token_tiles * 4 + token) * per;
-    if (lane == 0) s[0] = top > 0.f ? top / 32512.f : 0.f;
+    if (lane == 0) s[0] = scale;
     if (lane % (o.group / 4) == 0) s[1 + lane / (o.group / 4)] = (float)sum;
 }
 #endif

@@ -33,15 +33,6 @@ __global__ void __launch_bounds__(128)
     w4_store_planes(o, unit, token, v, lane);
 }
 
-__device__ __forceinline__ void mma_u8s8(int d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /* Planes and scales of one unit for 4 tokens, as a lane needs them. */
 template <int GROUP> struct unit_x {
     uint4 b[2];

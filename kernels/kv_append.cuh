@@ -34,12 +34,14 @@ __device__ __forceinline__ float rotated(const float *x, int c, const rope_call 
 /* Channel c of a 4-bit row: nibble i of a word is channel 2i, nibble i + 4 channel 2i + 1. */
 __device__ __forceinline__ int channel_of_nibble(int p) { return p < 4 ? 2 * p : 2 * (p - 4) + 1; }
 
-static __device__ void store_vector(const rope_call &r, const float *x, int64_t slot, int lane)
+__device__ __forceinline__ void store_vector(const rope_call &r, const float *x, int64_t slot,
+                                             int lane)
 {
     if (r.bits == 16) {
-        __half *out = (__half *)r.data + slot * r.dim;
-        for (int c = lane; c < r.dim; c += 32)
-            out[c] = __float2half_rn(fminf(fmaxf(x[c], -65504.f), 65504.f));
+        __half2 *out = (__half2 *)((__half *)r.data + slot * r.dim);
+        for (int c = lane; c < r.dim / 2; c += 32)
+            out[c] = __floats2half2_rn(fminf(fmaxf(x[2 * c], -65504.f), 65504.f),
+                                       fminf(fmaxf(x[2 * c + 1], -65504.f), 65504.f));
         return;
     }
     float lo = INFINITY, hi = -INFINITY;

@@ -90,34 +90,36 @@ __global__ void __launch_bounds__(1024)
     norm_units_kernel(__half *y, int64_t ldy, const float *x, int64_t ldx, const void *w, dtype wdt,
                       float eps, int k, w4_planes_out o)
 {
-    __shared__ float part[32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, units = k / 128, row = blockIdx.x;
+    __shared__ float part[32 * NORM_UNITS]; /* by unit: the sum does not depend on the warps */
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5,
+              units = k / 128, row = blockIdx.x;
     float v[NORM_UNITS][4], g[NORM_UNITS][4], sum = 0.f;
     pdl_launch();
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++) /* weights belong to no earlier kernel */
-        if (warp + 32 * i < units) load4(g[i], w, (warp + 32 * i) * 128 + lane * 4, wdt);
+        if (warp + warps * i < units) load4(g[i], w, (warp + warps * i) * 128 + lane * 4, wdt);
     pdl_wait();
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++)
-        if (warp + 32 * i < units)
-            load4(v[i], x + row * ldx, (warp + 32 * i) * 128 + lane * 4, DT_F32);
+        if (warp + warps * i < units)
+            load4(v[i], x + row * ldx, (warp + warps * i) * 128 + lane * 4, DT_F32);
+    for (int i = threadIdx.x; i < 32 * NORM_UNITS; i += blockDim.x)
+        if (i >= units) part[i] = 0.f;
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++) {
-        float s = 0.f;
-        if (warp + 32 * i < units)
-            s = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
+        const int unit = warp + warps * i;
+        if (unit >= units) break;
+        float s = v[i][0] * v[i][0] + v[i][1] * v[i][1] + v[i][2] * v[i][2] + v[i][3] * v[i][3];
         for (int j = 16; j; j >>= 1) s += __shfl_xor_sync(~0u, s, j);
-        sum += s;
+        if (lane == 0) part[unit] = s;
     }
-    if (lane == 0) part[warp] = sum;
     __syncthreads();
-    sum = part[lane];
+    for (int i = 0; i < NORM_UNITS; i++) sum += part[lane + 32 * i];
     for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
     const float inv = rsqrtf(sum / (float)k + eps);
 #pragma unroll
     for (int i = 0; i < NORM_UNITS; i++) {
-        const int unit = warp + 32 * i;
+        const int unit = warp + warps * i;
         if (unit >= units) break;
 #pragma unroll
         for (int j = 0; j < 4; j++) v[i][j] *= inv * g[i][j];
@@ -148,6 +150,30 @@ __global__ void __launch_bounds__(128)
     if (o.planes) w4_store_planes(o, unit, row, v, lane);
 }
 
+/* Many rows: 8 outputs a thread. */
+__global__ void __launch_bounds__(256)
+    glu_wide_kernel(__half *y, int64_t ldy, const __half *gate, int64_t ldg, const __half *up,
+                    int64_t ldu, int n)
+{
+    const int i = (blockIdx.x * 256 + threadIdx.x) * 8;
+    const int64_t row = blockIdx.y;
+    pdl_launch();
+    pdl_wait();
+    if (i >= n) return;
+    const uint4 graw = *(const uint4 *)(gate + row * ldg + i),
+                uraw = *(const uint4 *)(up + row * ldu + i);
+    uint4 out;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const float2 g = __half22float2(((const __half2 *)&graw)[j]),
+                     u = __half22float2(((const __half2 *)&uraw)[j]);
+        const float a = g.x / (1.f + __expf(-g.x)) * u.x, b = g.y / (1.f + __expf(-g.y)) * u.y;
+        ((__half2 *)&out)[j] = __floats2half2_rn(fminf(fmaxf(a, -65504.f), 65504.f),
+                                                 fminf(fmaxf(b, -65504.f), 65504.f));
+    }
+    *(uint4 *)(y + row * ldy + i) = out;
+}
+
 __global__ void add_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt, int64_t ldx,
                            int64_t k)
 {
@@ -170,37 +196,63 @@ __global__ void glu_kernel(__half *y, int64_t ldy, const __half *gate, int64_t l
     store_f(y, row * ldy + i, DT_F16, g / (1.f + __expf(-g)) * u);
 }
 
-__global__ void nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld,
-                           const int32_t *target, int64_t v)
+/* The larger of two logits, ties to the lower id. */
+__device__ __forceinline__ void take_top(float *top, int32_t *id, float o, int32_t oid)
 {
-    __shared__ float tops[THREADS];
-    __shared__ int32_t ids[THREADS];
+    if (o > *top || (o == *top && oid < *id)) *top = o, *id = oid;
+}
+
+#define NLL_THREADS 1024
+__device__ __forceinline__ float nll_sum(float v, float *part)
+{
+    for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
+    __syncthreads();
+    v = part[threadIdx.x & 31];
+    for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
+    return v;
+}
+
+__global__ void __launch_bounds__(NLL_THREADS)
+    nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld, const int32_t *target,
+               int64_t v)
+{
+    __shared__ float tops[32], part[32];
+    __shared__ int32_t ids[32];
+    const int lane = threadIdx.x & 31;
     pdl_launch();
     pdl_wait();
     const float *row = logits + (int64_t)blockIdx.x * ld;
-    float top = -INFINITY;
+    const int64_t v4 = (uintptr_t)row % 16 == 0 ? v / 4 : 0;
+    float top = -INFINITY, sum = 0.f;
     int32_t id = 0;
-    for (int64_t i = threadIdx.x; i < v; i += THREADS)
-        if (row[i] > top) top = row[i], id = (int32_t)i;
-    tops[threadIdx.x] = top;
-    ids[threadIdx.x] = id;
-    __syncthreads();
-    for (int s = THREADS / 2; s; s >>= 1) { /* ties to the lowest id */
-        if (threadIdx.x < s) {
-            const float o = tops[threadIdx.x + s];
-            const int32_t oid = ids[threadIdx.x + s];
-            if (o > tops[threadIdx.x] || (o == tops[threadIdx.x] && oid < ids[threadIdx.x]))
-                tops[threadIdx.x] = o, ids[threadIdx.x] = oid;
-        }
-        __syncthreads();
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < v4; i += NLL_THREADS) {
+        const float4 f = ((const float4 *)row)[i];
+        if (f.x > top) top = f.x, id = (int32_t)(4 * i);
+        if (f.y > top) top = f.y, id = (int32_t)(4 * i) + 1;
+        if (f.z > top) top = f.z, id = (int32_t)(4 * i) + 2;
+        if (f.w > top) top = f.w, id = (int32_t)(4 * i) + 3;
     }
-    top = tops[0];
-    float sum = 0.f;
-    for (int64_t i = threadIdx.x; i < v; i += THREADS) sum += expf(row[i] - top);
-    sum = block_sum(sum);
+    for (int64_t i = 4 * v4 + threadIdx.x; i < v; i += NLL_THREADS)
+        take_top(&top, &id, row[i], (int32_t)i);
+    for (int s = 16; s; s >>= 1)
+        take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
+    if (lane == 0) tops[threadIdx.x >> 5] = top, ids[threadIdx.x >> 5] = id;
+    __syncthreads();
+    top = tops[lane], id = ids[lane];
+    for (int s = 16; s; s >>= 1)
+        take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < v4; i += NLL_THREADS) {
+        const float4 f = ((const float4 *)row)[i];
+        sum += __expf(f.x - top) + __expf(f.y - top) + __expf(f.z - top) + __expf(f.w - top);
+    }
+    for (int64_t i = 4 * v4 + threadIdx.x; i < v; i += NLL_THREADS) sum += __expf(row[i] - top);
+    sum = nll_sum(sum, part);
     if (threadIdx.x == 0) {
         nll[blockIdx.x] = top + logf(sum) - row[target[blockIdx.x]];
-        if (best) best[blockIdx.x] = ids[0];
+        if (best) best[blockIdx.x] = id;
     }
 }
 
@@ -260,9 +312,13 @@ err_code rmsnorm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, fl
     if (x->dt == DT_F32 && y->dt == DT_F16 && k % 128 == 0 && k <= 32 * NORM_UNITS * 128 &&
         aligned4(x->data, x->stride[0], 4) && aligned4(y->data, y->stride[0], 2)) {
         const w4_planes_out o = cuda_planes_want(d, x->shape[0], k);
-        TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]), dim3(1024), 0,
-                        e, (__half *)y->data, y->stride[0], (const float *)x->data, x->stride[0],
-                        (const void *)w->data, w->dt, eps, (int)k, o));
+        /* Few rows: a unit a warp; many: blocks as small as registers allow. */
+        const int units = (int)(k / 128), spread = x->shape[0] > 64 ? NORM_UNITS : 1;
+        const int warps = (units + spread - 1) / spread;
+        TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]),
+                        dim3(32 * (unsigned)(warps < 32 ? warps : 32)), 0, e, (__half *)y->data,
+                        y->stride[0], (const float *)x->data, x->stride[0], (const void *)w->data,
+                        w->dt, eps, (int)k, o));
         cuda_planes_made(d, y, &o);
         return OK;
     }
@@ -278,8 +334,20 @@ err_code add_cuda(device *d, tensor *y, const tensor *x, err *e)
                        x->shape[1]);
 }
 
+static bool aligned8(const tensor *t)
+{
+    return (uintptr_t)t->data % 16 == 0 && t->stride[0] % 8 == 0;
+}
+
 err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, err *e)
 {
+    if (y->shape[0] > W4_FEW_MAX && y->shape[1] % 8 == 0 && aligned8(y) && aligned8(gate) &&
+        aligned8(up))
+        return cuda_launch(d, "glu", glu_wide_kernel,
+                           dim3((unsigned)((y->shape[1] + 2047) / 2048), (unsigned)y->shape[0]),
+                           dim3(256), 0, e, (__half *)y->data, y->stride[0],
+                           (const __half *)gate->data, gate->stride[0], (const __half *)up->data,
+                           up->stride[0], (int)y->shape[1]);
     if (y->shape[1] % 128 == 0 && aligned4(y->data, y->stride[0], 2) &&
         aligned4(gate->data, gate->stride[0], 2) && aligned4(up->data, up->stride[0], 2)) {
         const int units = (int)(y->shape[1] / 128);
@@ -300,8 +368,8 @@ err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, er
 err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
                   const tensor *target, err *e)
 {
-    return cuda_launch(d, "nll", nll_kernel, dim3((unsigned)logits->shape[0]), dim3(THREADS), 0, e,
-                       (float *)nll->data, argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
+    return cuda_launch(d, "nll", nll_kernel, dim3((unsigned)logits->shape[0]), dim3(NLL_THREADS), 0,
+                       e, (float *)nll->data, argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
                        (const float *)logits->data, logits->stride[0],
                        (const int32_t *)target->data, logits->shape[1]);
 }

@@ -390,6 +390,166 @@ START_TEST(attention)
 }
 END_TEST
 
+/* ---- a recorded pass ---- */
+
+enum { LAYERS = 2, HIDDEN = 512, FFN = 1408 };
+
+/* A small model's blocks: q|k|v, o, gate|up and down of each layer, one row of activations. */
+typedef struct {
+    attn_shape a;
+    side side[LAYERS];
+    w4_weight w[LAYERS][4];
+    dev_buf wb[LAYERS][4], xb, nb, narrow, wide, ab;
+    tensor x, norm;
+    float *start;
+} stack;
+
+static void stack_open(stack *s, const attn_shape *a)
+{
+    const int64_t q = (int64_t)a->heads * a->dim, kv = (int64_t)a->kv_heads * a->dim;
+    const int64_t k[4] = {HIDDEN, q, HIDDEN, FFN}, n[4] = {q + 2 * kv, HIDDEN, FFN, HIDDEN};
+    memset(s, 0, sizeof *s);
+    s->a = *a;
+    for (int l = 0; l < LAYERS; l++) {
+        side_open(&s->side[l], gpu, a);
+        for (int i = 0; i < 4; i++) {
+            const int parts = i == 2 ? 2 : 1;
+            void *mem[2];
+            w4_weight w[2];
+            const w4_weight *list[2] = {&w[0], &w[1]};
+            for (int p = 0; p < parts; p++) w[p] = make_w4(&mem[p], k[i], n[i], 128);
+            OK_(w4_upload(gpu, &s->wb[l][i], &s->w[l][i], list, parts, e));
+            for (int p = 0; p < parts; p++) mem_free(mem[p]);
+        }
+    }
+    s->start = values(HIDDEN, 1);
+    s->x = upload(&s->xb, DT_F32, 1, HIDDEN, 0, s->start);
+    float *g = values(HIDDEN, 1);
+    s->norm = upload(&s->nb, DT_F16, 1, HIDDEN, 0, g);
+    s->norm = tensor_1d(s->norm.data, DT_F16, HIDDEN);
+    s->norm.mem = dev_mem(gpu);
+    mem_free(g);
+    OK_(dev_alloc(&s->narrow, gpu, 65536, "test", e));
+    OK_(dev_alloc(&s->wide, gpu, 65536, "test", e));
+    OK_(dev_alloc(&s->ab, gpu, 65536, "test", e));
+}
+
+static void stack_close(stack *s)
+{
+    for (int l = 0; l < LAYERS; l++) {
+        side_close(&s->side[l]);
+        for (int i = 0; i < 4; i++) dev_free(&s->wb[l][i]);
+    }
+    dev_buf *b[] = {&s->xb, &s->nb, &s->narrow, &s->wide, &s->ab};
+    for (int i = 0; i < 5; i++) dev_free(b[i]);
+    mem_free(s->start);
+}
+
+static tensor row_of(const dev_buf *b, int64_t n)
+{
+    tensor t = tensor_2d(b->data, DT_F16, 1, n);
+    t.mem = dev_mem(gpu);
+    return t;
+}
+
+static void stack_run(stack *s, const batch_rows *rows)
+{
+    const int64_t q = (int64_t)s->a.heads * s->a.dim, kv = (int64_t)s->a.kv_heads * s->a.dim;
+    for (int l = 0; l < LAYERS; l++) {
+        tensor h = row_of(&s->narrow, HIDDEN), qkv = row_of(&s->wide, q + 2 * kv),
+               y = row_of(&s->ab, q), both = row_of(&s->wide, 2 * FFN);
+        tensor gate = tensor_cols(&both, 0, FFN);
+        OK_(op_norm_gemm_w4(gpu, &qkv, &h, &s->x, &s->norm, 1e-5f, &s->w[l][0], false, e));
+        attend(&s->side[l], &s->a, &qkv, &y, rows);
+        OK_(op_gemm_w4(gpu, &s->x, &y, &s->w[l][1], true, e));
+        OK_(op_norm_gemm_w4(gpu, &both, &h, &s->x, &s->norm, 1e-5f, &s->w[l][2], true, e));
+        OK_(op_gemm_w4(gpu, &s->x, &gate, &s->w[l][3], true, e));
+    }
+}
+
+static void stack_restart(stack *s)
+{
+    const tensor host = tensor_2d(s->start, DT_F32, 1, HIDDEN);
+    OK_(dev_copy(gpu, &s->x, &host, e));
+    OK_(dev_sync(gpu, e));
+}
+
+static void stack_case(const attn_shape *a, int32_t held, double tol)
+{
+    stack s;
+    dev_graph *work;
+    char what[96];
+    const int32_t from[SEQS] = {held, 0}, n[SEQS] = {1, 1}, none[SEQS] = {0, 0};
+    snprintf(what, sizeof what, "recorded pass, %d/%d heads of %d, %d bit, %d held", a->heads,
+             a->kv_heads, a->dim, (int)a->format, held);
+    stack_open(&s, a);
+    for (int l = 0; l < LAYERS; l++) {
+        side c;
+        const int32_t filled[SEQS] = {held, 1};
+        side_open(&c, cpu, a);
+        attn_step(&c, &s.side[l], a, none, filled);
+        side_close(&c);
+    }
+    batch_rows rows = {0};
+    for (int l = LAYERS - 1; l >= 0; l--) rows = make_rows(&s.side[l], from, n);
+    rows.seqs = 1, rows.pos.shape[0] = rows.kv_len.shape[0] = rows.block_table.shape[0] = 1;
+    rows.seq_start.shape[0] = 2;
+    stack_run(&s, &rows);
+    float *want = download(&s.x, what);
+    ck_assert_msg(want[1] != s.start[1], "%s: the stream did not change", what);
+    stack_restart(&s);
+    OK_(dev_record_begin(gpu, e));
+    stack_run(&s, &rows);
+    OK_(dev_record_end(gpu, &work, e));
+    float *first = NULL;
+    for (int i = 0; i < 3; i++) {
+        stack_restart(&s);
+        OK_(dev_graph_run(work, e));
+        float *got = download(&s.x, what);
+        near(got, want, HIDDEN, tol, what);
+        for (int j = 0; first && j < HIDDEN; j++)
+            ck_assert_msg(got[j] == first[j], "%s: runs differ at %d", what, j);
+        if (first)
+            mem_free(got);
+        else
+            first = got;
+    }
+    dev_graph_free(&work);
+    mem_free(first), mem_free(want);
+    stack_close(&s);
+}
+
+/* What is recorded as one kernel is what its ops are one by one. */
+START_TEST(recorded_pass)
+{
+    static const attn_shape shapes[] = {{4, 4, 128, 64, 0, KV_16, true},
+                                        {8, 2, 64, 64, 0, KV_16, false},
+                                        {18, 2, 64, 32, 50, KV_16, true},
+                                        {4, 2, 96, 64, 0, KV_16, false}};
+    static const kv_format formats[] = {KV_16, KV_8, KV_4};
+    if (!gpu) return;
+    limits(1024, 2048, 4096);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        for (int f = 0; f < 3; f++) {
+            attn_shape a = shapes[i];
+            a.format = formats[f];
+            stack_case(&a, 1, 1e-3);
+            stack_case(&a, 130, 1e-3);
+            stack_case(&a, 350, 1e-3);
+        }
+    }
+}
+END_TEST
+
+/* CK_RUN_CASE picks one. */
+static void add_case(Suite *s, const char *name, const TTest *test)
+{
+    TCase *t = tcase_create(name);
+    tcase_set_timeout(t, 300);
+    tcase_add_test(t, test);
+    suite_add_tcase(s, t);
+}
+
 int main(void)
 {
     err e;
@@ -403,12 +563,10 @@ int main(void)
     const op_limits lim = {1024, 2048, 4096, 32, 256, 1024, SEQS};
     if (ops_reserve(cpu, &lim, &e) != OK) return 1;
     Suite *s = suite_create("cuda");
-    TCase *t = tcase_create("ops");
-    tcase_set_timeout(t, 300);
-    tcase_add_test(t, w4_products);
-    tcase_add_test(t, norm_w4_glu);
-    tcase_add_test(t, attention);
-    suite_add_tcase(s, t);
+    add_case(s, "w4", w4_products);
+    add_case(s, "norm", norm_w4_glu);
+    add_case(s, "attention", attention);
+    add_case(s, "pass", recorded_pass);
     SRunner *r = srunner_create(s);
     srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
     srunner_run_all(r, CK_NORMAL);

@@ -1,0 +1,42 @@
+/* A whole decode pass of one sequence as one kernel: products of one row and decode attention in
+ * turn. One block a multiprocessor walks the steps; a counter in memory holds the blocks together
+ * between steps, while the stream of weights runs on into the steps to come, because weights depend
+ * on nothing. Private to kernels/. */
+#ifndef TMF_KERNELS_DECODE_PASS_CUH
+#define TMF_KERNELS_DECODE_PASS_CUH
+
+#include "kernels/attn_decode.cuh"
+#include "kernels/gemm_w4.cuh"
+
+#define DECODE_PASS_STEPS 384 /* kernel parameters hold so many */
+#define DECODE_PASS_GROUP 128
+
+typedef struct {
+    const uint8_t *data; /* weights in our tiling; attention: the layer's cache */
+    const void *extra;   /* bias or NULL; attention: the cache's scales and zeros */
+    const void *x;       /* f16 [k], or with `norm` the residual stream f32 [k] */
+    const void *norm;    /* or NULL */
+    void *y;
+    int32_t n, k; /* attention: window in n */
+    float eps;
+    int16_t first; /* tile of block 0: steps begin where the one before ended */
+    uint8_t norm_dt;
+    uint8_t attn : 1, paired : 1, glu : 1, add : 1, wide : 1;
+} decode_step;
+
+typedef struct {
+    attn_decode_call attn; /* of every layer but for its cache and window */
+    int32_t *arrivals;     /* [3], zero before and after */
+    int32_t n, stages, attn_items;
+    decode_step steps[DECODE_PASS_STEPS];
+} decode_pass;
+
+/* Bytes of shared memory that steps need beside the ring of weights. */
+int decode_pass_work_bytes(int units, int head_dim, int group);
+/* Whether a step of so many inputs leaves room for a ring. */
+bool decode_pass_fits(int64_t k);
+/* head_dim 64 or 128 and bits as in attn_decode; work_bytes: the most that any step needs. */
+cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int work_bytes, int sms,
+                            cudaStream_t stream);
+
+#endif

@@ -1,0 +1,138 @@
+/* While a decode pass of one row is recorded, its products and attention are gathered and become
+ * one kernel (decode_pass.cuh) when the recording ends or any other op comes between. */
+#include <string.h>
+
+#include "kernels/decode_pass.cuh"
+#include "kernels/device_cuda.cuh"
+
+struct cuda_pass {
+    decode_pass call;
+    bool open, has_attn;
+    int head_dim, bits, work_bytes, next_tile;
+};
+
+err_code cuda_pass_make(device *d, err *e)
+{
+    void *mem;
+    if (cuda_of(d)->sm != 90) return OK;
+    TRY(mem_alloc(&mem, 1, sizeof(cuda_pass), "decode pass", e));
+    cuda_of(d)->pass = (cuda_pass *)mem;
+    return OK;
+}
+
+void cuda_pass_begin(device *d)
+{
+    if (cuda_of(d)->pass) cuda_of(d)->pass->open = true;
+}
+
+bool cuda_pass_open(const device *d) { return cuda_of(d)->pass && cuda_of(d)->pass->open; }
+
+static void forget(cuda_pass *p)
+{
+    p->call.n = 0;
+    p->call.attn_items = 0;
+    p->has_attn = false;
+    p->head_dim = p->bits = p->work_bytes = p->next_tile = 0;
+}
+
+void cuda_pass_end(device *d)
+{
+    cuda_pass *p = cuda_of(d)->pass;
+    if (!p) return;
+    p->open = false;
+    forget(p);
+}
+
+err_code cuda_pass_flush(device *d, err *e)
+{
+    const cuda_state *s = cuda_of(d);
+    cuda_pass *p = s->pass;
+    if (!p || !p->call.n) return OK;
+    p->call.arrivals = s->counters + CUDA_COUNTERS;
+    const cudaError_t rc = decode_pass_run(&p->call, p->has_attn ? p->head_dim : 64,
+                                           p->has_attn ? p->bits : 16, p->work_bytes, s->sms,
+                                           s->stream);
+    forget(p);
+    return cuda_launched(d, "decode pass", rc, e);
+}
+
+err_code cuda_pass_stop(device *d, err *e)
+{
+    TRY(cuda_pass_flush(d, e));
+    if (cuda_of(d)->pass) cuda_of(d)->pass->open = false;
+    return OK;
+}
+
+/* The next step of the pass, zeroed, or NULL when no pass is recorded. */
+static err_code next_step(device *d, decode_step **out, err *e)
+{
+    cuda_pass *p = cuda_of(d)->pass;
+    *out = NULL;
+    if (!p || !p->open) return OK;
+    if (p->call.n == DECODE_PASS_STEPS) TRY(cuda_pass_flush(d, e));
+    *out = &p->call.steps[p->call.n++];
+    memset(*out, 0, sizeof **out);
+    return OK;
+}
+
+static void need(cuda_pass *p, int units)
+{
+    const int bytes = decode_pass_work_bytes(units, p->has_attn ? p->head_dim : 0,
+                                             p->call.attn.group);
+    if (bytes > p->work_bytes) p->work_bytes = bytes;
+}
+
+err_code cuda_pass_product(device *d, const w4_tiles *w, const w4_one_call *c, bool *taken, err *e)
+{
+    const int sms = cuda_of(d)->sms;
+    decode_step *s;
+    *taken = false;
+    if (w->group != DECODE_PASS_GROUP || !decode_pass_fits(w->k)) return OK;
+    TRY(next_step(d, &s, e));
+    if (!s) return OK;
+    cuda_pass *p = cuda_of(d)->pass;
+    s->data = w->data, s->extra = w->bias;
+    s->x = c->x ? (const void *)c->x : (const void *)c->resid, s->norm = c->x ? NULL : c->norm;
+    s->norm_dt = (uint8_t)c->norm_dt, s->eps = c->eps;
+    s->y = c->y, s->n = w->n, s->k = w->k;
+    s->paired = w->paired, s->glu = c->glu, s->add = c->add, s->wide = c->wide;
+    s->first = (int16_t)p->next_tile;
+    p->next_tile = (p->next_tile + w->tiles) % sms;
+    need(p, w->units);
+    *taken = true;
+    return OK;
+}
+
+/* What all layers have in common. */
+static attn_decode_call common(const attn_decode_call *c)
+{
+    attn_decode_call a;
+    memcpy(&a, c, sizeof a); /* padding too: the copies are compared */
+    a.data = NULL, a.param = NULL, a.window = 0;
+    a.rope.data = NULL, a.rope.param = NULL;
+    return a;
+}
+
+err_code cuda_pass_attn(device *d, const attn_decode_call *c, int head_dim, int bits, bool *taken,
+                        err *e)
+{
+    cuda_pass *p = cuda_of(d)->pass;
+    decode_step *s;
+    *taken = false;
+    if (!p || !p->open || c->seqs != 1 || !c->fused || c->planes.planes ||
+        (head_dim != 64 && head_dim != 128))
+        return OK;
+    const attn_decode_call a = common(c);
+    if (p->has_attn &&
+        (p->head_dim != head_dim || p->bits != bits || memcmp(&a, &p->call.attn, sizeof a) != 0))
+        TRY(cuda_pass_flush(d, e));
+    TRY(next_step(d, &s, e));
+    p->has_attn = true, p->head_dim = head_dim, p->bits = bits;
+    memcpy(&p->call.attn, &a, sizeof a);
+    p->call.attn_items = c->splits * c->kv_heads * ((c->group + 7) / 8);
+    s->attn = 1;
+    s->data = c->data, s->extra = c->param, s->n = c->window;
+    need(p, 0);
+    *taken = true;
+    return OK;
+}
