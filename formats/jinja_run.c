@@ -439,7 +439,7 @@ err_code jinja_map(jinja_scope *s, jinja_value **out, err *e)
 err_code jinja_map_set(jinja_scope *s, jinja_value *map, const char *key, jinja_value *v, err *e)
 {
     jinja_value *k;
-    TRY(jinja_string(s, &k, key, strlen(key), JINJA_OWN, e));
+    TRY(jinja_string(s, &k, key, strlen(key), JINJA_DATA, e));
     return jmap_set(&s->mem, &map->m, k, v, e);
 }
 

@@ -339,12 +339,12 @@ START_TEST(chat_refuses)
 {
     tokenizer *t = byte_tokenizer();
     chat *c = open_row(t, "hf-llama2");
-    const chat_message role[] = {{"tool", "x"}}, none[] = {{NULL, "x"}}, empty[] = {{"user", NULL}};
+    const chat_message role[] = {{"judge", "x"}}, none[] = {{NULL, "x"}}, empty[] = {{"user", NULL}};
     const chat_message twice[] = {M_USER, M_USER};
     token_list l = {0};
     err e;
     ck_assert(chat_encode(c, role, 1, NULL, true, &l, &e) == E_INPUT);
-    ck_assert_ptr_nonnull(strstr(e.msg, "'tool'"));
+    ck_assert_ptr_nonnull(strstr(e.msg, "'judge'"));
     ck_assert(chat_encode(c, none, 1, NULL, true, &l, &e) == E_INPUT);
     ck_assert(chat_encode(c, empty, 1, NULL, true, &l, &e) == E_INPUT);
     ck_assert(chat_encode(c, twice, 2, NULL, true, &l, &e) == E_INPUT);
@@ -526,9 +526,11 @@ START_TEST(chat_choice)
     expect_choice(dir, "yi", "yi", NULL);
     expect_choice(dir, NULL, "base", NULL);
     put(dir, "chat_template.jinja", "{{ messages[0]['content'] }}");
+    expect_choice(dir, "yi", "jinja", NULL);
+    put(dir, "chat_template.jinja", "{{ bos_token }}something with <|im_start|>{{ 1 + }}");
+    expect_choice(dir, "yi", "hf-chatml-bos", "read as 'hf-chatml-bos");
+    put(dir, "chat_template.jinja", "{% include 'x' %}");
     expect_choice(dir, "yi", "yi", "'yi' is used");
-    put(dir, "chat_template.jinja", "{{ bos_token }}something with <|im_start|>");
-    expect_choice(dir, "yi", "hf-chatml-bos", "marks");
     put(dir, "chat_template.jinja",
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + "
         "message['content'] + '<|im_end|>' + "
