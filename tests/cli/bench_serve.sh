@@ -42,4 +42,18 @@ printf 'slow\n' >prompts.txt
 check 'an interrupt' 124 timeout -s INT 1 tm-run bench-serve "$url" --prompts prompts.txt -n 3 -c 3 --json
 out_json 'd["sent"] == 3 and d["ok"] == 0'
 check 'nobody there' 6 tm-run bench-serve 127.0.0.1:1
+
+# The two on a real server: the terminal's answer, and prompts of an exact length as the server counts them.
+tm-run serve "$TMF_SOURCE/datasets/demo" --server-port 0 2>served &
+trap 'kill $server $!; wait $server $! 2>/dev/null' EXIT
+for _ in $(seq 200); do grep -q 'listening on' served && break; sleep 0.05; done
+url=$(sed -nE 's/.*listening on (http[^ ]*).*/\1/p' served)
+for _ in $(seq 200); do tm-run client "$url" -p hello >/dev/null 2>&1 && break; sleep 0.05; done
+check 'tm-run client on tm-run serve' 0 tm-run client "$url" -t 0 -p 'What is 17 + 25?'
+out_is '17 + 25 = 42.'
+check 'and tm-run bench-serve' 0 tm-run bench-serve "$url" -c 4 -n 12 --prompt-tokens 37 --new-tokens 11 --json
+out_json 'd["ok"] == 12 and d["prompt_tokens"] == 12 * 37 and d["new_tokens"] == 12 * 11 == 11 * d["ended_by_length"]'
+check 'the same prompts from the cache' 0 tm-run bench-serve "$url" -c 1 -n 4 --prompt-tokens 200 --shared-prompt \
+    --new-tokens 4 --json
+out_json 'd["cached_tokens"] >= 3 * 128'
 finish
