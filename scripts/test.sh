@@ -1,8 +1,8 @@
 #!/bin/bash
 # test.sh: sets up, builds and runs the unit, cli and e2e tests.
 # test.sh --all: the same in a build where warnings are errors, with the slow tests, the fuzz corpora and the
-# house rules; then the suites under address+undefined sanitizers, the thread pool under the thread
-# sanitizer, and where nvcc is found a build of the CUDA sources for one architecture.
+# house rules; then the suites under address+undefined sanitizers, the thread pool and the engine under the
+# thread sanitizer, and where nvcc is found a build of the CUDA sources for one architecture.
 # Ends with ctest's summary; exit 0 only if every step passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -67,8 +67,10 @@ if [ "$all" = --all ]; then
     step 'symbols' ./scripts/check_symbols.sh build/dev
     step 'build (asan)' build asan
     step 'tests under address,undefined' tests asan 'unit|cli|e2e|fuzz'
-    step 'build (tsan)' build tsan test_base_pool
-    step 'pool under thread' ./build/tsan/tests/test_base_pool
+    step 'build (tsan)' build tsan test_base_pool test_sched test_engine test_engine_limits
+    for name in base_pool sched engine engine_limits; do
+        step "$name under thread" "./build/tsan/tests/test_$name"
+    done
     step 'CUDA sources' cuda
 fi
 

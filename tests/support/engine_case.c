@@ -4,12 +4,16 @@
 #include <pthread.h>
 #include <string.h>
 
+#include "support/tiny_weights.h"
+
 #define DEMO TMF_SOURCE_DIR "/datasets/demo"
 
 device *dev;
 weight_src *src;
 model *mdl;
 engine *eng;
+case_model up_model;
+kv_format up_kv;
 
 /* ---- steps under the tests' control ---- */
 
@@ -75,16 +79,33 @@ void gate_steps(int n)
 
 void must(err_code rc, const err *e) { ck_assert_msg(rc == OK, "%s", e->msg); }
 
-/* Model and engine with room for `tokens` in the cache. */
+static void open_weights(void)
+{
+    err e;
+    tiny_opts o = {.desc = tiny_desc(), .seed = 5};
+    if (up_model == CASE_DEMO) {
+        must(weights_open(&src, DEMO, &e), &e);
+        return;
+    }
+    if (up_model == CASE_W4) o.w4_group = 32;
+    if (up_model == CASE_DYNAMIC) {
+        o.desc.scaling = (rope_scaling){
+            .kind = ROPE_DYNAMIC, .factor = 2, .original_max_positions = 64};
+        o.desc.max_tokens = 64;
+    }
+    must(tiny_open(&src, &o, &e), &e);
+}
+
 void up(const char *isa, int32_t batch, int32_t tokens, engine_opts o)
 {
     err e;
     model_opts m = {.session_len = SESSION, .max_seqs = batch, .block_tokens = 16};
     const dev_opts d = {.kind = DEV_CPU, .threads = 2, .isa = isa, .deterministic = true};
     must(dev_open(&dev, &d, &e), &e);
-    must(weights_open(&src, DEMO, &e), &e);
+    open_weights();
+    m.kv = up_kv;
     const model_desc *desc = weights_desc(src);
-    const kv_opts block = {KV_16, desc->layers, desc->kv_heads, desc->head_dim, 16, 1, 1, 1};
+    const kv_opts block = {up_kv, desc->layers, desc->kv_heads, desc->head_dim, 16, 1, 1, 1};
     m.kv_mem_bytes = (int64_t)kv_bytes(&block) * (tokens / 16);
     must(model_open(&mdl, dev, src, &m, NULL, &e), &e);
     ck_assert_int_eq(model_session_len(mdl), SESSION);
@@ -103,7 +124,7 @@ void down(void)
 
 uint32_t next_random(uint32_t *x) { return (*x = *x * 1664525u + 1013904223u) >> 8; }
 
-static const logit_bias biases[2] = {{17, 3.5f}, {99, -2.0f}};
+static const logit_bias biases[2] = {{17, 3.5f}, {40, -2.0f}};
 const int32_t stops[2] = {2, 7};
 
 /* Request i: lengths, sampling and options vary; every third shares its beginning with others. */
@@ -111,8 +132,9 @@ void request_make(request *q, int32_t i)
 {
     uint32_t x = 12345u + (uint32_t)i * 77u, y = 4242;
     const int32_t n = i % 5 == 0 ? 1 + i : 20 + (int32_t)(next_random(&x) % 180);
+    const uint32_t ids = up_model == CASE_DEMO ? 4000 : 47;
     for (int32_t k = 0; k < n; k++)
-        q->ids[k] = (int32_t)(next_random(i % 3 == 0 && k < 100 ? &y : &x) % 4000) + 3;
+        q->ids[k] = (int32_t)(next_random(i % 3 == 0 && k < 100 ? &y : &x) % ids) + 3;
     q->limit = NULL;
     q->r = (engine_request){.prompt = q->ids,
                             .n_prompt = n,
@@ -197,7 +219,9 @@ result alone[REQUESTS], together[REQUESTS];
 void run_together(int32_t n)
 {
     answer *a[REQUESTS];
+    gate_set(0); /* they come together */
     for (int32_t i = 0; i < n; i++) a[i] = submit(&requests[i]);
+    gate_set(-1);
     for (int32_t i = 0; i < n; i++) finish(a[i], &together[i]);
 }
 

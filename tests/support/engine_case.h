@@ -13,6 +13,11 @@ extern device *dev;
 extern weight_src *src;
 extern model *mdl;
 extern engine *eng;
+/* What `up` opens: the bundled model, or a random one of 50 ids with 4-bit weights, or with rotary
+ * frequencies that depend on the prompt's length; the cache's format. */
+typedef enum { CASE_DEMO, CASE_W4, CASE_DYNAMIC } case_model;
+extern case_model up_model;
+extern kv_format up_kv;
 /* Model and engine with room for `tokens` in the cache, in blocks of 16; sessions of SESSION. */
 void up(const char *isa, int32_t batch, int32_t tokens, engine_opts o);
 void down(void);
