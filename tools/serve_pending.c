@@ -1,26 +1,8 @@
-/* Until the chat templates and the parser of tool calls land: plain conversations, no calls. Goes away with them. */
+/* Until the parser of tool calls lands: all is content. Goes away with it. */
 #include "formats/chat.h"
 #include "runtime/serve/toolcall.h"
 #include <stdlib.h>
 #define W __attribute__((weak))
-W err_code chat_encode_request(const chat *c, const chat_request *r, token_list *out, err *e)
-{
-    return chat_encode(c, r->messages, r->n, r->meta_instruction, r->add_generation, out, e);
-}
-W err_code chat_render_request(const chat *c, const chat_request *r, char **out, err *e)
-{
-    return chat_render(c, r->messages, r->n, r->meta_instruction, r->add_generation, out, e);
-}
-W const char *chat_kwarg_at(int i)
-{
-    (void)i;
-    return NULL;
-}
-W chat_tools chat_tool_format(const chat *c)
-{
-    (void)c;
-    return CHAT_TOOLS_NONE;
-}
 struct toolcall {
     int x;
 };
