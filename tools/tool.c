@@ -146,7 +146,7 @@ static int tool_options(cli_option *out, tool_shared *v, const tool_command *c)
     return n;
 }
 
-static err_code tool_parse_device(dev_opts *o, const tool_shared *v, err *e)
+static err_code tool_parse_device(dev_opts *o, bool *insists, const tool_shared *v, err *e)
 {
     char *end;
     *o = (dev_opts){.kind = DEV_CPU, .threads = (int32_t)v->threads, .isa = v->isa};
@@ -158,6 +158,7 @@ static err_code tool_parse_device(dev_opts *o, const tool_shared *v, err *e)
         const long i = strtol(index + 1, &end, 10);
         if (*index == ':' && index[1] >= '0' && index[1] <= '9' && !*end && i < 1024) {
             o->index = (int32_t)i;
+            *insists = true;
             return OK;
         }
     }
@@ -165,9 +166,16 @@ static err_code tool_parse_device(dev_opts *o, const tool_shared *v, err *e)
                    v->device);
 }
 
+/* A binary with CUDA also serves machines without a GPU: `cuda` takes one if there is one, while
+ * `cuda:0` insists. */
 err_code tool_device_open(const tool_ctx *t, device **out, err *e)
 {
-    return dev_open(out, &t->device, e);
+    dev_opts o = t->device;
+    const err_code rc = dev_open(out, &o, e);
+    if (rc != E_UNSUPPORTED || o.kind != DEV_CUDA || t->device_insists || !TMF_WITH_CUDA) return rc;
+    job_log(&t->job, LOG_WARN, "%s; using the CPU", e->msg);
+    o.kind = DEV_CPU;
+    return dev_open(out, &o, e);
 }
 
 err_code tool_print_json(const cJSON *o, err *e)
@@ -283,7 +291,7 @@ done:
 /* The values are parsed: fills the context and runs the command. */
 static err_code tool_start(tool_ctx *t, const tool_command *c, const tool_shared *v, err *e)
 {
-    TRY(tool_parse_device(&t->device, v, e));
+    TRY(tool_parse_device(&t->device, &t->device_insists, v, e));
     tool_meter_init(t->tool, v->progress, v->quiet);
     t->threads = (int32_t)v->threads;
     t->seed = v->seed;

@@ -43,7 +43,8 @@ typedef struct {
     int64_t seed;
     bool dry_run, force, json;
     dev_opts device;
-    job job;        /* log, progress and stop of this run: hand &t->job to library calls */
+    bool device_insists; /* cuda:INDEX: no falling back to the CPU */
+    job job;             /* log, progress and stop of this run: hand &t->job to library calls */
     bool resumable; /* set by a command when what it leaves on E_CANCELED can be resumed: exit 8 */
 } tool_ctx;
 
@@ -71,7 +72,8 @@ int tool_main(int argc, char **argv, const tool_spec *spec);
  * 128+signal stopped. */
 int tool_exit_code(err_code c, int signal_number, bool resumable);
 
-/* Opens the device that --device, --threads and --isa name. */
+/* Opens the device that --device, --threads and --isa name; for `cuda` without an index, in builds
+ * with CUDA on a machine without a GPU, the CPU, with a warning. */
 err_code tool_device_open(const tool_ctx *t, device **out, err *e);
 /* One line of JSON on stdout. */
 err_code tool_print_json(const cJSON *o, err *e);
