@@ -268,18 +268,24 @@ typedef struct {
     size_t words;
 } read_arg;
 
-/* Several sums, so that the adds do not wait for each other. */
+/* Four streams at once, each fetched ahead: one stream of plain loads leaves a third of what memory
+ * gives unused. */
+#define STREAMS 4
+typedef uint64_t line __attribute__((vector_size(64), aligned(8)));
 static void read_item(void *ctx, int64_t item, int worker)
 {
     const read_arg *a = ctx;
-    const size_t part = a->words / 64;
-    const uint64_t *p = a->p + (size_t)item * part;
-    uint64_t s[8] = {0};
+    const size_t part = a->words / 64 / 8 / STREAMS;
+    const line *p = (const line *)a->p + (size_t)item * part * STREAMS;
+    line s[STREAMS] = {{0}};
     (void)worker;
-    for (size_t i = 0; i + 8 <= part; i += 8) {
-        for (int j = 0; j < 8; j++) s[j] += p[i + (size_t)j];
+    for (size_t i = 0; i < part; i++) {
+        for (size_t j = 0; j < STREAMS; j++) {
+            __builtin_prefetch((const char *)(p + j * part + i) + 2048, 0, 0);
+            s[j] += p[j * part + i];
+        }
     }
-    for (int j = 0; j < 8; j++) sink += s[j];
+    for (int j = 0; j < STREAMS; j++) sink += s[j][0] + s[j][7];
 }
 
 static uint64_t *flush_buf(void)
