@@ -333,8 +333,9 @@ END_TEST
 /* Every allocation fails once: refused, nothing lost. */
 START_TEST(jinja_memory)
 {
-    static const char text[] = "{% macro f(a) %}{{ a|tojson }}{% endmacro %}{% for m in l %}{{ f(m) "
-                               "}}{% endfor %}{{ 'x' * 40000 }}";
+    static const char text[] =
+        "{% macro f(a) %}{{ a|tojson }}{% endmacro %}{% for m in l %}{{ f(m) "
+        "}}{% endfor %}{{ 'x' * 40000 }}";
     cJSON *context = cJSON_Parse("{\"l\":[{\"a\":[1,2,\"b\"]},\"c\",null]}");
     long n = 0;
     for (bool failed = true; failed; n++) {
