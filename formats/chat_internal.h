@@ -1,5 +1,6 @@
-/* What the chat files share; not for callers. chat.c opens and asks, chat_row.c lays out by a row of
- * chat_table.c, chat_jinja.c by a template, chat_tools.c tells tools to templates that know none. */
+/* What the chat files share; not for callers. chat.c opens and asks, chat_row.c lays out by a row
+ * of chat_table.c, chat_jinja.c by a template, chat_tools.c tells tools to templates that know
+ * none. */
 #ifndef TMF_FORMATS_CHAT_INTERNAL_H
 #define TMF_FORMATS_CHAT_INTERNAL_H
 

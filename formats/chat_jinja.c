@@ -1,5 +1,5 @@
-/* Conversations by the directory's own template. Its output comes with marks of who wrote each byte:
- * only what the template wrote itself can become special tokens. */
+/* Conversations by the directory's own template. Its output comes with marks of who wrote each
+ * byte: only what the template wrote itself can become special tokens. */
 #include <string.h>
 
 #include "base/mem.h"

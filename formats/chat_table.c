@@ -29,6 +29,22 @@
     .system = "<|system|>\n", .user = "<|user|>\n", .assistant = "<|assistant|>\n", \
     .stop = {"<|end|>", "<|endoftext|>"}
 #define USUAL .flags = CHAT_CUT_LAST
+#define INST  .user = "[INST] ", .eoh = " [/INST]", .eoa = CHAT_EOS
+#define VICUNA                                                                               \
+    .eosys = " ", .user = "USER: ", .eoh = " ", .assistant = "ASSISTANT: ", .eoa = CHAT_EOS, \
+    .stop = {CHAT_EOS}
+#define SOLAR                                                                         \
+    .system = "### System:\n", .eosys = "\n\n", .user = "### User:\n", .eoh = "\n\n", \
+    .assistant = "### Assistant:\n"
+#define COGVLM  .user = "Question: ", .eoh = " ", .assistant = "Answer:", .separator = "\n"
+#define DS_BAR  "\xef\xbd\x9c" /* fullwidth vertical line */
+#define DS_END  "<" DS_BAR "end\xe2\x96\x81of\xe2\x96\x81sentence" DS_BAR ">"
+#define DS_HEAD "<" DS_BAR "Assistant" DS_BAR ">"
+#define DEEPSEEK \
+    .user = "User: ", .eoh = "\n\n", .assistant = "Assistant: ", .eoa = DS_END, .gen = "Assistant:"
+#define DEEPSEEK_V3                                                                               \
+    .begin = CHAT_BOS, .user = "<" DS_BAR "User" DS_BAR ">", .assistant = DS_HEAD, .eoa = DS_END, \
+    .bos = BOS_ROW
 
 const chat_row chat_rows[] = {
     {.names = "base|llama", USUAL},
@@ -82,25 +98,10 @@ const chat_row chat_rows[] = {
     {.names = "yi", CHATML, .stop = {END, "<|endoftext|>"}, USUAL},
     {.names = "dbrx", CHATML, USUAL},
     {.names = "llava-chatml|internvl-zh-hermes2", CHATML_CLOSE, USUAL},
-    {.names = "vicuna|wizardlm",
-     .eosys = " ",
-     .user = "USER: ",
-     .eoh = " ",
-     .assistant = "ASSISTANT: ",
-     .eoa = CHAT_EOS,
-     .stop = {CHAT_EOS},
-     USUAL},
-    {.names = "llava-v1|mini-gemini-vicuna",
-     .eosys = " ",
-     .user = "USER: ",
-     .eoh = " ",
-     .assistant = "ASSISTANT: ",
-     .eoa = CHAT_EOS,
-     .gen = "ASSISTANT:",
-     .stop = {CHAT_EOS},
-     USUAL},
+    {.names = "vicuna|wizardlm", VICUNA, USUAL},
+    {.names = "llava-v1|mini-gemini-vicuna", VICUNA, .gen = "ASSISTANT:", USUAL},
     {.names = "baichuan2", .user = "<reserved_106>", .assistant = "<reserved_107>", USUAL},
-    {.names = "mistral|mixtral", .user = "[INST] ", .eoh = " [/INST]", .eoa = CHAT_EOS, USUAL},
+    {.names = "mistral|mixtral", INST, USUAL},
     {.names = "gemma",
      .user = "<start_of_turn>user\n",
      .eoh = "<end_of_turn>\n",
@@ -108,23 +109,8 @@ const chat_row chat_rows[] = {
      .eoa = "<end_of_turn>\n",
      .stop = {"<end_of_turn>"},
      USUAL},
-    {.names = "deepseek",
-     .user = "User: ",
-     .eoh = "\n\n",
-     .assistant = "Assistant: ",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .gen = "Assistant:",
-     USUAL},
-    {.names = "deepseek-vl",
-     .eosys = "\n\n",
-     .user = "User: ",
-     .eoh = "\n\n",
-     .assistant = "Assistant: ",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .gen = "Assistant:",
-     USUAL},
+    {.names = "deepseek", DEEPSEEK, USUAL},
+    {.names = "deepseek-vl", DEEPSEEK, .eosys = "\n\n", USUAL},
     {.names = "deepseek-coder",
      .user = "### Instruction:\n",
      .eoh = "\n",
@@ -133,33 +119,9 @@ const chat_row chat_rows[] = {
      .separator = "\n",
      .stop = {"<|EOT|>"},
      USUAL},
-    {.names = "deepseek-v3",
-     .begin = CHAT_BOS,
-     .user = "<\xef\xbd\x9cUser\xef\xbd\x9c>",
-     .assistant = "<\xef\xbd\x9c"
-                  "Assistant\xef\xbd\x9c>",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .bos = BOS_ROW,
-     USUAL},
-    {.names = "deepseek-r1",
-     .begin = CHAT_BOS,
-     .user = "<\xef\xbd\x9cUser\xef\xbd\x9c>",
-     .assistant = "<\xef\xbd\x9c"
-                  "Assistant\xef\xbd\x9c>",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .gen = "<\xef\xbd\x9c"
-            "Assistant\xef\xbd\x9c><think>\n",
-     .bos = BOS_ROW,
-     USUAL},
-    {.names = "solar",
-     .system = "### System:\n",
-     .eosys = "\n\n",
-     .user = "### User:\n",
-     .eoh = "\n\n",
-     .assistant = "### Assistant:\n",
-     USUAL},
+    {.names = "deepseek-v3", DEEPSEEK_V3, USUAL},
+    {.names = "deepseek-r1", DEEPSEEK_V3, .gen = DS_HEAD "<think>\n", USUAL},
+    {.names = "solar", SOLAR, USUAL},
     {.names = "ultracm|ultralm",
      .system = "User: ",
      .eosys = CHAT_EOS "\n",
@@ -206,22 +168,8 @@ const chat_row chat_rows[] = {
      .eoa = CHAT_EOS,
      .gen = "<bot>:",
      USUAL},
-    {.names = "cogvlm",
-     .user = "Question: ",
-     .eoh = " ",
-     .assistant = "Answer:",
-     .eoa = CHAT_EOS,
-     .separator = "\n",
-     .stop = {CHAT_EOS},
-     USUAL},
-    {.names = "cogvlm2",
-     .user = "Question: ",
-     .eoh = " ",
-     .assistant = "Answer:",
-     .eoa = "<|end_of_text|>",
-     .separator = "\n",
-     .stop = {"<|end_of_text|>"},
-     USUAL},
+    {.names = "cogvlm", COGVLM, .eoa = CHAT_EOS, .stop = {CHAT_EOS}, USUAL},
+    {.names = "cogvlm2", COGVLM, .eoa = "<|end_of_text|>", .stop = {"<|end_of_text|>"}, USUAL},
     {.names = "chatglm",
      .user = "\xe9\x97\xae\xef\xbc\x9a",
      .eoh = "\n\n\xe7\xad\x94\xef\xbc\x9a",
@@ -271,16 +219,12 @@ const chat_row chat_rows[] = {
      .flags = CHAT_TRIM | CHAT_SYSTEM_IN_USER | CHAT_ALTERNATE},
     {.names = "hf-mistral",
      .begin = CHAT_BOS,
-     .user = "[INST] ",
-     .eoh = " [/INST]",
-     .eoa = CHAT_EOS,
+     INST,
      .bos = BOS_ROW,
      .flags = CHAT_NO_SYSTEM | CHAT_ALTERNATE},
     {.names = "hf-mistral-v0.1",
      .begin = CHAT_BOS,
-     .user = "[INST] ",
-     .eoh = " [/INST]",
-     .eoa = CHAT_EOS,
+     INST,
      .separator = " ",
      .bos = BOS_ROW,
      .flags = CHAT_NO_SYSTEM | CHAT_ALTERNATE},
@@ -320,34 +264,9 @@ const chat_row chat_rows[] = {
      .gen = "GPT4 Correct Assistant:",
      .stop = {"<|end_of_turn|>"},
      .bos = BOS_ROW},
-    {.names = "hf-solar",
-     .system = "### System:\n",
-     .eosys = "\n\n",
-     .user = "### User:\n",
-     .eoh = "\n\n",
-     .assistant = "### Assistant:\n",
-     .bos = BOS_ROW,
-     .flags = CHAT_SKIP_EMPTY},
-    {.names = "hf-deepseek-r1",
-     .begin = CHAT_BOS,
-     .user = "<\xef\xbd\x9cUser\xef\xbd\x9c>",
-     .assistant = "<\xef\xbd\x9c"
-                  "Assistant\xef\xbd\x9c>",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .gen = "<\xef\xbd\x9c"
-            "Assistant\xef\xbd\x9c><think>\n",
-     .bos = BOS_ROW,
-     .flags = CHAT_CUT_THINK},
-    {.names = "hf-deepseek-r1-0120",
-     .begin = CHAT_BOS,
-     .user = "<\xef\xbd\x9cUser\xef\xbd\x9c>",
-     .assistant = "<\xef\xbd\x9c"
-                  "Assistant\xef\xbd\x9c>",
-     .eoa = "<\xef\xbd\x9c"
-            "end\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>",
-     .bos = BOS_ROW,
-     .flags = CHAT_CUT_THINK},
+    {.names = "hf-solar", SOLAR, .bos = BOS_ROW, .flags = CHAT_SKIP_EMPTY},
+    {.names = "hf-deepseek-r1", DEEPSEEK_V3, .gen = DS_HEAD "<think>\n", .flags = CHAT_CUT_THINK},
+    {.names = "hf-deepseek-r1-0120", DEEPSEEK_V3, .flags = CHAT_CUT_THINK},
 };
 const int chat_n_rows = (int)(sizeof chat_rows / sizeof *chat_rows);
 

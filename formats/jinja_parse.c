@@ -4,8 +4,8 @@
 #include "base/mem.h"
 #include "formats/jinja_internal.h"
 
-/* Parses up to a block whose name is among `ends` (NULL-ended) and leaves p at that name; at the end
- * of the template when ends is NULL. */
+/* Parses up to a block whose name is among `ends` (NULL-ended) and leaves p at that name; at the
+ * end of the template when ends is NULL. */
 static err_code parse_body(jparse *p, jnode **out, const char *const *ends);
 
 static err_code block_end(jparse *p)

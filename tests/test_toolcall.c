@@ -1,5 +1,5 @@
-/* runtime/serve/toolcall: answers of each format, whole and cut at every byte and into single bytes:
- * the same events, joined. */
+/* runtime/serve/toolcall: answers of each format, whole and cut at every byte and into single
+ * bytes: the same events, joined. */
 #include "runtime/serve/toolcall.h"
 
 #include <check.h>

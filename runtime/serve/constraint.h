@@ -30,8 +30,9 @@ typedef struct constraint constraint;
 err_code constraint_open(constraint **out, grammar *g, err *e);
 void constraint_close(constraint **c); /* NULL accepted */
 /* Sets bit id of allowed [(vocab + 31) / 32] for each token that may come now (special tokens only
- * where a grammar of tool calls names them). Bits of ids at or above tokenizer_vocab are 0. Returns how many. Deterministic; allocates at
- * most a cache entry. */
+ * where a grammar of tool calls names them). Bits of ids at or above tokenizer_vocab are 0. Returns
+ * how many; 0 where none may follow, and also when memory or the work for one mask ran out. The
+ * same at every call; allocates at most cache entries. */
 int32_t constraint_mask(constraint *c, uint32_t *allowed);
 /* The answer may end here: stop ids may come beside what the mask allows. When it may end and
  * nothing may follow, the mask is empty. */

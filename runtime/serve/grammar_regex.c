@@ -1,5 +1,6 @@
-/* Regular expressions to nets: the syntax that Python and ECMA scripts share, less what an automaton
- * has not. Where the two differ in what a class holds, only what both take is generated. */
+/* Regular expressions to nets: the syntax that Python and ECMA scripts share, less what an
+ * automaton has not. Where the two differ in what a class holds, only what both take is generated.
+  */
 #include <string.h>
 
 #include "base/json.h"

@@ -1,6 +1,7 @@
-/* The walk of a net, made deterministic as it goes: a position is the set of (state, stack) that the
- * bytes so far can have led to, and has a number. Positions, their followers and token masks are
- * kept until they take too much room; then all but those in use are forgotten. Not thread-safe. */
+/* The walk of a net, made deterministic as it goes: a position is the set of (state, stack) that
+ * the bytes so far can have led to, and has a number. Positions, their followers and token masks
+ * are kept until they take too much room; then all but those in use are forgotten. Not thread-
+ * safe. */
 #ifndef TMF_RUNTIME_SERVE_GRAMMAR_RUN_H
 #define TMF_RUNTIME_SERVE_GRAMMAR_RUN_H
 

@@ -1,6 +1,7 @@
-/* JSON schema to a net. What is generated always validates, but not all that validates is generated:
- * properties come in the schema's order, numbers and white space are bounded, constants have one
- * spelling, and where a schema leaves a type open, only the types it speaks of are used. */
+/* JSON schema to a net. What is generated always validates, but not all that validates is
+ * generated: properties come in the schema's order, numbers and white space are bounded, constants
+ * have one spelling, and where a schema leaves a type open, only the types it speaks of are used.
+  */
 #include <math.h>
 #include <string.h>
 
@@ -335,8 +336,8 @@ static bool next_codes(const names_left *left, name_level *l)
     return ends;
 }
 
-/* From a state where all of `left` may still come true: to `anything` with a code point that none of
- * them has here, to the closing quote where none ends. Written without escapes. Names are told
+/* From a state where all of `left` may still come true: to `anything` with a code point that none
+ * of them has here, to the closing quote where none ends. Written without escapes. Names are told
  * apart within 64 characters: longer ones that agree so far are not begun. */
 static err_code other_name(schema *x, int32_t from, const names_left *left, int32_t anything,
                            int32_t close, int depth)

@@ -1,5 +1,5 @@
-/* Tool calls out of an answer's text, as it comes or in one piece: both give the same events, joined.
- * What does not turn out to be a call is content. */
+/* Tool calls out of an answer's text, as it comes or in one piece: both give the same events,
+ * joined. What does not turn out to be a call is content. */
 #ifndef TMF_RUNTIME_SERVE_TOOLCALL_H
 #define TMF_RUNTIME_SERVE_TOOLCALL_H
 

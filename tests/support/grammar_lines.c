@@ -1,6 +1,6 @@
-/* grammar_lines TOKENIZER_DIR WALKS SEED: reads lines {"schema": ...} or {"regex": "..."} and writes for
- * each a line {"error": code, "message": text} or {"answers": [text, ...], "unfinished": n}. For
- * scripts that compare with other implementations. */
+/* grammar_lines TOKENIZER_DIR WALKS SEED: reads lines {"schema": ...} or {"regex": "..."} and
+ * writes for each a line {"error": code, "message": text} or {"answers": [text, ...],
+ * "unfinished": n}. For scripts that compare with other implementations. */
 #include <stdio.h>
 
 #include "base/json.h"

@@ -1,5 +1,5 @@
-/* jinja_lines: reads lines {"template": text, "context": object, "now": seconds} and writes for each
- * {"text": rendered} or {"error": message}. For scripts that compare with Jinja2. */
+/* jinja_lines: reads lines {"template": text, "context": object, "now": seconds} and writes for
+ * each {"text": rendered} or {"error": message}. For scripts that compare with Jinja2. */
 #include <stdio.h>
 #include <string.h>
 
