@@ -16,7 +16,6 @@ tmf_fuzz(api tmf_api)
 # The server itself: before it has a model, then over plain sockets, by the official client, under abuse, and what
 # HTTP costs. Times are looked at, so the slow ones run alone.
 tmf_test(server unit tmf_http)
-target_sources(test_server PRIVATE ${PROJECT_SOURCE_DIR}/tools/serve_pending.c)
 function(tmf_serve name label)
     add_test(NAME serve_${name} COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/serve_${name}.py
         $<TARGET_FILE:tm-run> ${PROJECT_SOURCE_DIR}/datasets/demo)

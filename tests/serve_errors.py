@@ -261,7 +261,7 @@ def test_queue_full():
     took = time.monotonic() - begin
     error(refused, 429, "queue_full", type_="rate_limit")
     check("Retry-After", int(refused.headers["retry-after"]) >= 1, refused.headers)
-    check("at once", took < 0.2, f"{took} s")
+    check("at once", took < 0.5, f"{took} s")
     for t in threads:
         t.join()
     error(strict.post(CHAT, {**HELLO, "n": 2}, KEYED), 400, "invalid_value", "n")
