@@ -2,6 +2,12 @@
 # among the transcripts).
 tmf_test(sse unit tmf_base)
 target_sources(test_sse PRIVATE ${PROJECT_SOURCE_DIR}/tools/sse.c)
+tmf_fuzz(sse tmf_base)
+foreach(target replay_sse fuzz_sse)
+    if(TARGET ${target})
+        target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/tools/sse.c)
+    endif()
+endforeach()
 if(Python3_FOUND)
     add_test(NAME serve_page COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/serve_page.py
         $<TARGET_FILE:tm-run> ${PROJECT_SOURCE_DIR}/datasets/demo)

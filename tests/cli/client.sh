@@ -7,7 +7,7 @@ serve() { # [NAME=VALUE]: starts the stand-in, $url is where it is
     rm -f port
     env "$@" python3 "$TMF_SOURCE/tests/support/chat_server.py" port &
     server=$!
-    for _ in $(seq 100); do [ -s port ] && break; sleep 0.05; done
+    for _ in $(seq 600); do [ -s port ] && break; sleep 0.05; done
     url=127.0.0.1:$(cat port)
 }
 stop() { kill "$server" 2>/dev/null; wait "$server" 2>/dev/null; }
@@ -67,13 +67,13 @@ check 'empty question' 2 tm-run client "$url"
 
 tm-run client "$url" -p slow >out 2>err </dev/null &
 client=$!
-for _ in $(seq 100); do [ -s out ] && break; sleep 0.02; done
+for _ in $(seq 1000); do [ -s out ] && break; sleep 0.02; done
 kill -INT $client
 code=0
 wait $client || code=$?
 [ $code -eq 130 ]
 verdict $? 'an interrupt ends the answer' "exit $code"
-for _ in $(seq 100); do [ -s port.log ] && break; sleep 0.02; done
+for _ in $(seq 1000); do [ -s port.log ] && break; sleep 0.02; done
 [ "$(cat port.log 2>/dev/null)" = left ]
 verdict $? 'and closes the connection'
 
