@@ -89,7 +89,7 @@ err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
     c.block_tokens = kv->block_tokens, c.window = window, c.max_q = rows->max_q, c.scale = scale;
     TRY(cuda_pass_flush(d, e));
-    const cudaError_t rc = fast ? attn_prefill(&c, kv->head_dim, bits, s->stream, s->sm >= 90)
+    const cudaError_t rc = fast ? attn_prefill(&c, kv->head_dim, bits, s->sm, s->stream)
                                 : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream,
                                              s->sm >= 90);
     return cuda_launched(d, fast ? "attn: prefill" : "attn: plain", rc, e);

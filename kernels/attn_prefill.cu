@@ -8,11 +8,22 @@
 #define ROWS  64
 #define WARPS 4
 
-/* Registers hold 64 rows of 256 channels and scores of 32 tokens, or of 128 and 64. */
+/* Registers hold 64 rows of 256 channels and scores of 32 tokens, or of 128 and 64. Two tiles must
+ * fit a block's shared memory: 99 KB on 86 and 89, more on 80 and 90, 64 KB on 75, where tiles are
+ * half as long. */
 #define TILE_TOKENS(D) ((D) > 128 ? 32 : 64)
-template <int D> struct kv_tile {
-    __half k[TILE_TOKENS(D)][D + 8], v[TILE_TOKENS(D)][D + 8];
+template <int D, int TOK> struct kv_tile {
+    __half k[TOK][D + 8], v[TOK][D + 8];
 };
+template <int D> struct tiles_fit {
+    static_assert(2 * sizeof(kv_tile<D, TILE_TOKENS(D)>) <= 99 * 1024,
+                  "shared memory of sm_86, 89");
+    static_assert(2 * sizeof(kv_tile<D, TILE_TOKENS(D) / 2>) <= 64 * 1024, "that of sm_75");
+};
+template struct tiles_fit<64>;
+template struct tiles_fit<96>;
+template struct tiles_fit<128>;
+template struct tiles_fit<256>;
 
 __device__ __forceinline__ float exp2_fast(float x)
 {
@@ -81,11 +92,11 @@ template <int BITS> __device__ __forceinline__ uint4 load8(const uint8_t *row, i
 
 /* Tokens at.. of one head; a tile of 64 may lie in two blocks of the cache. `last`: last token
  * anybody sees. */
-template <int D, int BITS>
-__device__ __forceinline__ void load_tile(kv_tile<D> *tile, const attn_prefill_call &c,
+template <int D, int TOK, int BITS>
+__device__ __forceinline__ void load_tile(kv_tile<D, TOK> *tile, const attn_prefill_call &c,
                                           const int32_t *table, int head, int at, int last)
 {
-    constexpr int ROW = D * BITS / 8, TOK = TILE_TOKENS(D);
+    constexpr int ROW = D * BITS / 8;
     const int second = min(at + 32, last);
     const int32_t blocks[2] = {table[at / c.block_tokens], table[second / c.block_tokens]};
 #pragma unroll 4
@@ -108,12 +119,11 @@ template <int D> struct row_state {
 };
 
 /* One tile: rows p0 and p0 + 8 of this lane see tokens up to themselves. */
-template <int D>
-__device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> &tile,
+template <int D, int TOK>
+__device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D, TOK> &tile,
                                              const uint32_t (*q)[4], float scale, int at, int p0,
                                              int window, bool masked, int lane)
 {
-    constexpr int TOK = TILE_TOKENS(D);
     const int t = lane & 3;
     float s[TOK / 8][4] = {};
 #pragma unroll
@@ -173,13 +183,12 @@ __device__ __forceinline__ void consume_tile(row_state<D> *st, const kv_tile<D> 
     }
 }
 
-template <int D, int BITS>
+template <int D, int TOK, int BITS>
 __global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3)
     attn_prefill_kernel(attn_prefill_call c)
 {
-    constexpr int TOK = TILE_TOKENS(D);
     extern __shared__ __align__(16) uint8_t raw[];
-    kv_tile<D> *tiles = (kv_tile<D> *)raw; /* [2] */
+    kv_tile<D, TOK> *tiles = (kv_tile<D, TOK> *)raw; /* [2] */
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int seq = blockIdx.z, head = blockIdx.y / c.group, sub = blockIdx.y % c.group;
     pdl_launch();
@@ -193,7 +202,7 @@ __global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3)
     const int from = c.window > 0 ? max(0, base + row0 - c.window + 1) / TOK * TOK : 0;
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
 
-    load_tile<D, BITS>(&tiles[0], c, table, head, from, last);
+    load_tile<D, TOK, BITS>(&tiles[0], c, table, head, from, last);
     /* Q fragments of this warp's 16 rows; rows past the end repeat the last. */
     uint32_t q[D / 16][4];
     {
@@ -215,13 +224,13 @@ __global__ void __launch_bounds__(WARPS * 32, D > 128 ? 1 : 3)
     const int w0 = base + row0 + warp * 16; /* the warp's first row */
     for (int at = from, turn = 0; at <= last; at += TOK, turn ^= 1) {
         if (at + TOK <= last) {
-            load_tile<D, BITS>(&tiles[turn ^ 1], c, table, head, at + TOK, last);
+            load_tile<D, TOK, BITS>(&tiles[turn ^ 1], c, table, head, at + TOK, last);
             copies_wait<1>();
         } else
             copies_wait<0>();
         __syncthreads();
         const bool masked = at + TOK - 1 > w0 || (c.window && at <= w0 + 15 - c.window);
-        consume_tile<D>(&st, tiles[turn], q, scale, at, w0 + g, c.window, masked, lane);
+        consume_tile<D, TOK>(&st, tiles[turn], q, scale, at, w0 + g, c.window, masked, lane);
         __syncthreads();
     }
 #pragma unroll
@@ -311,22 +320,31 @@ static cudaError_t run(K kernel, dim3 grid, int threads, int smem, cudaStream_t 
     return cudaLaunchKernelEx(&cfg, kernel, args...);
 }
 
-cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream,
-                         bool pdl)
+template <int D, int TOK>
+static cudaError_t run_prefill(const attn_prefill_call *c, int bits, cudaStream_t stream, bool pdl)
 {
     const dim3 grid((unsigned)((c->max_q + ROWS - 1) / ROWS), (unsigned)(c->kv_heads * c->group),
                     (unsigned)c->seqs);
-#define RUN(D, BITS)                                                                              \
-    run(attn_prefill_kernel<D, BITS>, grid, WARPS * 32, 2 * (int)sizeof(kv_tile<D>), stream, pdl, \
-        *c)
-#define CASE(D) \
-    if (head_dim == D) return bits == 16 ? RUN(D, 16) : bits == 8 ? RUN(D, 8) : RUN(D, 4)
+    const int threads = WARPS * 32, smem = 2 * (int)sizeof(kv_tile<D, TOK>);
+    if (bits == 16)
+        return run(attn_prefill_kernel<D, TOK, 16>, grid, threads, smem, stream, pdl, *c);
+    if (bits == 8) return run(attn_prefill_kernel<D, TOK, 8>, grid, threads, smem, stream, pdl, *c);
+    return run(attn_prefill_kernel<D, TOK, 4>, grid, threads, smem, stream, pdl, *c);
+}
+
+cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, int sm,
+                         cudaStream_t stream)
+{
+    const bool pdl = sm >= 90;
+#define CASE(D)                                                            \
+    if (head_dim == D)                                                     \
+    return sm >= 80 ? run_prefill<D, TILE_TOKENS(D)>(c, bits, stream, pdl) \
+                    : run_prefill<D, TILE_TOKENS(D) / 2>(c, bits, stream, pdl)
     CASE(64);
     CASE(96);
     CASE(128);
     CASE(256);
 #undef CASE
-#undef RUN
     return cudaErrorInvalidValue;
 }
 

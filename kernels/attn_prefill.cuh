@@ -16,8 +16,8 @@ typedef struct {
 } attn_prefill_call;
 
 /* head_dim 64, 96, 128, 256; bits 16, 8, 4; block_tokens a multiple of 32. */
-cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, cudaStream_t stream,
-                         bool pdl);
+cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, int sm,
+                         cudaStream_t stream);
 /* Any head size up to 256 that is a multiple of 8, any rows: one warp a row and head. Slow. */
 cudaError_t attn_plain(const attn_prefill_call *c, int head_dim, int bits, int rows,
                        cudaStream_t stream, bool pdl);

@@ -19,6 +19,9 @@ typedef struct {
                         kernels used */
     bool deterministic; /* only kernels that round a row in the same way whatever rows are with it:
                            a sequence's results depend on nothing but its tokens */
+    int32_t
+        sm; /* CUDA: kernels for this compute capability (75, 80 ..) where the device has a newer
+                   one, to check them; 0: its own */
 } dev_opts;
 
 typedef struct {

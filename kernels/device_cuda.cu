@@ -177,7 +177,7 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
         return err_set(e, E_USAGE, "device cuda:%d: expected 0 to %d", o->index, count - 1);
     CUDA_TRY(cudaSetDevice(o->index), e);
     CUDA_TRY(cudaGetDeviceProperties(&p, o->index), e);
-    const int sm = p.major * 10 + p.minor;
+    const int own = p.major * 10 + p.minor, sm = o->sm && o->sm < own ? o->sm : own;
     snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
     if (sm < 75)
         return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);

@@ -4,13 +4,14 @@
 #   ops        every CUDA op against the CPU's references (tests/test_cuda.c)
 #   e2e        the bundled model: perplexity and greedy text, each cache format, GPU beside CPU
 #   sanitizer  the ops again under compute-sanitizer
+#   ptx        the ops once more with the kernels for sm_75 and sm_80, compiled by the driver from PTX
 #   bench      random 7B and 1.8B models: prefill and decode as a table for docs/perf.md
 # Models of `bench` go to TMF_WORK (/tmp/tmforge-gpu): 5 GB. Exit 0 only if every stage passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=${TMF_BUILD:-build/gpu} work=${TMF_WORK:-/tmp/tmforge-gpu}
 demo=datasets/demo
-[ $# -gt 0 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 field() { # KEY: the number behind it in one line of JSON
     grep -o "\"$1\":[-0-9.e+]*" | head -n 1 | cut -d: -f2
@@ -29,6 +30,15 @@ stage_ops() { timeout 500 "$build/tests/test_cuda"; }
 
 stage_sanitizer() {
     timeout 500 compute-sanitizer --error-exitcode 9 --leak-check full "$build/tests/test_cuda"
+}
+
+stage_ptx() {
+    local sm
+    for sm in 75 80; do
+        cmake -S . -B "$build-ptx$sm" -DWITH_CUDA=ON -DCUDA_ARCHS="$sm-virtual" &&
+            cmake --build "$build-ptx$sm" -j "$(nproc)" --target test_cuda &&
+            CUDA_FORCE_PTX_JIT=1 timeout 200 "$build-ptx$sm/tests/test_cuda" --sm $sm || return 1
+    done
 }
 
 ppl() { # DEVICE BITS

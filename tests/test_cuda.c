@@ -550,11 +550,14 @@ static void add_case(Suite *s, const char *name, const TTest *test)
     suite_add_tcase(s, t);
 }
 
-int main(void)
+/* test_cuda [--sm N]: with the kernels of an older capability, of which the build has PTX. */
+int main(int argc, char **argv)
 {
     err e;
     const dev_opts host = {.kind = DEV_CPU, .threads = 2, .isa = "ref"},
-                   card = {.kind = DEV_CUDA, .threads = 1};
+                   card = {.kind = DEV_CUDA,
+                           .threads = 1,
+                           .sm = argc == 3 && strcmp(argv[1], "--sm") == 0 ? atoi(argv[2]) : 0};
     if (dev_open(&gpu, &card, &e) != OK) {
         printf("SKIP: %s\n", e.msg);
         return 77;
