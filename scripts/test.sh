@@ -67,8 +67,8 @@ if [ "$all" = --all ]; then
     step 'symbols' ./scripts/check_symbols.sh build/dev
     step 'build (asan)' build asan
     step 'tests under address,undefined' tests asan 'unit|cli|e2e|fuzz'
-    step 'build (tsan)' build tsan test_base_pool test_sched test_engine test_engine_limits
-    for name in base_pool sched engine engine_limits; do
+    step 'build (tsan)' build tsan test_base_pool test_sched test_engine_limits
+    for name in base_pool sched engine_limits; do
         step "$name under thread" "./build/tsan/tests/test_$name"
     done
     step 'CUDA sources' cuda

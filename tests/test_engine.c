@@ -227,11 +227,9 @@ static Suite *suite(void)
     Suite *s = suite_create("engine");
     TCase *t = tcase_create("identity");
     tcase_set_timeout(t, 300);
-#if !defined(__SANITIZE_THREAD__) /* small models find the same races sooner */
     tcase_add_test(t, test_identity);
     tcase_add_test(t, test_identity_avx512);
     tcase_add_test(t, test_identity_avx2);
-#endif
     tcase_add_test(t, test_identity_models);
     tcase_add_test(t, test_identity_kv);
     tcase_add_test(t, test_as_generate);
