@@ -390,6 +390,102 @@ START_TEST(attention)
 }
 END_TEST
 
+/* ---- rows ---- */
+
+/* A host tensor of the CPU device; 16-bit values are f32 there. */
+static tensor host_2d(float *v, int64_t m, int64_t k) { return tensor_2d(v, DT_F32, m, k); }
+
+static void norm_case(int64_t m, int64_t k)
+{
+    dev_buf xb, wb, yb;
+    char what[64];
+    snprintf(what, sizeof what, "norm %lldx%lld", (long long)m, (long long)k);
+    float *x = values(m * k, 1), *w = values(k, 1), *want = must((size_t)(m * k), sizeof *want);
+    const tensor tx = upload(&xb, DT_F32, m, k, PAD, x);
+    tensor tw = upload(&wb, DT_F16, 1, k, 0, w), ty = upload(&yb, DT_F16, m, k, PAD, NULL);
+    tensor cy = host_2d(want, m, k);
+    const tensor cx = host_2d(x, m, k), cw = tensor_1d(w, DT_F32, k);
+    tw = tensor_1d(tw.data, DT_F16, k);
+    tw.mem = dev_mem(gpu);
+    OK_(op_rmsnorm(gpu, &ty, &tx, &tw, 1e-5f, e));
+    OK_(op_rmsnorm(cpu, &cy, &cx, &cw, 1e-5f, e));
+    float *got = download(&ty, what);
+    near(got, want, m * k, 1e-3, what);
+    mem_free(x), mem_free(w), mem_free(want), mem_free(got);
+    dev_free(&xb), dev_free(&wb), dev_free(&yb);
+}
+
+static void glu_case(int64_t m, int64_t n)
+{
+    dev_buf xb;
+    char what[64];
+    snprintf(what, sizeof what, "glu %lldx%lld", (long long)m, (long long)n);
+    float *x = values(m * 2 * n, 1), *want = must((size_t)(m * n), sizeof *want);
+    tensor tx = upload(&xb, DT_F16, m, 2 * n, PAD, x), gate = tensor_cols(&tx, 0, n),
+           cy = host_2d(want, m, n);
+    const tensor up = tensor_cols(&tx, n, n), cx = host_2d(x, m, 2 * n),
+                 cg = tensor_cols(&cx, 0, n), cu = tensor_cols(&cx, n, n);
+    OK_(op_glu(gpu, &gate, &gate, &up, e));
+    OK_(op_glu(cpu, &cy, &cg, &cu, e));
+    float *all = download(&tx, what), *got = must((size_t)(m * n), sizeof *got);
+    for (int64_t i = 0; i < m * n; i++) got[i] = all[i / n * 2 * n + i % n];
+    near(got, want, m * n, 1e-3, what);
+    for (int64_t i = 0; i < m * n; i++)
+        ck_assert_msg(all[i / n * 2 * n + n + i % n] == x[i / n * 2 * n + n + i % n],
+                      "%s: changed the upper half", what);
+    mem_free(x), mem_free(want), mem_free(all), mem_free(got);
+    dev_free(&xb);
+}
+
+/* Losses and best ids, with a tie for the largest logit. */
+static void nll_case(int64_t m, int64_t v)
+{
+    dev_buf lb, tb, nb, bb;
+    char what[64];
+    snprintf(what, sizeof what, "nll %lldx%lld", (long long)m, (long long)v);
+    float *x = values(m * v, 2), *want = must((size_t)m, sizeof *want);
+    int32_t *id = must((size_t)m, 3 * sizeof *id), *best = id + m, *got_best = best + m;
+    for (int64_t i = 0; i < m; i++) {
+        id[i] = (int32_t)(uniform() * (double)v);
+        x[i * v + v / 3] = x[i * v + v - 1] = 90;
+    }
+    const tensor tl = upload(&lb, DT_F32, m, v, PAD, x), cl = host_2d(x, m, v);
+    tensor tn = upload(&nb, DT_F32, 1, m, 0, NULL), ct = tensor_1d(id, DT_I32, m),
+           cn = tensor_1d(want, DT_F32, m), cb = tensor_1d(best, DT_I32, m), tt = ct, best_dev = cb,
+           back = tensor_1d(got_best, DT_I32, m);
+    tn = tensor_1d(tn.data, DT_F32, m);
+    OK_(dev_alloc(&tb, gpu, (size_t)m * 4, "test", e));
+    OK_(dev_alloc(&bb, gpu, (size_t)m * 4, "test", e));
+    tt.data = tb.data, best_dev.data = bb.data;
+    tn.mem = tt.mem = best_dev.mem = dev_mem(gpu);
+    OK_(dev_copy(gpu, &tt, &ct, e));
+    OK_(op_nll(gpu, &tn, &best_dev, &tl, &tt, e));
+    OK_(op_nll(cpu, &cn, &cb, &cl, &ct, e));
+    OK_(dev_copy(gpu, &back, &best_dev, e));
+    tensor row = tensor_2d(tn.data, DT_F32, 1, m);
+    row.mem = dev_mem(gpu);
+    float *got = download(&row, what);
+    near(got, want, m, 1e-5, what);
+    for (int64_t i = 0; i < m; i++)
+        ck_assert_msg(got_best[i] == best[i] && best[i] == v / 3, "%s: best of row %lld: %d, %d",
+                      what, (long long)i, got_best[i], best[i]);
+    mem_free(x), mem_free(want), mem_free(id), mem_free(got);
+    dev_free(&lb), dev_free(&tb), dev_free(&nb), dev_free(&bb);
+}
+
+START_TEST(rows_ops)
+{
+    static const int64_t rows[] = {1, 3, 64, 65, 130};
+    if (!gpu) return;
+    limits(1024, 5120, 10240);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        norm_case(rows[i], 512), norm_case(rows[i], 5120), norm_case(rows[i], 200);
+        glu_case(rows[i], 1408), glu_case(rows[i], 72), glu_case(rows[i], 37);
+        nll_case(rows[i], 1000), nll_case(rows[i], 4099);
+    }
+}
+END_TEST
+
 /* ---- a recorded pass ---- */
 
 enum { LAYERS = 2, HIDDEN = 512, FFN = 1408 };
@@ -569,6 +665,7 @@ int main(int argc, char **argv)
     add_case(s, "w4", w4_products);
     add_case(s, "norm", norm_w4_glu);
     add_case(s, "attention", attention);
+    add_case(s, "rows", rows_ops);
     add_case(s, "pass", recorded_pass);
     SRunner *r = srunner_create(s);
     srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
