@@ -50,6 +50,7 @@ void server_json(call *c, int status)
 void server_fail(call *c, const api_fault *f)
 {
     char seconds[16];
+    server_leave(c);
     out_reset(&c->a->body);
     api_fault_json(&c->a->body, f, c->id);
     server_json(c, api_status(f->kind));
@@ -87,6 +88,16 @@ bool server_enter(call *c, int32_t n)
     metrics_rejected(s->counts, "queue_full");
     server_fail(c, &f);
     return false;
+}
+
+void server_leave(call *c)
+{
+    server *s = c->s;
+    if (c->n_door == 0) return;
+    const double took = clock_s() - c->began, mean = atomic_load(&s->answer_s);
+    if (c->n_new > 0) atomic_store(&s->answer_s, mean > 0 ? 0.9 * mean + 0.1 * took : took);
+    (void)atomic_fetch_sub(&s->answers, c->n_door);
+    c->n_door = 0;
 }
 
 bool server_parse(call *c, unsigned who, api_request *q)
@@ -396,11 +407,7 @@ static void on_done(void *ud, http_request *r, int status, size_t bytes, bool go
     }
     if (status == 408) c->reason = api_code(API_TIMEOUT);
     server_run_close(&c->run);
-    if (c->n_door) {
-        const double took = clock_s() - c->began, mean = atomic_load(&s->answer_s);
-        if (c->n_new > 0) atomic_store(&s->answer_s, mean > 0 ? 0.9 * mean + 0.1 * took : took);
-        (void)atomic_fetch_sub(&s->answers, c->n_door);
-    }
+    server_leave(c);
     metrics_request(s->counts, c->route ? c->route->path : "none", status, c->reason);
     log_line(c, status, bytes);
     if (c->counted) (void)atomic_fetch_sub(&s->active, 1);

@@ -35,7 +35,7 @@ typedef struct {
     const tokenizer *t;
     const chat *c;
     const char *meta_instruction; /* as in chat_request; NULL: the template's own */
-    const int32_t *stop_ids; /* what ends an answer, chat_stop_ids */
+    const int32_t *stop_ids;      /* what ends an answer, chat_stop_ids */
     int n_stop_ids;
     int32_t session_len, max_batch, max_queue;
     int kv_bits;

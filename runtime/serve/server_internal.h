@@ -89,6 +89,8 @@ void server_json(call *c, int status);
 bool server_door(call *c);
 /* Takes n more places at the door; false: there is no room, and a 429 was answered. */
 bool server_enter(call *c, int32_t n);
+/* Gives all its places back: before the last byte goes out, its client may come again at once. */
+void server_leave(call *c);
 /* Parses the body; false: answered. */
 bool server_parse(call *c, unsigned who, api_request *q);
 /* The model that a request names is ours; else answered. */

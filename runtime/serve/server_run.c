@@ -178,6 +178,32 @@ static bool fill(run *r)
     return submit_all(r);
 }
 
+/* What the next turn of the session continues. */
+static void keep_session(run *r)
+{
+    token_list *ids = session_ids(r->session);
+    const choice *ch = r->choices;
+    const bool keep = r->q.interactive && ch && ch->n_new > 0;
+    if (keep) {
+        token_list_free(ids);
+        *ids = r->prompts[0];
+        memset(&r->prompts[0], 0, sizeof r->prompts[0]);
+        err ignored;
+        for (int64_t i = 0; i < ch->kept.n; i++)
+            (void)token_list_push(ids, ch->kept.ids[i], &ignored);
+        *session_last(r->session) = ch->at_stop_id ? ch->last : -1;
+    }
+    session_give(r->c->s->sessions, &r->session, r->q.interactive);
+}
+
+/* Everything that the client's next request may need is given back before it hears of the end. */
+static void let_go(run *r)
+{
+    for (int32_t i = 0; i < r->n && r->choices; i++) answer_close(&r->choices[i].a);
+    if (r->session) keep_session(r);
+    server_leave(r->c);
+}
+
 bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_prompts, session *s)
 {
     err e;
@@ -204,7 +230,9 @@ bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_pro
     r->history = s ? (int32_t)session_ids(s)->n : 0;
     r->sent_s = clock_s();
     c->run = r; /* closed with the call */
-    return fill(r);
+    const bool filled = fill(r);
+    if (!filled) let_go(r);
+    return filled;
 }
 
 /* ---- closing ---- */
@@ -221,28 +249,10 @@ static void free_choice(choice *ch)
     token_list_free(&ch->kept);
 }
 
-/* What the next turn of the session continues. */
-static void keep_session(run *r)
-{
-    token_list *ids = session_ids(r->session);
-    const choice *ch = r->choices;
-    const bool keep = r->q.interactive && ch && ch->n_new > 0;
-    if (keep) {
-        token_list_free(ids);
-        *ids = r->prompts[0];
-        memset(&r->prompts[0], 0, sizeof r->prompts[0]);
-        err ignored;
-        for (int64_t i = 0; i < ch->kept.n; i++)
-            (void)token_list_push(ids, ch->kept.ids[i], &ignored);
-        *session_last(r->session) = ch->at_stop_id ? ch->last : -1;
-    }
-    session_give(r->c->s->sessions, &r->session, r->q.interactive);
-}
-
 void server_run_close(run **r)
 {
     if (!r || !*r) return;
-    if ((*r)->session) keep_session(*r);
+    let_go(*r);
     for (int32_t i = 0; i < (*r)->n && (*r)->choices; i++) free_choice(&(*r)->choices[i]);
     for (int32_t i = 0; i < (*r)->n_prompts; i++) token_list_free(&(*r)->prompts[i]);
     mem_free((*r)->prompts);
@@ -468,12 +478,6 @@ static void wait_for_tokens(run *r, int timeout_ms)
     }
 }
 
-/* Nobody reads it: the engine is told before anything else. */
-static void cancel_all(run *r)
-{
-    for (int32_t i = 0; i < r->n; i++) answer_close(&r->choices[i].a);
-}
-
 static bool over(const run *r) { return r->gone || r->failed || r->n_ended == r->n; }
 
 /* ---- whole answers ---- */
@@ -488,8 +492,8 @@ static void answer_gone(run *r)
 bool server_run_wait(run *r)
 {
     while (!over(r)) wait_for_tokens(r, SLICE_MS);
+    let_go(r);
     if (!r->gone && !r->failed) return true;
-    cancel_all(r);
     if (r->gone)
         answer_gone(r);
     else
@@ -535,8 +539,8 @@ static bool run_next(void *ud, out_buf *o)
     }
     r->sent_s = clock_s();
     if (!over(r)) return true;
+    let_go(r);
     if (r->gone) {
-        cancel_all(r);
         r->c->reason = api_code(API_CANCELED);
     } else {
         if (r->failed) r->c->reason = api_code(r->fault.kind);
@@ -553,7 +557,7 @@ static void start_stream(run *r)
     while (!over(r) && c->n_new == 0 && 1000 * (clock_s() - c->began) < SERVER_PING_MS)
         wait_for_tokens(r, SLICE_MS);
     if (r->gone || r->failed) {
-        cancel_all(r);
+        let_go(r);
         if (r->gone)
             answer_gone(r);
         else
