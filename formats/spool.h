@@ -19,8 +19,9 @@ typedef struct {
 
 /* Takes the lock of the target (E_IO naming the holder when another run has it), and keeps the
  * finished layers that were made with the same fingerprint. *fresh: the target is there, intact and
- * of this fingerprint: nothing is to be done, and what a killed run left is removed. A target that is not an artifact of this kind is
- * E_USAGE without `force`, before any work. Strings are copied. */
+ * of this fingerprint: nothing is to be done, and what a killed run left is removed. A target that
+ * is not an artifact of this kind is E_USAGE without `force`, before any work. Strings are copied.
+ */
 err_code spool_open(spool **out, const spool_opts *o, bool *fresh, err *e);
 /* Drops the lock. The directory stays for the next run unless spool_finish was reached. */
 void spool_close(spool **s);

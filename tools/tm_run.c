@@ -3,10 +3,11 @@
 
 int main(int argc, char **argv)
 {
-    const tool_command commands[] = {
-        tm_run_chat,  tm_run_generate, tm_run_ppl,  tm_run_score,  tm_run_tasks,
-        tm_run_bench, tm_run_tokenize, tm_run_info, tm_run_client, tm_run_bench_serve, tm_run_serve};
-    const tool_spec spec = {"tm-run", "runs a model: chat, answers, measurements", commands,
+    const tool_command commands[] = {tm_run_chat,        tm_run_generate, tm_run_ppl,
+                                     tm_run_score,       tm_run_tasks,    tm_run_bench,
+                                     tm_run_tokenize,    tm_run_info,     tm_run_client,
+                                     tm_run_bench_serve, tm_run_serve};
+    const tool_spec spec = {"tm-run", "runs a model: chat, server, measurements", commands,
                             sizeof commands / sizeof *commands};
     return tool_main(argc, argv, &spec);
 }
