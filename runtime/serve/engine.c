@@ -64,12 +64,6 @@ static void finish(engine *g, answer *a, answer_state state, double now)
     note(g, a, state);
 }
 
-static void fail(engine *g, answer *a, const err *why)
-{
-    a->error = *why;
-    finish(g, a, ANSWER_FAILED, clock_s());
-}
-
 /* What was canceled, or has had its time, goes before the next step. */
 static void reap(engine *g, bool closing)
 {
@@ -80,8 +74,10 @@ static void reap(engine *g, bool closing)
             finish(g, a, ANSWER_CANCELED, now);
         else if (a->deadline > 0 && now >= a->deadline)
             finish(g, a, ANSWER_TIMEOUT, now);
-        else if (g->broken)
-            fail(g, a, &g->failed);
+        else if (g->failed.code != OK) {
+            a->error = g->failed;
+            finish(g, a, ANSWER_FAILED, now);
+        }
     }
 }
 
@@ -105,8 +101,9 @@ static void want_scores(engine *g, const sched_part *p, step_seq *s, int32_t *nl
     *rows_at += p->n_score;
 }
 
-/* A slot that is new to a sequence learns of what the sequence has. */
-static err_code begin_part(engine *g, const sched_part *p, double now, err *e)
+/* A slot that is new to a sequence learns of what the sequence has. What fails here (memory) is
+ * that answer's alone: it ends with its next token. */
+static void begin_part(engine *g, const sched_part *p, double now)
 {
     answer *a = answer_of(p->q);
     model_seq_begin(g->m, p->q->slot, p->first, a->n_prompt);
@@ -117,7 +114,7 @@ static err_code begin_part(engine *g, const sched_part *p, double now, err *e)
         g->stats.prompt_tokens += a->n_prompt;
         engine_observe(&g->stats.queue_s, now - a->submitted);
     }
-    return engine_pick_begin(g, a, e);
+    (void)engine_pick_begin(g, a, &a->error);
 }
 
 static void lay_out(engine *g, const sched_step *s)
@@ -167,9 +164,8 @@ static void time_token(engine *g, answer *a, double now)
 static void take_token(engine *g, answer *a, double now)
 {
     int32_t id;
-    err e;
-    if (engine_pick(g, a, &id, &e) != OK) {
-        fail(g, a, &e);
+    if (a->error.code != OK || engine_pick(g, a, &id, &a->error) != OK) {
+        finish(g, a, ANSWER_FAILED, now);
         return;
     }
     if (id < 0) {
@@ -195,7 +191,6 @@ static void break_down(engine *g, const err *why)
     (void)pthread_mutex_lock(&g->lock);
     g->failed = *why;
     (void)pthread_mutex_unlock(&g->lock);
-    g->broken = true;
     job_log(&g->job, LOG_ERROR, "engine: a step failed: %s", why->msg);
 }
 
@@ -212,10 +207,7 @@ static void run(engine *g, const sched_step *s)
     err e;
     for (int32_t i = 0; i < s->n; i++) {
         answer_of(s->part[i].q)->preemptions = s->part[i].q->preemptions;
-        if (s->part[i].begins && begin_part(g, &s->part[i], begin, &e) != OK) {
-            break_down(g, &e);
-            return;
-        }
+        if (s->part[i].begins) begin_part(g, &s->part[i], begin);
     }
     lay_out(g, s);
     g->step_began = begin;

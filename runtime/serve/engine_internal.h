@@ -68,7 +68,7 @@ struct engine {
     answer *inbox, **inbox_end; /* lock */
     int32_t n_accepted;         /* lock: live, in the inbox or about to be */
     bool draining, closing;     /* lock */
-    err failed;                 /* lock; code OK: healthy */
+    err failed;                 /* lock, written by the thread; code OK: healthy */
     engine_stats shown;         /* lock */
     _Atomic double step_began;  /* clock_s; 0: no step is under way */
 
@@ -80,7 +80,6 @@ struct engine {
         answer_state state;
     } * news; /* [2 * max_live] what readers do not know yet */
     int32_t n_news;
-    bool broken; /* failed is set */
     engine_stats stats;
     step_seq *seqs;     /* [max_batch] */
     sampler **samplers; /* [max_batch], one a slot; the first one's scratch serves all */
