@@ -233,6 +233,10 @@ static err_code value_begins(toolcall *t)
 static err_code structure(toolcall *t, char c, bool *bad)
 {
     const bool opens = c == '{' || c == '[', closes = c == '}' || c == ']';
+    if (t->depth == 1 && c == ']') { /* it was opened by a brace */
+        *bad = true;
+        return OK;
+    }
     if (t->key == KEY_BARE) { /* whatever is in it is the arguments */
         t->in_string = c == '"';
         t->depth += opens - closes;
@@ -306,9 +310,9 @@ static err_code run_object(toolcall *t)
     }
     buf_drop(&t->in, i);
     if (rc != OK) return rc;
-    if (bad) return give_back(t);
     const bool open = t->at == AT_OBJECT && t->part == OBJ_IN_VALUE;
-    return open && (t->key == KEY_ARGS || t->key == KEY_BARE) ? send_args(t, t->raw.n) : OK;
+    if (open && (t->key == KEY_ARGS || t->key == KEY_BARE)) TRY(send_args(t, t->raw.n - bad));
+    return bad ? give_back(t) : OK;
 }
 
 /* ---- around it ---- */
@@ -346,7 +350,8 @@ static err_code run_content(toolcall *t, bool last, bool *more)
         return open_call(t, lead, 0);
     }
     for (int i = 0; opener(t->format, i); i++) {
-        const char *p = strstr(t->in.p ? t->in.p : "", opener(t->format, i));
+        const char *open = opener(t->format, i);
+        const char *p = t->in.n ? memmem(t->in.p, t->in.n, open, strlen(open)) : NULL;
         const size_t k = tail_of(&t->in, opener(t->format, i));
         if (k > keep) keep = k;
         if (!p || (size_t)(p - t->in.p) >= best) continue;
@@ -412,7 +417,7 @@ static err_code run_name(toolcall *t, bool last, bool *more)
     const size_t n = brace ? (size_t)(brace - t->in.p) : t->in.n;
     if (!brace && !last && n <= MAX_NAME) return OK;
     *more = true;
-    const char *mark = t->in.n ? strstr(t->in.p, "[ARGS]") : NULL;
+    const char *mark = t->in.n ? memmem(t->in.p, t->in.n, "[ARGS]", 6) : NULL;
     size_t len = mark && mark < t->in.p + n ? (size_t)(mark - t->in.p) : n;
     while (len && is_space(t->in.p[len - 1])) len--;
     if (!brace || !len || len > MAX_NAME) {

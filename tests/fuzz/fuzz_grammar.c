@@ -1,6 +1,6 @@
 /* A letter, then any bytes as a regular expression (r), a JSON schema (s) or tools (t): refused
- * with one line, or a grammar in which random answers never get stuck and, of schemas and tools, are
- * JSON where they should be. */
+ * with one line, or a grammar in which random answers never get stuck and, of schemas and tools,
+ * are JSON where they should be. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
