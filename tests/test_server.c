@@ -1,4 +1,4 @@
-/* The server before it has a model, and its sockets. What it does with one: the serve_*.py suites. */
+/* The server before it has a model, and its sockets. With one: the serve_*.py suites. */
 #include <arpa/inet.h>
 #include <check.h>
 #include <stdio.h>
