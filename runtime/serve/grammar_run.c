@@ -266,19 +266,27 @@ static int32_t follow(grammar_run *r, int32_t at, int cls, int32_t token)
     return close_set(r);
 }
 
+/* Where a position's followers are in rows; -1 when there is no room. */
+static int32_t row_of(grammar_run *r, int32_t at)
+{
+    const int n = r->g->net.n_classes;
+    if (POSITION(r, at).row >= 0) return POSITION(r, at).row;
+    if (!reserve(r, &r->rows, n)) return -1;
+    POSITION(r, at).row = r->rows.n;
+    for (int i = 0; i < n; i++) ROW(r, r->rows.n + i) = UNKNOWN;
+    r->rows.n += n;
+    return POSITION(r, at).row;
+}
+
 static int32_t step(grammar_run *r, int32_t at, uint8_t byte)
 {
-    const int n = r->g->net.n_classes, cls = r->g->net.class_of[byte];
-    if (POSITION(r, at).row < 0) {
-        if (!reserve(r, &r->rows, n)) return GRAMMAR_DEAD;
-        POSITION(r, at).row = r->rows.n;
-        for (int i = 0; i < n; i++) ROW(r, r->rows.n + i) = UNKNOWN;
-        r->rows.n += n;
-    }
-    const int32_t known = ROW(r, POSITION(r, at).row + cls);
+    const int cls = r->g->net.class_of[byte];
+    const int32_t row = row_of(r, at);
+    if (row < 0) return GRAMMAR_DEAD;
+    const int32_t known = ROW(r, row + cls);
     if (known != UNKNOWN) return known;
     const int32_t to = follow(r, at, cls, -1);
-    if (!r->over) ROW(r, POSITION(r, at).row + cls) = to;
+    if (!r->over) ROW(r, row + cls) = to;
     return to;
 }
 
@@ -418,22 +426,28 @@ static void mark_tokens(grammar_run *r, int32_t at, uint32_t *mask)
     }
 }
 
-/* Every token whose bytes lead somewhere. */
+/* Every token whose bytes lead somewhere. Rows are kept by depth: most steps are one look-up. */
 static bool walk(grammar_run *r, int32_t at, uint32_t *mask)
 {
     const grammar_vocab *v = r->g->v;
-    int32_t way[GRAMMAR_LONGEST + 1] = {at};
+    const uint8_t *cls = r->g->net.class_of;
+    int32_t way[GRAMMAR_LONGEST + 1] = {at}, row[GRAMMAR_LONGEST + 1] = {row_of(r, at)};
+    if (row[0] < 0) return false;
     for (uint32_t i = 0; i < v->n_nodes;) {
-        const grammar_node *nd = &v->node[i];
-        const int32_t to = step(r, way[nd->depth - 1], nd->byte);
-        if (r->over || r->work > MAX_WORK) return false;
+        const grammar_node nd = v->node[i];
+        int32_t to = ROW(r, row[nd.depth - 1] + cls[nd.byte]);
+        if (to == UNKNOWN) {
+            to = step(r, way[nd.depth - 1], nd.byte);
+            if (r->over || r->work > MAX_WORK) return false;
+        }
         if (to == GRAMMAR_DEAD) {
-            i = nd->end;
+            i = nd.end;
             continue;
         }
-        way[nd->depth] = to;
-        for (int32_t id = nd->token; id >= 0; id = v->same[id]) mask[id / 32] |= 1u << (id % 32);
-        i++;
+        for (int32_t id = nd.token; id >= 0; id = v->same[id]) mask[id / 32] |= 1u << (id % 32);
+        if (++i == nd.end) continue;
+        way[nd.depth] = to;
+        if ((row[nd.depth] = row_of(r, to)) < 0) return false;
     }
     mark_tokens(r, at, mask);
     return true;
