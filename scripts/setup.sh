@@ -8,10 +8,14 @@ build=(gcc g++ cmake ninja-build pkg-config libcjson-dev libxxhash-dev libssl-de
     libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev
     libmicrohttpd-dev libcurl4-openssl-dev)
 use=(check make python3 scdoc)
-all=(clang-format git python3-numpy bsdutils zsh fish)
+all=(clang-format git python3-numpy python3-venv bsdutils zsh fish)
 
 packages=("${build[@]}" "${use[@]}")
-[ "${1:-}" != --all ] || packages+=("${all[@]}")
+if [ "${1:-}" = --all ]; then
+    packages+=("${all[@]}")
+    # The chat page is driven in a real browser; on Ubuntu the package is a snap, and that test skips.
+    ! grep -qs '^ID=debian' /etc/os-release || packages+=(chromium)
+fi
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
     echo "setup: not a Debian system: install what these packages hold by hand: ${packages[*]}" >&2
