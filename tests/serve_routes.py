@@ -135,8 +135,11 @@ def test_lengths():
     expect("min_tokens", chat(min_tokens=40, max_tokens=60).json["usage"]["completion_tokens"] >= 40, True)
     expect("ignore_eos", chat(ignore_eos=True, max_tokens=50).json["usage"]["completion_tokens"], 50)
     n_ctx = server.get("/props").json["n_ctx"]
-    a = chat(ignore_eos=True, max_tokens=2**31 - 1).json
+    cut = chat(ignore_eos=True, max_tokens=2**31 - 1)
+    a = cut.json
     expect("cut to the context", a["usage"]["total_tokens"] <= n_ctx, True)
+    expect("and told", int(cut.headers["x-max-tokens"]), n_ctx - a["usage"]["prompt_tokens"])
+    check("else not", "x-max-tokens" not in chat(max_tokens=3).headers)
     expect("length", a["choices"][0]["finish_reason"], "length")
     c = chat(ignore_eos=True, max_tokens=900, timeout_ms=60).json["choices"][0]
     expect("timeout", (c["finish_reason"], c["timed_out"]), ("length", True))

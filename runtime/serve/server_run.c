@@ -145,11 +145,22 @@ static bool check_prompts(run *r)
     return true;
 }
 
+/* An answer that is asked to be longer than it can get is told so. */
+static void tell_limit(const run *r)
+{
+    char text[16];
+    const int64_t room = r->c->s->m.session_len - r->prompts[0].n;
+    if (r->q.max_tokens <= room) return;
+    (void)snprintf(text, sizeof text, "%d", (int)room);
+    http_reply_field(r->c->a, "x-max-tokens", text);
+}
+
 static bool submit_all(run *r)
 {
     call *c = r->c;
     grammar *g = NULL;
     err e;
+    tell_limit(r);
     if (open_grammar(&g, r, &e) != OK) return fail_open(c, r, &e, grammar_param(&r->q));
     err_code rc = OK;
     for (int32_t i = 0; i < r->n && rc == OK; i++) rc = submit(&r->choices[i], g, &e);
