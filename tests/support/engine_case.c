@@ -14,6 +14,7 @@ model *mdl;
 engine *eng;
 case_model up_model;
 kv_format up_kv;
+dev_kind up_device;
 
 /* ---- steps under the tests' control ---- */
 
@@ -100,7 +101,7 @@ void up(const char *isa, int32_t batch, int32_t tokens, engine_opts o)
 {
     err e;
     model_opts m = {.session_len = SESSION, .max_seqs = batch, .block_tokens = 16};
-    const dev_opts d = {.kind = DEV_CPU, .threads = 2, .isa = isa, .deterministic = true};
+    const dev_opts d = {.kind = up_device, .threads = 2, .isa = isa, .deterministic = true};
     must(dev_open(&dev, &d, &e), &e);
     open_weights();
     m.kv = up_kv;
