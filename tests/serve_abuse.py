@@ -264,6 +264,25 @@ def test_disconnects():
         expect("exit code", server.stop(), 0)
 
 
+def test_reader_that_stalls():
+    """It takes nothing while megabytes wait: the server gives up, and the answers end."""
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--stall-timeout", "1")
+    body = {**ASK, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20, "max_tokens": 900, "ignore_eos": True}
+    try:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect(("127.0.0.1", server.port))
+            s.sendall(post(body))
+            until = time.monotonic() + 20
+            while server.metric("requests_cancelled_total") < 1:
+                check("it gives up", time.monotonic() < until)
+                time.sleep(0.1)
+        server.idle()
+        healthy(server)
+    finally:
+        expect("exit code", server.stop(), 0)
+
+
 def test_cancel_is_quick():
     """Streams, whole answers and waiting ones: a gone client's blocks come back within 200 ms."""
     server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1")
