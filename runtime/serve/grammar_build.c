@@ -193,31 +193,125 @@ static void cut_bytes(grammar_build *b, const grammar_vocab *v)
     }
 }
 
-/* The fewest calls below each state on a way to its rule's end: the least fixed point, by rounds. A
- * round lowers at least one value below the depth limit, and few rounds are needed as edges are
- * visited in both directions. */
-static void find_need(grammar_net *n)
+/* ---- the fewest calls below each state on a way to its rule's end ---- */
+
+/* Settled in rising order: an edge gives its state what the state behind it has, a call at least one
+ * more than its rule's start. So a value found is of the level at hand or of the next one. */
+typedef struct {
+    grammar_net *n;
+    int32_t *to_first, *to_edge;     /* edges by the state they lead to */
+    int32_t *call_first, *call_edge; /* calls by rule */
+    int32_t *rule_of;                /* of a rule's start; -1 */
+    int32_t *queue[2], n_queue[2];
+    bool *settled;
+} need_search;
+
+static void need_free(need_search *x)
 {
-    for (int32_t s = 0; s < n->n_states; s++) n->need[s] = n->end[s] ? 0 : GRAMMAR_NEVER;
-    for (bool more = true; more;) {
-        more = false;
-        for (int32_t k = 0; k < 2 * n->n_states; k++) {
-            const int32_t s = k < n->n_states ? n->n_states - 1 - k : k - n->n_states;
-            for (int32_t i = n->first[s]; i < n->first[s + 1]; i++) {
-                const grammar_edge *g = &n->edge[i];
-                int32_t v = n->need[g->to];
-                if (g->kind == EDGE_BYTES && g->a > g->hi) v = GRAMMAR_NEVER;
-                if (g->kind == EDGE_CALL) {
-                    const int32_t in = n->need[n->rule[g->a].start];
-                    if (in + 1 > v) v = in < GRAMMAR_NEVER ? in + 1 : GRAMMAR_NEVER;
-                }
-                if (v < n->need[s]) {
-                    n->need[s] = v;
-                    more = true;
-                }
-            }
+    mem_free(x->to_first);
+    mem_free(x->to_edge);
+    mem_free(x->call_first);
+    mem_free(x->call_edge);
+    mem_free(x->rule_of);
+    mem_free(x->queue[0]);
+    mem_free(x->queue[1]);
+    mem_free(x->settled);
+}
+
+static err_code need_open(need_search *x, grammar_net *n, err *e)
+{
+    const size_t states = (size_t)n->n_states, edges = (size_t)n->first[n->n_states] + 1;
+    *x = (need_search){.n = n};
+    struct {
+        void **out;
+        size_t count;
+    } all[] = {{(void **)&x->to_first, states + 1},
+               {(void **)&x->to_edge, edges},
+               {(void **)&x->call_first, (size_t)n->n_rules + 1},
+               {(void **)&x->call_edge, edges},
+               {(void **)&x->rule_of, states},
+               {(void **)&x->queue[0], states},
+               {(void **)&x->queue[1], states}};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        TRY(mem_alloc(all[i].out, all[i].count, sizeof(int32_t), "grammar", e));
+    return mem_alloc((void **)&x->settled, states, 1, "grammar", e);
+}
+
+/* Counting sort of edge numbers by a key below n_keys; key < 0: left out. */
+static void sort_by(int32_t *first, int32_t *out, int32_t n_keys, const grammar_net *n, bool calls)
+{
+    const int32_t n_edges = n->first[n->n_states];
+    for (int pass = 0; pass < 2; pass++) {
+        for (int32_t i = 0; i < n_edges; i++) {
+            const grammar_edge *g = &n->edge[i];
+            if (calls && g->kind != EDGE_CALL) continue;
+            const int32_t key = calls ? g->a : g->to;
+            if (pass)
+                out[first[key]++] = i;
+            else
+                first[key + 1]++;
         }
+        for (int32_t k = 0; !pass && k < n_keys; k++) first[k + 1] += first[k];
     }
+    for (int32_t k = n_keys; k > 0; k--) first[k] = first[k - 1];
+    first[0] = 0;
+}
+
+static void need_offer(need_search *x, int32_t s, int32_t v, int32_t level)
+{
+    if (v >= x->n->need[s]) return;
+    const int which = v > level; /* each state once into each queue at most */
+    x->n->need[s] = v;
+    x->queue[which][x->n_queue[which]++] = s;
+}
+
+static void need_settle(need_search *x, int32_t s, int32_t level)
+{
+    grammar_net *n = x->n;
+    x->settled[s] = true;
+    for (int32_t k = x->to_first[s]; k < x->to_first[s + 1]; k++) {
+        const grammar_edge *g = &n->edge[x->to_edge[k]];
+        const int32_t in = g->kind == EDGE_CALL ? n->rule[g->a].start : -1;
+        if (g->kind == EDGE_BYTES && g->a > g->hi) continue;
+        if (in >= 0 && !x->settled[in]) continue;
+        const int32_t v = in >= 0 && n->need[in] + 1 > level ? n->need[in] + 1 : level;
+        need_offer(x, g->from, v, level);
+    }
+    if (x->rule_of[s] < 0) return;
+    for (int32_t k = x->call_first[x->rule_of[s]]; k < x->call_first[x->rule_of[s] + 1]; k++) {
+        const grammar_edge *g = &n->edge[x->call_edge[k]];
+        if (x->settled[g->to]) need_offer(x, g->from, level + 1, level);
+    }
+}
+
+static err_code find_need(grammar_net *n, err *e)
+{
+    need_search x;
+    err_code rc = need_open(&x, n, e);
+    if (rc != OK) {
+        need_free(&x);
+        return rc;
+    }
+    sort_by(x.to_first, x.to_edge, n->n_states, n, false);
+    sort_by(x.call_first, x.call_edge, n->n_rules, n, true);
+    for (int32_t s = 0; s < n->n_states; s++) {
+        n->need[s] = GRAMMAR_NEVER;
+        x.rule_of[s] = -1;
+    }
+    for (int32_t i = 0; i < n->n_rules; i++) x.rule_of[n->rule[i].start] = i;
+    for (int32_t s = 0; s < n->n_states; s++)
+        if (n->end[s]) need_offer(&x, s, 0, 0);
+    for (int32_t level = 0; level <= GRAMMAR_MAX_DEPTH; level++) {
+        for (int32_t k = 0; k < x.n_queue[0]; k++)
+            if (!x.settled[x.queue[0][k]]) need_settle(&x, x.queue[0][k], level);
+        int32_t *done = x.queue[0];
+        x.queue[0] = x.queue[1];
+        x.n_queue[0] = x.n_queue[1];
+        x.queue[1] = done;
+        x.n_queue[1] = 0;
+    }
+    need_free(&x);
+    return OK;
 }
 
 /* Edges sorted by state, then those that lead nowhere dropped. */
@@ -282,7 +376,10 @@ err_code grammar_net_make(grammar_net *out, grammar_build *b, const grammar_voca
     n.rule = b->rule;
     b->rule = NULL;
     for (int32_t i = 0; i < n.n_rules; i++) n.end[n.rule[i].end] = true;
-    find_need(&n);
+    if ((rc = find_need(&n, e)) != OK) {
+        grammar_net_free(&n);
+        return rc;
+    }
     drop_dead(&n);
     find_classes(&n);
     *out = n;

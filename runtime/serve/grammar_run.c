@@ -6,8 +6,8 @@
 #include "base/mem.h"
 
 enum {
-    MAX_ITEMS = 4096,    /* of one position */
-    MAX_WORK = 20000000, /* items looked at for one mask */
+    MAX_ITEMS = 16384,   /* of one position */
+    MAX_WORK = 6000000,  /* edges looked at for one mask */
     ROOM = 8 << 20,      /* bytes kept between masks */
     MAX_ROOM = 96 << 20, /* bytes within one mask */
     UNKNOWN = -1
@@ -239,7 +239,7 @@ static int32_t close_set(grammar_run *r)
 {
     int32_t k = 0;
     for (int32_t i = 0; i < r->n_set && !r->over; i++) close_one(r, r->set[i]);
-    r->work += r->n_set;
+    r->work += 2 * r->n_set;
     if (r->over) return GRAMMAR_DEAD;
     for (int32_t i = 0; i < r->n_set; i++)
         if (takes_something(&r->g->net, r->set[i].state)) r->set[k++] = r->set[i];
@@ -254,6 +254,7 @@ static int32_t follow(grammar_run *r, int32_t at, int cls, int32_t token)
     set_clear(r);
     for (int32_t k = 0; k < p.n; k++) {
         const item it = ITEM(r, p.first + k);
+        r->work += 1 + net->first[it.state + 1] - net->first[it.state];
         for (int32_t i = net->first[it.state]; i < net->first[it.state + 1]; i++) {
             const grammar_edge *g = &net->edge[i];
             const bool hit = cls >= 0 ? g->kind == EDGE_BYTES && g->a <= net->byte_of[cls] &&
@@ -262,7 +263,6 @@ static int32_t follow(grammar_run *r, int32_t at, int cls, int32_t token)
             if (hit) set_add(r, g->to, it.stack);
         }
     }
-    r->work += p.n;
     return close_set(r);
 }
 

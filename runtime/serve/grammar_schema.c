@@ -12,7 +12,7 @@ enum {
     MAX_REFS = 256,
     MAX_COUNT = 100000,
     MAX_NESTED = 200,
-    MAX_MEMBERS = 4096,
+    MAX_MEMBERS = 1024,
     MAX_VALUES = 20000,
     MAX_BRANCHES = 256
 };
