@@ -195,8 +195,8 @@ static void cut_bytes(grammar_build *b, const grammar_vocab *v)
 
 /* ---- the fewest calls below each state on a way to its rule's end ---- */
 
-/* Settled in rising order: an edge gives its state what the state behind it has, a call at least one
- * more than its rule's start. So a value found is of the level at hand or of the next one. */
+/* Settled in rising order: an edge gives its state what the state behind it has, a call at least
+ * one more than its rule's start. So a value found is of the level at hand or of the next one. */
 typedef struct {
     grammar_net *n;
     int32_t *to_first, *to_edge;     /* edges by the state they lead to */
