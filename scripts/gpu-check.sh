@@ -5,13 +5,14 @@
 #   e2e        the bundled model: perplexity and greedy text, each cache format, GPU beside CPU
 #   sanitizer  the ops again under compute-sanitizer
 #   ptx        the ops once more with the kernels for sm_75 and sm_80, compiled by the driver from PTX
+#   kernels    products and decode attention alone, beside their floors and cuBLAS (tests/bench_cuda.c)
 #   bench      random 7B and 1.8B models: prefill and decode as a table for docs/perf.md
 # Models of `bench` go to TMF_WORK (/tmp/tmforge-gpu): 5 GB. Exit 0 only if every stage passed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=${TMF_BUILD:-build/gpu} work=${TMF_WORK:-/tmp/tmforge-gpu}
 demo=datasets/demo
-[ $# -gt 0 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 field() { # KEY: the number behind it in one line of JSON
     grep -o "\"$1\":[-0-9.e+]*" | head -n 1 | cut -d: -f2
@@ -23,7 +24,7 @@ stage_build() {
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .) || return 1
     [ "$arch" != 90 ] || arch=90a
     cmake -S . -B "$build" -DWITH_CUDA=ON -DCUDA_ARCHS="$arch" &&
-        cmake --build "$build" -j "$(nproc)" --target tm-run make_model test_cuda
+        cmake --build "$build" -j "$(nproc)" --target tm-run make_model test_cuda bench_cuda
 }
 
 stage_ops() { timeout 500 "$build/tests/test_cuda"; }
@@ -40,6 +41,8 @@ stage_ptx() {
             CUDA_FORCE_PTX_JIT=1 timeout 200 "$build-ptx$sm/tests/test_cuda" --sm $sm || return 1
     done
 }
+
+stage_kernels() { timeout 500 "$build/tests/bench_cuda"; }
 
 ppl() { # DEVICE BITS
     timeout 120 "$build/tools/tm-run" ppl $demo --device "$1" --data $demo/eval.jsonl --window 1024 \
