@@ -2,6 +2,7 @@
 """Every way to be refused: status, the four keys of the body, param, and the headers that belong to it."""
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -255,7 +256,9 @@ def test_queue_full():
     for _ in range(2):
         threads.append(threading.Thread(target=lambda: answers.append(strict.post(CHAT, long, KEYED))))
         threads[-1].start()
-    time.sleep(0.3)
+    while sum(float(v) for v in re.findall(r"^tm_requests_(?:running|waiting) (\d+)$", strict.get(
+            "/metrics", KEYED).text, re.M)) < 2:
+        time.sleep(0.01)
     begin = time.monotonic()
     refused = strict.post(CHAT, HELLO, KEYED)
     took = time.monotonic() - begin
@@ -270,24 +273,29 @@ def test_queue_full():
 
 
 def test_draining():
-    server = Server(TOOL, MODEL, "--model-name", "demo")
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1")
     body = {**HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
     data = json.dumps(body).encode()
+    request = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+               f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n").encode() + data
     try:
-        with server.connect() as s:
-            s.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                      f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+        with server.connect() as s, server.connect() as second, server.connect() as third:
+            s.sendall(request)
             first = s.recv(1000)
+            second.sendall(request)  # they wait: there is time to look at the server
+            third.sendall(request)
+            while server.metric("requests_waiting") < 2:
+                time.sleep(0.01)
             server.term()
             time.sleep(0.15)
             for answer in [server.post(CHAT, HELLO), server.get("/readyz")]:
                 error(answer, 503, "service_unavailable")
                 check("Retry-After", int(answer.headers["retry-after"]) >= 1, answer.headers)
             expect("alive", server.get("/livez").status, 200)
-            rest = first
-            while part := s.recv(65536):
-                rest += part
-            check("whole answer", b"data: [DONE]" in rest and b'"finish_reason":"length"' in rest, rest[-300:])
+            for s_, rest in ((s, first), (second, b""), (third, b"")):
+                while part := s_.recv(65536):
+                    rest += part
+                check("whole answer", b"data: [DONE]" in rest and b'"finish_reason":"length"' in rest, rest[-300:])
         code = server.process.wait(10)
     finally:
         server.stop()
