@@ -12,6 +12,7 @@
 
 #define SAMPLES 2048  /* tokens */
 #define POINTS  5     /* exponents 0, 1/4 .. 1 */
+#define MUCH    0.6   /* of the error of v without factors */
 #define LEVELS  15.f  /* of 4 bits */
 #define FLOOR   1e-3f /* of the largest rms: channels that never fire */
 
@@ -25,6 +26,7 @@ typedef struct {
     int32_t *pos;                     /* [cap] */
     float *head;                      /* [cap,hd] one head, then its errors */
     float *metric;                    /* [hd,hd] */
+    float *values;                    /* [kv_heads,hd] factors of v */
     float *w;                         /* [hidden,heads*hd] o */
     double *rms, *cost;               /* [hd], [cap] */
     float *inv_freq, mscale;          /* [rope_dims/2] */
@@ -43,8 +45,9 @@ typedef struct {
     int64_t count;
     size_t size;
 } kv_part;
+enum { PARTS = 10 };
 
-static int parts_of(kv_job *j, const model_desc *m, kv_part p[9])
+static int parts_of(kv_job *j, const model_desc *m, kv_part p[PARTS])
 {
     const int64_t hd = m->head_dim;
     int n = 0;
@@ -56,6 +59,7 @@ static int parts_of(kv_job *j, const model_desc *m, kv_part p[9])
     p[n++] = (kv_part){(void **)&j->w, m->hidden * (int64_t)m->heads * hd, sizeof(float)};
     p[n++] = (kv_part){(void **)&j->rms, hd, sizeof(double)};
     p[n++] = (kv_part){(void **)&j->cost, SAMPLES, sizeof(double)};
+    p[n++] = (kv_part){(void **)&j->values, m->kv_heads * hd, sizeof(float)};
     p[n++] = (kv_part){(void **)&j->inv_freq, hd, sizeof(float)};
     return n;
 }
@@ -63,7 +67,7 @@ static int parts_of(kv_job *j, const model_desc *m, kv_part p[9])
 size_t kv_fold_bytes(const model_desc *m)
 {
     kv_job j;
-    kv_part p[9];
+    kv_part p[PARTS];
     size_t sum = 0;
     const int n = parts_of(&j, m, p);
     for (int i = 0; i < n; i++) sum += arena_need((size_t)p[i].count * p[i].size);
@@ -72,7 +76,7 @@ size_t kv_fold_bytes(const model_desc *m)
 
 static err_code room(kv_job *j, err *e)
 {
-    kv_part p[9];
+    kv_part p[PARTS];
     const int n = parts_of(j, j->m, p);
     TRY(arena_init(&j->mem, kv_fold_bytes(j->m), "keys and values", e));
     for (int i = 0; i < n; i++)
@@ -216,7 +220,7 @@ static void token_error(void *ctx, int64_t t, int worker)
     }
 }
 
-static err_code best_factors(kv_job *j, float *s, err *e)
+static err_code best_factors(kv_job *j, float *s, double *plain, double *folded, err *e)
 {
     float *errors = j->x; /* no longer needed */
     double least = INFINITY;
@@ -231,12 +235,14 @@ static err_code best_factors(kv_job *j, float *s, err *e)
         pool_run(dev_pool(j->b->d), token_error, &c, j->n);
         TRY(op_quad(j->b->d, &cost, &rows, &metric, e));
         for (int64_t t = 0; t < j->n; t++) sum += j->cost[t];
+        if (p == 0) *plain += sum;
         if (sum < least) {
             least = sum;
             best = p;
         }
     }
     factors_of(j, (double)best / (POINTS - 1), s);
+    *folded += least;
     return OK;
 }
 
@@ -262,6 +268,8 @@ static void clear_gram(kv_job *j) { memset(j->metric, 0, (size_t)(j->hd * j->hd)
 static err_code k_head(kv_job *j, int32_t h, float *s, err *e)
 {
     const int32_t share = j->m->heads / j->m->kv_heads;
+    double plain = 0,
+           folded = 0; /* k's factors cost the weights nothing: whatever helps is taken */
     clear_gram(j);
     for (int32_t i = 0; i < share; i++) {
         take_head(j, ROLE_Q, h * share + i);
@@ -270,11 +278,11 @@ static err_code k_head(kv_job *j, int32_t h, float *s, err *e)
     TRY(finish_gram(j, e));
     take_head(j, ROLE_K, h);
     measure_rms(j, true);
-    return best_factors(j, s, e);
+    return best_factors(j, s, &plain, &folded, e);
 }
 
 /* Errors of v reach the residual stream through o's columns. */
-static err_code v_head(kv_job *j, int32_t h, float *s, err *e)
+static err_code v_head(kv_job *j, int32_t h, float *s, double *plain, double *folded, err *e)
 {
     const int32_t share = j->m->heads / j->m->kv_heads;
     const int64_t k = j->m->heads * j->hd;
@@ -284,24 +292,41 @@ static err_code v_head(kv_job *j, int32_t h, float *s, err *e)
     TRY(finish_gram(j, e));
     take_head(j, ROLE_V, h);
     measure_rms(j, false);
-    return best_factors(j, s, e);
+    return best_factors(j, s, plain, folded, e);
 }
 
-static err_code all_heads(kv_job *j, block_plan *out, err *e)
+/* Factors of v also scale o's inputs, which then are no longer free to suit o's weights: they are
+ * taken where they save the cache much, and left to the method's own search of v -> o elsewhere. */
+static err_code all_values(kv_job *j, block_plan *out, err *e)
 {
-    const bool keys = !j->m->qk_norm;
+    const int64_t n = j->m->kv_heads * j->hd;
+    double plain = 0, folded = 0;
+    float *v;
     linear_view o;
-    float *k = NULL, *v;
     tensor w = {.data = j->w};
     TRY(weights_linear(j->b->src, ROLE_O, j->b->layer, -1, &o, e));
     TRY(fold_rows(&w, &o.dense, NULL, 0, j->hidden, j->b->layer, ROLE_O, e));
+    for (int32_t h = 0; h < j->m->kv_heads; h++) {
+        TRY(job_check(j->b->j, e));
+        TRY(v_head(j, h, j->values + h * j->hd, &plain, &folded, e));
+    }
+    job_log(j->b->j, LOG_DEBUG, "layer %d: 4-bit values: error %.4g, with factors %.4g",
+            (int)j->b->layer, plain, folded);
+    if (folded > MUCH * plain) return OK;
     TRY(plan_factors(j->b, out, ROLE_V, &v, e));
-    if (keys) TRY(plan_factors(j->b, out, ROLE_K, &k, e));
+    memcpy(v, j->values, (size_t)n * sizeof *v);
+    return OK;
+}
+
+static err_code all_keys(kv_job *j, block_plan *out, err *e)
+{
+    float *k;
+    if (j->m->qk_norm) return OK;
+    TRY(plan_factors(j->b, out, ROLE_K, &k, e));
     model_inv_freq(j->m, j->m->max_tokens, j->inv_freq, &j->mscale);
     for (int32_t h = 0; h < j->m->kv_heads; h++) {
         TRY(job_check(j->b->j, e));
-        if (keys) TRY(k_head(j, h, k + h * j->hd, e));
-        TRY(v_head(j, h, v + h * j->hd, e));
+        TRY(k_head(j, h, k + h * j->hd, e));
     }
     return OK;
 }
@@ -315,7 +340,8 @@ err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e)
                        (int)b->layer);
     err_code rc = room(&j, e);
     if (rc == OK) rc = sample(&j, e);
-    if (rc == OK) rc = all_heads(&j, out, e);
+    if (rc == OK) rc = all_keys(&j, out, e);
+    if (rc == OK) rc = all_values(&j, out, e);
     arena_free(&j.mem);
     return rc;
 }

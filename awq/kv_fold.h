@@ -5,10 +5,10 @@
 
 #include "awq/measure.h"
 
-/* Enters the folds of k (none where a norm stands on it) and v into the plan: per head rms^a of the
- * channels (of the pairs of k), with the a in 0, 1/4 .. 1 whose 4-bit values of sampled tokens are
- * nearest: k's as q sees them, v's as o does. One pass over the windows of b->walk. E_UNSUPPORTED
- * without it. */
+/* Enters the folds of k (none where a norm stands on it) and v into the plan: per head rms^a of
+ * the channels (of the pairs of k), with the a in 0, 1/4 .. 1 whose 4-bit values of sampled
+ * tokens are nearest: k's as q sees them, v's as o does. v's are left out where they save
+ * little. One pass over the windows of b->walk. E_UNSUPPORTED without it. */
 err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e);
 size_t kv_fold_bytes(const model_desc *m);
 

@@ -2,6 +2,7 @@
 #include "awq/search.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -190,6 +191,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "hidden states and forward pass",
                         layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
         memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (s.method->carries) memory_plan_add(p, "prediction", predict_bytes(s.m));
         if (s.q.kv_fold) memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
         if (s.method->carries)
             memory_plan_add(p, "rounded inputs",
@@ -255,7 +257,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     if (s->q.kv_fold) TRY(kv_fold_factors(&b, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
     if (!s->chain) TRY(block_losses(&b, &plan, e));
-    if (s->chain && layer + 1 < s->m->layers) TRY(chain_advance(s->chain, p, e));
+    if (s->chain) TRY(chain_advance(s->chain, p, e));
     *advanced = *advanced || s->chain;
     TRY(plan_put_layer(s->spool, layer, &plan, e));
     if (!s->walk) weights_release(s->src, layer);
@@ -302,10 +304,25 @@ static err_code first_layer(search *s, int32_t *first, err *e)
     return OK;
 }
 
-static err_code run_layers(search *s, err *e)
+/* A plan that was finished already, or up to its last file, has no states to tell from. */
+static err_code predict(search *s, search_summary *out, bool walked, err *e)
+{
+    if (!s->chain || !walked) return OK;
+    const tensor tokens = calib_tokens(s->calib), held_out = calib_held_out(s->calib);
+    TRY(predict_losses(&out->predicted, s->d, s->src, s->walk, &tokens, &held_out, s->j, e));
+    const prediction *p = &out->predicted;
+    if (p->windows)
+        job_log(s->j, LOG_INFO,
+                "perplexity of %d held-out windows: %.4f, with 16 bits %.4f (%+.2f %%)",
+                (int)p->windows, exp(p->nll), exp(p->nll16), 100 * (exp(p->nll - p->nll16) - 1));
+    return OK;
+}
+
+static err_code run_layers(search *s, search_summary *out, err *e)
 {
     const int64_t per_layer = s->walk ? layer_walk_windows(s->walk) : 1,
                   total = per_layer * s->m->layers;
+    bool walked = false;
     int32_t first;
     TRY(first_layer(s, &first, e));
     s->saved_at = now_s();
@@ -322,8 +339,9 @@ static err_code run_layers(search *s, err *e)
             TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
         job_step(s->j, p.stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);
         if (s->walk) TRY(save_states(s, l + 1, e));
+        walked = l + 1 == s->m->layers;
     }
-    return OK;
+    return predict(s, out, walked, e);
 }
 
 static hash128 parent_calib(const search *s)
@@ -416,7 +434,7 @@ err_code search_run(search_summary *out, device *d, const search_opts *o, const 
         goto done;
     }
     if ((rc = open_work(&s, e)) != OK) goto done;
-    if ((rc = run_layers(&s, e)) != OK) goto done;
+    if ((rc = run_layers(&s, out, e)) != OK) goto done;
     rc = finish(&s, out, e);
 done:
     close_all(&s);

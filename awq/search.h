@@ -4,6 +4,7 @@
 #define TMF_AWQ_SEARCH_H
 
 #include "awq/method.h"
+#include "awq/predict.h"
 #include "runtime/memory_plan.h"
 
 typedef struct {
@@ -24,6 +25,7 @@ typedef struct {
     bool fresh;              /* the plan was there already */
     double before, after;    /* sums over all layers */
     const char *loss;        /* what they measure */
+    prediction predicted;    /* of methods that carry rounded inputs on; no windows: not known */
 } search_summary;
 
 /* What the run will hold; reads headers only. */

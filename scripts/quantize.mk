@@ -7,7 +7,7 @@
 # second run does nothing, a killed one goes on where it was. A directory counts as made when its own
 # manifest.json is there, which the tools write last. Names must be free of spaces.
 #
-#   METHOD     rtn, lmdeploy, awq, gptq or best; rtn needs no calibration [awq]
+#   METHOD     rtn, lmdeploy, awq, gptq or best; rtn needs no calibration [best]
 #   DATA       calibration texts; without any the model writes its own
 #   DATASET    how the rows of DATA are joined: wikitext2 ptb c4 pileval
 #   SAMPLES    calibration windows                                    [128]
@@ -20,7 +20,7 @@
 #   THREADS    CPU threads, 0 for all; results do not depend on it    [0]
 #   CALIB_FLAGS SEARCH_FLAGS PACK_FLAGS CONVERT_FLAGS                 further options of a tool
 #   BIN        folder of the tools; empty: found by PATH
-METHOD  ?= awq
+METHOD  ?= best
 SAMPLES ?= 128
 SEQLEN  ?= 512
 PICK    ?= random

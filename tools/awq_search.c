@@ -1,12 +1,12 @@
 /* awq-search: a model and its calib file in, a plan out. */
 #include <stdio.h>
 
-#include "awq/search.h"
+#include "awq/report.h"
 #include "tools/memory_text.h"
 #include "tools/tool.h"
 
 static struct {
-    const char *calib, *method, *loss, *kv_fold, *out;
+    const char *calib, *method, *loss, *kv_fold, *page, *out;
     int64_t group, bits, gram_bytes;
     bool search_scale;
 } opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
@@ -14,7 +14,7 @@ static struct {
 static const cli_option options[] = {
     {"calib", 0, CLI_STR, &opt.calib, "FILE", "what calib-collect wrote for this model"},
     {"method", 0, CLI_CHOICE, &opt.method, "NAME",
-     "how to choose factors and ranges: rtn, lmdeploy, awq, gptq or best [awq]",
+     "how to choose factors and ranges: rtn, lmdeploy, awq, gptq or best [best]",
      .choices = "rtn|lmdeploy|awq|gptq|best"},
     {"search-scale", 0, CLI_FLAG, &opt.search_scale, NULL, "the same as --method awq"},
     {"loss", 0, CLI_CHOICE, &opt.loss, "NAME",
@@ -30,6 +30,8 @@ static const cli_option options[] = {
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
     {"gram-memory", 0, CLI_BYTES, &opt.gram_bytes, "BYTES",
      "second moments of a block beyond this are gathered one at a time [8G]"},
+    {"report", 0, CLI_STR, &opt.page, "HTML",
+     "also a page with loss, factors and outliers of every layer"},
     {"output", 'o', CLI_STR, &opt.out, "PLAN", "the plan file to write", .alias = "work-dir"},
 };
 
@@ -38,7 +40,9 @@ static search_opts search_options(const tool_ctx *t)
     return (search_opts){.model_dir = t->args[0],
                          .calib_path = opt.calib,
                          .out_path = opt.out,
-                         .method = opt.search_scale || !opt.method ? "awq" : opt.method,
+                         .method = opt.search_scale ? "awq"
+                                   : opt.method     ? opt.method
+                                                    : "best",
                          .loss = opt.loss,
                          .kv_fold = !opt.kv_fold ? -1 : opt.kv_fold[0] == 'y',
                          .group = (int32_t)opt.group,
@@ -59,7 +63,7 @@ static err_code check_options(err *e)
     return OK;
 }
 
-static err_code print_json(const search_opts *o, const search_summary *s, err *e)
+static err_code print_json(const search_opts *o, const search_summary *s, const report *r, err *e)
 {
     cJSON *j = cJSON_CreateObject();
     cJSON_AddStringToObject(j, "method", o->method);
@@ -71,12 +75,26 @@ static err_code print_json(const search_opts *o, const search_summary *s, err *e
     cJSON_AddNumberToObject(j, "loss_before", s->before);
     cJSON_AddNumberToObject(j, "loss_after", s->after);
     cJSON_AddNumberToObject(j, "seconds", tool_seconds());
-    const err_code rc = tool_print_json(j, e);
+    const err_code rc = report_add(r, j) ? tool_print_json(j, e)
+                                         : err_set(e, E_NOMEM, "JSON: out of memory");
     cJSON_Delete(j);
     return rc;
 }
 
-static err_code report(const tool_ctx *t, const search_opts *o, const search_summary *s, err *e)
+static err_code tell_more(const tool_ctx *t, device *d, const search_opts *o,
+                          const search_summary *s, err *e)
+{
+    report r;
+    if (!t->json && !opt.page) return OK;
+    TRY(report_make(&r, d, o, s, &t->job, e));
+    err_code rc = opt.page ? report_html(&r, opt.page, true, e) : OK;
+    if (rc == OK && t->json) rc = print_json(o, s, &r, e);
+    report_free(&r);
+    return rc;
+}
+
+static err_code tell(const tool_ctx *t, device *d, const search_opts *o, const search_summary *s,
+                     err *e)
 {
     char text[128];
     snprintf(text, sizeof text, "%s, %s loss %.6g -> %.6g (%.1f %%)", o->method, s->loss, s->before,
@@ -85,7 +103,7 @@ static err_code report(const tool_ctx *t, const search_opts *o, const search_sum
         job_log(&t->job, LOG_INFO, "'%s' is up to date: %s", o->out_path, text);
     else
         tool_wrote(t, o->out_path, text);
-    return t->json ? print_json(o, s, e) : OK;
+    return tell_more(t, d, o, s, e);
 }
 
 static err_code run(tool_ctx *t, err *e)
@@ -103,7 +121,7 @@ static err_code run(tool_ctx *t, err *e)
         memory_plan_log(&plan, &t->job, LOG_INFO);
         t->resumable = true;
         rc = search_run(&s, d, &o, &t->job, e);
-        if (rc == OK) rc = report(t, &o, &s, e);
+        if (rc == OK) rc = tell(t, d, &o, &s, e);
     }
     dev_close(&d);
     return rc;

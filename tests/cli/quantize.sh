@@ -1,7 +1,7 @@
 # calib-collect, awq-search, pack-w4: outputs, exit codes, what may be replaced, damaged and foreign inputs, resume.
 . "$TMF_CLI/lib.sh"
 PATH=$TMF_BIN/../tests:$PATH
-for tool in calib-collect awq-search pack-w4 make_model; do
+for tool in calib-collect awq-search pack-w4 tm-run make_model; do
     command -v $tool >/dev/null || { fail "$tool is not built"; finish; }
 done
 for i in $(seq 4000); do echo "line $i of a text: $((i * 7919 % 1000)) and $((i * i % 977))"; done >text
@@ -131,21 +131,31 @@ check 'dry run' 0 awq-search model --calib calib -o plan --dry-run
 out_has 'second moments$'
 absent plan
 
-for method in rtn lmdeploy awq; do
+for method in rtn lmdeploy awq best; do
     check "search $method" 0 awq-search model --calib calib --method $method -o plan-$method --json
     out_json "d['method'] == '$method' and d['layers'] == 2 and 0 < d['loss_after'] <= d['loss_before']"
     check "search $method with one thread" 0 awq-search model --calib calib --method $method -o again --threads 1 --force
     same again plan-$method
 done
 err_has '^awq-search: layer 1: loss [0-9.e+]+ -> [0-9.e+]+ \([0-9.]+ %\)$'
-err_has "^awq-search: wrote 'again': .*, awq, gram loss [0-9.e+]+ -> [0-9.e+]+ \([0-9.]+ %\)$"
+err_has "^awq-search: wrote 'again': .*, best, gram loss [0-9.e+]+ -> [0-9.e+]+ \([0-9.]+ %\)$"
 check 'one moment at a time' 0 awq-search model --calib calib --gram-memory 0 -o again --force
-same again plan-awq
+same again plan-best
+check 'best unasked, with a page' 0 awq-search model --calib calib -o plan-best --report page.html --json
+out_json 'd["method"] == "best" and d["up_to_date"] and len(d["linears"]) == 2 * len({x["linear"] for x in d["linears"]})'
+out_json 'all(x["range_kept"] > 0 for x in d["linears"]) and len(d["outliers"]) == 8 and d["predicted"] is None'
+[ "$(grep -c '<svg' page.html)" = 2 ]; verdict $? 'two charts'
+check 'a factorless method' 2 awq-search model --calib calib --method rtn --loss gram --kv-fold yes -o again
+err_has "method 'rtn' takes no factors"
+check 'factors alone' 0 pack-w4 model --plan plan-best -o folded --w-bits 16
+check 'which is a 16-bit model' 0 tm-run info folded --json
+out_json 'd["model"]["w4_group"] == 0'
+check 'no 8 bits' 2 pack-w4 model --plan plan-best -o folded --w-bits 8
 check 'again' 0 awq-search model --calib calib --method awq -o plan-awq
 err_has "'plan-awq' is up to date: awq, gram loss"
 check "LMDeploy's names" 0 awq-search model --calib calib --search-scale --w-bits 4 --w-group-size 128 --work-dir plan-awq
 err_has 'up to date'
-check 'module loss' 0 awq-search model --calib calib --loss module -o plan-module --json
+check 'module loss' 0 awq-search model --calib calib --method awq --loss module -o plan-module --json
 out_json 'd["loss"] == "gram" and d["loss_after"] < d["loss_before"]'
 check 'a file of others' 2 awq-search model --calib calib -o foreign
 
@@ -211,7 +221,7 @@ done
 big='--data text --samples 200 --seqlen 256'
 check 'a deeper model' 0 make_model --shape tiny-internlm2 --layers 6 deep
 check 'unbroken' 0 calib-collect deep $big --pick first -o whole -q
-check 'unbroken search' 0 awq-search deep --calib whole -o whole.plan -q
+check 'unbroken search' 0 awq-search deep --calib whole --method awq -o whole.plan -q
 stops=0
 set -m
 stop_after() { # SECONDS COMMAND ...
@@ -231,8 +241,8 @@ for seconds in 0.1 0.3 0.6; do
     check 'and again' 0 calib-collect deep $big --pick first -o broken
     same broken whole
     rm -rf broken*
-    stop_after $seconds awq-search deep --calib whole -o broken.plan
-    check 'and again' 0 awq-search deep --calib whole -o broken.plan
+    stop_after $seconds awq-search deep --calib whole --method awq -o broken.plan
+    check 'and again' 0 awq-search deep --calib whole --method awq -o broken.plan
     same broken.plan whole.plan
     rm -rf broken*
 done
