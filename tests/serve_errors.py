@@ -274,7 +274,7 @@ def test_queue_full():
 
 def test_draining():
     server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1")
-    body = {**HELLO, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    body = {**HELLO, "max_tokens": 500, "ignore_eos": True, "stream": True}
     data = json.dumps(body).encode()
     request = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n").encode() + data
