@@ -11,8 +11,9 @@ extra() { # words of a folder's modules that are no file name
     case $1 in
         base) echo 'path dir arena dtype' ;;       # file.h: path, dir; mem.h: arena; tensor.h: dtype
         kernels) echo 'dev op check' ;;            # device.h: dev; ops.h: op; ops_check.h: check
-        formats)                                   # safetensors.h: st; model.h: role; the tokenizer's parts
-            echo 'st role tok token bpe vocab trie added utf8 cut bytelevel' ;;
+        formats)                                   # safetensors.h: st; model.h: role; the tokenizer's parts;
+            echo 'st role tok token bpe vocab trie added utf8 cut bytelevel' # values, text, filters of jinja
+            echo 'jv jmap jstr jout jf' ;;
         runtime) echo 'gen sample ppl' ;;          # generate.h: gen; sampler.h: sample; score.h: ppl
         awq) echo 'block linear moment quant tile loss plan' ;; # measure.h and method.h
         *) echo '' ;;

@@ -104,7 +104,9 @@ static err_code encode_turn(chat_local *l, chat_session *s, int *dropped_turns, 
     chat_turn *t = &s->turns[s->n_turns - 1];
     t->ids_before = l->ids.n;
     t->last_before = l->last;
-    TRY(l->ids.n == 0 ? encode_all(l, s, e) : encode_next(l, s, e));
+    err_code rc = l->ids.n == 0 ? encode_all(l, s, e) : encode_next(l, s, e);
+    if (rc == E_UNSUPPORTED) rc = encode_all(l, s, e); /* it looks further back */
+    TRY(rc);
     while (!fits(l, s) && s->drop_oldest && s->n_turns > 1) {
         chat_session_drop_first(s);
         ++*dropped_turns;
