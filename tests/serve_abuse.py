@@ -301,6 +301,9 @@ def test_cancel_is_quick():
             begin = time.monotonic()
             server.idle(2)
             check("at once", time.monotonic() - begin < 0.3, time.monotonic() - begin)
+        time.sleep(0.1)
+        rows = [json.loads(x) for x in server.lines() if x.startswith("{")]
+        expect("in the log", [r["reason"] for r in rows if r["code"] == 499], ["cancelled"] * 5)
     finally:
         expect("exit code", server.stop(), 0)
 

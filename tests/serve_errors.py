@@ -154,6 +154,18 @@ def test_keys():
         expect(path, strict.get(path).status, 200)
 
 
+def test_prefixes_stay_with_their_key():
+    """What one key's prompts left in the cache shows in nobody else's times."""
+    body = {**HELLO, "messages": [{"role": "user", "content": "A fox and a hen. " * 60}], "max_tokens": 2}
+
+    def cached(headers):
+        return strict.post(CHAT, body, headers).json["usage"]["prompt_tokens_details"]["cached_tokens"]
+    expect("first", cached(KEYED), 0)
+    check("again", cached(KEYED) > 100)
+    expect("another key", cached({"X-Api-Key": "second-key"}), 0)
+    check("its own", cached({"X-Api-Key": "second-key"}) > 100)
+
+
 def test_host_and_origin():
     for host in ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "127.0.0.1:x", "10.0.0.1"]:
         error(plain.get("/v1/models", {"Host": host}), 403, "forbidden")
