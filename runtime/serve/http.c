@@ -424,14 +424,6 @@ err_code http_open(http **out, const http_opts *o, const http_calls *c, const jo
 
 int32_t http_port(const http *h) { return h->port; }
 
-void http_quiesce(http *h)
-{
-    const MHD_socket fd = h->daemon ? MHD_quiesce_daemon(h->daemon) : MHD_INVALID_SOCKET;
-    if (fd == MHD_INVALID_SOCKET) return;
-    (void)close(fd);
-    h->fd = -1;
-}
-
 void http_close(http **h)
 {
     if (!h || !*h) return;

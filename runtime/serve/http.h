@@ -67,8 +67,6 @@ typedef struct {
 /* Listens from now on. E_IO names the address. */
 err_code http_open(http **out, const http_opts *o, const http_calls *c, const job *j, err *e);
 int32_t http_port(const http *h);
-/* Accepts no connection any more; those there are go on. */
-void http_quiesce(http *h);
 /* Ends every connection; callbacks may come until it returns. */
 void http_close(http **h);
 

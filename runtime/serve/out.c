@@ -158,8 +158,3 @@ void out_float(out_buf *o, float v)
     }
     out_text(o, text);
 }
-
-err_code out_check(const out_buf *o, const char *what, err *e)
-{
-    return o->failed ? err_set(e, E_NOMEM, "%s: out of memory", what) : OK;
-}

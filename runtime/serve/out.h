@@ -28,7 +28,5 @@ void out_int(out_buf *o, int64_t v);
 /* Reads back as the same double; null when not finite. out_float: as the same float. */
 void out_number(out_buf *o, double v);
 void out_float(out_buf *o, float v);
-/* E_NOMEM "<what>: out of memory" when something failed. */
-err_code out_check(const out_buf *o, const char *what, err *e);
 
 #endif
