@@ -11,11 +11,15 @@ add_executable(bench_engine bench_engine.c)
 target_link_libraries(bench_engine PRIVATE tmf_flags tmf_engine tmf_grammar)
 # Requests and their answers: the pure part.
 tmf_test(api unit tmf_api)
+target_sources(test_api PRIVATE support/alloc_fail.c)
+target_link_options(test_api PRIVATE ${TMF_ALLOC_FAIL})
 tmf_fuzz(api tmf_api)
 
 # The server itself: before it has a model, then over plain sockets, by the official client, under abuse, and what
 # HTTP costs. Times are looked at, so the slow ones run alone.
 tmf_test(server unit tmf_http)
+target_sources(test_server PRIVATE support/alloc_fail.c)
+target_link_options(test_server PRIVATE ${TMF_ALLOC_FAIL})
 function(tmf_serve name label)
     add_test(NAME serve_${name} COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/serve_${name}.py
         $<TARGET_FILE:tm-run> ${PROJECT_SOURCE_DIR}/datasets/demo)

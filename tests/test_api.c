@@ -7,6 +7,7 @@
 #include "runtime/serve/api.h"
 #include "runtime/serve/session.h"
 #include "runtime/text_stream.h"
+#include "support/alloc_fail.h"
 #include "support/byte_tokenizer.h"
 
 static const api_limits limits = {.vocab = 1000, .max_n = 8};
@@ -274,6 +275,31 @@ START_TEST(test_truncated)
 }
 END_TEST
 
+/* Whichever allocation fails: a 503 that says so, and nothing is left. */
+START_TEST(test_every_allocation)
+{
+    static const char text[] =
+        "{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\","
+        "\"text\":"
+        "\"a\"}]}],\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}],"
+        "\"logit_bias\":{\"1\":2},\"response_format\":{\"type\":\"json_schema\",\"json_schema\":"
+        "{\"schema\":{}}}}";
+    api_request r;
+    api_fault f;
+    long n = 0;
+    for (;;) {
+        alloc_fail_at(++n);
+        const err_code rc = api_parse(&r, API_CHAT, text, sizeof text - 1, &limits, &f);
+        if (!alloc_failed()) break;
+        ck_assert_int_eq(rc, E_INPUT);
+        ck_assert_msg(f.kind == API_UNAVAILABLE && f.retry_after_s > 0, "allocation %ld", n);
+    }
+    alloc_fail_at(0);
+    api_request_free(&r);
+    ck_assert_int_gt(n, 5);
+}
+END_TEST
+
 /* ---- faults ---- */
 
 START_TEST(test_faults)
@@ -529,6 +555,7 @@ int main(void)
     tcase_add_test(t, test_prompts);
     tcase_add_test(t, test_strict);
     tcase_add_test(t, test_truncated);
+    tcase_add_test(t, test_every_allocation);
     tcase_add_test(t, test_faults);
     tcase_add_test(t, test_errors_of_the_inside);
     tcase_add_test(t, test_strings_out);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "runtime/serve/server.h"
+#include "support/alloc_fail.h"
 
 static int lines;
 
@@ -160,6 +161,32 @@ START_TEST(test_bad_options)
 }
 END_TEST
 
+START_TEST(test_every_allocation)
+{
+    const server_opts o = options();
+    server *s;
+    err e;
+    long n = 0;
+    for (;;) {
+        alloc_fail_at(++n);
+        const err_code rc = server_open(&s, &o, NULL, &e);
+        if (!alloc_failed()) break;
+        ck_assert_int_eq(rc, E_NOMEM);
+        ck_assert_ptr_null(s);
+    }
+    alloc_fail_at(0);
+    ck_assert_int_gt(n, 5);
+    /* and of a request: an answer, whole or refused, or the end of the connection */
+    for (long k = 1; k < 12; k++) {
+        alloc_fail_at(k);
+        (void)talk(connect_tcp(s), "GET /v1/models" HEAD "\r\n");
+    }
+    alloc_fail_at(0);
+    ck_assert_ptr_nonnull(strstr(talk(connect_tcp(s), "GET /v1/models" HEAD "\r\n"), " 200 OK"));
+    server_close(&s);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("server");
@@ -169,6 +196,7 @@ int main(void)
     tcase_add_test(t, test_deadlines);
     tcase_add_test(t, test_unix_socket);
     tcase_add_test(t, test_bad_options);
+    tcase_add_test(t, test_every_allocation);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

@@ -460,8 +460,10 @@ static err_code listen_now(server *s, err *e)
     out_buf o = {0};
     (void)api_fail(&f, API_TIMEOUT, NULL, "the request did not arrive in time");
     api_fault_json(&o, &f, NULL);
-    if (!o.failed && o.n < sizeof s->timeout_body) memcpy(s->timeout_body, o.s, o.n);
+    const bool filled = !o.failed && o.n < sizeof s->timeout_body;
+    if (filled) memcpy(s->timeout_body, o.s, o.n);
     out_free(&o);
+    if (!filled) return err_set(e, E_NOMEM, "server: out of memory");
     s->o.http.timeout_body = s->timeout_body;
     return http_open(&s->h, &s->o.http, &calls, s->j, e);
 }
