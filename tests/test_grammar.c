@@ -727,12 +727,18 @@ START_TEST(tools_take)
 #define NOW "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>"
     ck_assert(takes(g, ADD) && takes(g, NOW));
     ck_assert(!takes(g, ADD "\n" NOW) && !takes(g, "") && !takes(g, "hello"));
+    ck_assert(!takes(g, "<tool_call>\n{\"name\": \"now\", \"arguments\": {\n}}\n</tool_call>"));
     ck_assert(
         !takes(g, "<tool_call>\n{\"name\": \"sub\", \"arguments\": {\"x\":1}}\n</tool_call>"));
     ck_assert(!takes(g, "<tool_call>\n{\"name\": \"add\", \"arguments\": {}}\n</tool_call>"));
     grammar_close(&g);
     g = calls(CHAT_TOOLS_NONE, "now", true);
-    ck_assert(!takes(g, ADD) && takes(g, NOW) && takes(g, NOW "\n" NOW));
+    ck_assert(!takes(g, ADD) && takes(g, NOW) && !takes(g, NOW "\n" NOW));
+    grammar_close(&g);
+    g = calls(CHAT_TOOLS_NONE, NULL, true);
+#define FOUR NOW "\n" ADD "\n" NOW "\n" NOW
+    ck_assert(takes(g, ADD) && takes(g, FOUR) && takes(g, FOUR "\n" FOUR));
+    ck_assert(!takes(g, FOUR "\n" FOUR "\n" ADD) && !takes(g, ADD "\n"));
     grammar_close(&g);
     g = calls(CHAT_TOOLS_LLAMA3, NULL, true);
     ck_assert(takes(g, "{\"name\": \"add\", \"parameters\": {\"x\":1, \"y\":2}}"));

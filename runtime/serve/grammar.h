@@ -9,10 +9,10 @@
 
 /* Calls of tools in the way that `format` writes them (CHAT_TOOLS_NONE: as CHAT_TOOLS_HERMES), with
  * arguments that validate against the tool's `parameters`. tools: the text of an array as in
- * "tools" of /v1/chat/completions. only: the one tool that may be called; NULL: any. parallel: one
- * or more calls, else exactly one. Special tokens that belong to the format are allowed where they
- * stand. E_INPUT: not such an array, two tools of one name, or no tool `only`; otherwise as
- * grammar_json_schema. */
+ * "tools" of /v1/chat/completions. only: the one tool that may be called, and then exactly once;
+ * NULL: any. parallel: up to eight calls, else one. Special tokens that belong to the format are
+ * allowed where they stand. E_INPUT: not such an array, two tools of one name, or no tool `only`;
+ * otherwise as grammar_json_schema. */
 err_code grammar_tool_calls(grammar **out, const tokenizer *t, chat_tools format, const char *tools,
                             size_t n, const char *only, bool parallel, err *e);
 

@@ -102,6 +102,7 @@ enum {
 typedef struct {
     grammar_build *b;
     int32_t rule[JSON_RULES]; /* made when first asked for; -1 */
+    bool compact;             /* white space is at most one space */
 } grammar_json;
 void grammar_json_init(grammar_json *j, grammar_build *b);
 int32_t grammar_json_rule(grammar_json *j, int which);

@@ -9,6 +9,7 @@ enum { MAX_INDENT = 32, MAX_DIGITS = 15, MAX_FRACTION = 15, BOUND_FRACTION = 6 }
 void grammar_json_init(grammar_json *j, grammar_build *b)
 {
     j->b = b;
+    j->compact = false;
     for (int i = 0; i < JSON_RULES; i++) j->rule[i] = -1;
 }
 
@@ -255,11 +256,12 @@ static void number_rule(grammar_build *b, grammar_rule r)
 
 /* ---- values ---- */
 
-static void ws_rule(grammar_build *b, grammar_rule r)
+static void ws_rule(grammar_build *b, grammar_rule r, bool compact)
 {
-    int32_t line = grammar_byte_to(b, r.start, '\n'), tab = line;
     grammar_eps(b, r.start, r.end);
     grammar_bytes(b, r.start, ' ', ' ', r.end);
+    if (compact) return;
+    int32_t line = grammar_byte_to(b, r.start, '\n'), tab = line;
     for (int i = 0; i < MAX_INDENT; i++) {
         grammar_eps(b, line, r.end);
         line = grammar_byte_to(b, line, ' ');
@@ -311,7 +313,7 @@ int32_t grammar_json_rule(grammar_json *j, int which)
     if (b->rc != OK) return 0;
     const grammar_rule r = b->rule[rule];
     switch (which) {
-    case JSON_RULE_WS: ws_rule(b, r); break;
+    case JSON_RULE_WS: ws_rule(b, r, j->compact); break;
     case JSON_RULE_STRING: string_rule(b, r); break;
     case JSON_RULE_CHAR: any_char(b, r.start, r.end); break;
     case JSON_RULE_NUMBER: number_rule(b, r); break;

@@ -85,6 +85,8 @@ static err_code add_tool(grammar_json *j, int32_t from, const frame *f, const cJ
     return b->rc;
 }
 
+enum { MOST_CALLS = 8 }; /* in one answer: a model that sees no end is given one */
+
 static err_code add_tools(grammar_json *j, const cJSON *tools, const grammar_source *s, err *e)
 {
     grammar_build *b = j->b;
@@ -92,15 +94,22 @@ static err_code add_tools(grammar_json *j, const cJSON *tools, const grammar_sou
     const grammar_rule top = b->rule[0];
     const cJSON *t;
     TRY(check_tools(tools, s->only, e));
-    const int32_t call = grammar_literal(b, top.start, f->open), done = grammar_state(b);
-    const int32_t name = grammar_literal(b, call, f->begin);
+    const int32_t rule = grammar_rule_new(b); /* a call from its name on */
+    TRY(b->rc);
+    const grammar_rule call = b->rule[rule];
     cJSON_ArrayForEach(t, tools)
     {
         if (s->only && strcmp(s->only, get(function_of(t), "name")->valuestring) != 0) continue;
-        TRY(add_tool(j, name, f, t, done, e));
+        TRY(add_tool(j, call.start, f, t, call.end, e));
     }
-    if (s->parallel) grammar_eps(b, grammar_literal(b, done, f->between), call);
-    grammar_eps(b, grammar_literal(b, done, f->close), top.end);
+    const int32_t close = grammar_state(b);
+    int32_t at = grammar_literal(b, top.start, f->open);
+    for (int i = 0; i < (s->parallel && !s->only ? MOST_CALLS : 1); i++) {
+        if (i) at = grammar_literal(b, at, f->between);
+        at = grammar_call_to(b, grammar_literal(b, at, f->begin), rule);
+        grammar_eps(b, at, close);
+    }
+    grammar_eps(b, grammar_literal(b, close, f->close), top.end);
     return b->rc;
 }
 
@@ -108,6 +117,7 @@ err_code grammar_tools_add(grammar_json *j, const grammar_source *s, err *e)
 {
     cJSON *tools;
     TRY(json_parse(&tools, s->text, s->n, "tools", e));
+    j->compact = true; /* as models are taught to write calls */
     const err_code rc = add_tools(j, tools, s, e);
     cJSON_Delete(tools);
     return rc;
