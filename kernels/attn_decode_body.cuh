@@ -566,7 +566,6 @@ __device__ __forceinline__ void attn_decode_item(const attn_team &tm, const attn
     const int lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
     const int hi = first + (int)((int64_t)(tiles - first) * (split + 1) / c.splits);
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
-
     uint32_t q[G::STEPS][2];
     float sumq[2];
     const int r = hg * 8 + g;
@@ -576,14 +575,12 @@ __device__ __forceinline__ void attn_decode_item(const attn_team &tm, const attn
         team_sync(tm);
         pdl_wait();
     }
-    if (c.fused) {
-        /* `merged` is free until the end */
+    if (c.fused) { /* `merged` is free until the end */
         enter_newest<D>(tm, c, sh.turned_q, sh.merged, sh.angles, seq, head, hg, heads, len - 1,
                         newest, split == c.splits - 1);
         qr = sh.turned_q + (r < c.group ? g : 0) * D;
     }
     load_query<D, BITS>(q, sumq, qr, r < c.group, t);
-
     softmax_state<D, BITS> st = {};
     st.max[0] = st.max[1] = -INFINITY;
     const float scale_log2 = c.scale * 1.44269504f;
@@ -612,8 +609,7 @@ __device__ __forceinline__ void attn_decode_item(const attn_team &tm, const attn
     __threadfence();
     team_sync(tm);
     if (tm.thread == 0) {
-        const int arrived = atomicAdd(&c.counters[slot], 1);
-        *sh.last = arrived == c.splits - 1;
+        *sh.last = atomicAdd(&c.counters[slot], 1) == c.splits - 1;
         if (*sh.last) c.counters[slot] = 0;
     }
     team_sync(tm);
