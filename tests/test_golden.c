@@ -283,7 +283,7 @@ static void check_eval(subject *s)
 static void check_chat_prompt(subject *s, const cJSON *c, const char *what)
 {
     const cJSON *x, *list = cJSON_GetObjectItem(c, "messages");
-    chat_message m[16];
+    chat_message m[16] = {{0}};
     int n = 0;
     int32_t n_want, *want = int_list(c, "ids", &n_want);
     token_list ids = {0};
