@@ -3,6 +3,7 @@
 #include "runtime/serve/grammar.h"
 
 #include <check.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +12,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/mem.h"
+#include "support/alloc_fail.h"
 #include "support/byte_tokenizer.h"
 #include "support/grammar_walk.h"
 #include "support/json_validate.h"
@@ -833,6 +835,74 @@ START_TEST(set_keeps)
 }
 END_TEST
 
+/* Compiled, asked and closed by several threads at once. */
+static void *use_set(void *ud)
+{
+    static char refused_it[] = "refused", no_answer[] = "no answer";
+    uint64_t seed = *(uint64_t *)ud;
+    for (int i = 0; i < 30; i++) {
+        char text[100];
+        grammar *g;
+        err e;
+        snprintf(text, sizeof text, "{\"type\":\"string\",\"maxLength\":%d}", i % 7);
+        if (grammar_set_json_schema(set, &g, text, strlen(text), &e) != OK) return refused_it;
+        walk_answer a = walk_random_answer(bytes, g, 5, &seed);
+        const bool ok = a.done && a.n >= 2;
+        free(a.text);
+        grammar_close(&g);
+        if (!ok) return no_answer;
+    }
+    return NULL;
+}
+
+START_TEST(set_threads)
+{
+    pthread_t t[4];
+    uint64_t seed[4] = {11, 22, 33, 44};
+    void *said;
+    for (int i = 0; i < 4; i++) ck_assert(pthread_create(&t[i], NULL, use_set, &seed[i]) == 0);
+    for (int i = 0; i < 4; i++) {
+        ck_assert(pthread_join(t[i], &said) == 0);
+        ck_assert_msg(!said, "%s", (char *)said);
+    }
+}
+END_TEST
+
+/* Every allocation fails once: refused, or nothing may come; nothing is lost. */
+START_TEST(memory_fails)
+{
+    static const char text[] =
+        "{\"type\":\"object\",\"properties\":{\"a\":{\"$ref\":\"#/$defs/d\"},\"b\":{\"type\":"
+        "\"string\",\"pattern\":\"^a[^b]*$\"}},\"required\":[\"a\"],\"additionalProperties\":{"
+        "\"type\":\"null\"},\"$defs\":{\"d\":{\"type\":\"array\",\"maxItems\":2}}}";
+    static const char answer[] = "{\"a\":[1],\"b\":\"ac\",\"c\":null}";
+    uint32_t mask[(BYTE_VOCAB + 31) / 32];
+    long n = 0;
+    int complete = 0;
+    for (bool failed = true; failed; n++) {
+        grammar *g;
+        constraint *c = NULL;
+        err e;
+        alloc_fail_at(n + 1);
+        err_code rc = grammar_json_schema(&g, bytes, text, strlen(text), &e);
+        if (rc == OK) rc = constraint_open(&c, g, &e);
+        bool ok = rc == OK;
+        for (const char *p = answer; *p && ok; p++) {
+            (void)constraint_mask(c, mask);
+            ok = constraint_accept(c, (uint8_t)*p);
+        }
+        failed = alloc_failed();
+        alloc_fail_at(0);
+        ck_assert(rc == OK || rc == E_NOMEM || rc == E_LIMIT);
+        complete += ok && constraint_may_end(c);
+        ck_assert(failed || complete);
+        constraint_close(&c);
+        grammar_close(&g);
+    }
+    ck_assert_int_ge(n, 30);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("grammar");
@@ -853,6 +923,8 @@ int main(void)
     tcase_add_test(c, tools_refuse);
     tcase_add_test(c, tools_special);
     tcase_add_test(c, set_keeps);
+    tcase_add_test(c, set_threads);
+    tcase_add_test(c, memory_fails);
     suite_add_tcase(s, c);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);
