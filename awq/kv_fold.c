@@ -78,10 +78,17 @@ static err_code room(kv_job *j, err *e)
 {
     kv_part p[PARTS];
     const int n = parts_of(j, j->m, p);
+    const op_limits lim = {.rows = SAMPLES > j->hidden ? SAMPLES : (int32_t)j->hidden,
+                           .k = j->hidden > j->hd ? j->hidden : j->hd,
+                           .n = j->cols,
+                           .heads = 1,
+                           .head_dim = (int32_t)j->hd,
+                           .max_kv = 1,
+                           .seqs = 1};
     TRY(arena_init(&j->mem, kv_fold_bytes(j->m), "keys and values", e));
     for (int i = 0; i < n; i++)
         TRY(arena_get(&j->mem, p[i].out, (size_t)p[i].count * p[i].size, e));
-    return OK;
+    return ops_reserve(j->b->d, &lim, e);
 }
 
 /* ---- sampled tokens ---- */
