@@ -18,7 +18,8 @@ typedef struct {
     const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the
                         kernels used */
     bool deterministic; /* only kernels that round a row in the same way whatever rows are with it:
-                           a sequence's results depend on nothing but its tokens */
+                           a sequence's results depend on nothing but its tokens. CUDA:
+                           E_UNSUPPORTED */
     int32_t
         sm; /* CUDA: kernels for this compute capability (75, 80 ..) where the device has a newer
                    one, to check them; 0: its own */

@@ -181,6 +181,10 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
     if (sm < 75)
         return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
+    if (o->deterministic)
+        return err_set(e, E_UNSUPPORTED,
+                       "%s: no deterministic kernels: cuBLAS rounds by the number of rows",
+                       d->name);
     d->backend = &cuda_backend;
     d->mem = MEM_CUDA;
     d->act = DT_F16;

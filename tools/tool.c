@@ -172,7 +172,9 @@ err_code tool_device_open(const tool_ctx *t, device **out, err *e)
 {
     dev_opts o = t->device;
     const err_code rc = dev_open(out, &o, e);
-    if (rc != E_UNSUPPORTED || o.kind != DEV_CUDA || t->device_insists || !TMF_WITH_CUDA) return rc;
+    if (rc != E_UNSUPPORTED || o.kind != DEV_CUDA || o.deterministic || t->device_insists ||
+        !TMF_WITH_CUDA)
+        return rc;
     job_log(&t->job, LOG_WARN, "%s; using the CPU", e->msg);
     o.kind = DEV_CPU;
     return dev_open(out, &o, e);
