@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -17,6 +18,7 @@
 
 #define MAX_KEY_FILE ((size_t)64 << 10)
 #define LOOK_MS      50   /* how often the main thread looks for signals and at what still runs */
+#define SPARE_FILES  64   /* the model's, the listener's, logs */
 #define FLUSH_MS     2000 /* for the last words of answers that are cut */
 
 static struct {
@@ -221,6 +223,21 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
     return server_open(s, &o, &t->job, e);
 }
 
+/* A connection takes a descriptor, an answer another. */
+static void raise_files(const tool_ctx *t)
+{
+    struct rlimit l;
+    const rlim_t need = (rlim_t)(opt.max_connections + opt.batch +
+                                 (opt.queue ? opt.queue : 4 * opt.batch) + SPARE_FILES);
+    if (getrlimit(RLIMIT_NOFILE, &l) != 0 || l.rlim_cur >= need) return;
+    l.rlim_cur = l.rlim_max < need ? l.rlim_max : need;
+    if (setrlimit(RLIMIT_NOFILE, &l) != 0 || l.rlim_cur < need)
+        job_log(&t->job, LOG_WARN,
+                "%llu open files are allowed, %llu may be needed: raise the limit (ulimit -n) or "
+                "lower --max-connections",
+                (unsigned long long)l.rlim_cur, (unsigned long long)need);
+}
+
 /* Everything behind the HTTP server. */
 typedef struct {
     run_ctx r;
@@ -325,6 +342,7 @@ static err_code run(tool_ctx *t, err *e)
     (void)signal(SIGPIPE, SIG_IGN); /* a peer or a log reader that goes away ends no server */
     (void)mallopt(M_ARENA_MAX,
                   4); /* a thread a connection: not an arena each, which never shrink */
+    raise_files(t);
     if (rc == OK) rc = open_server(&s, t, &k, e);
     if (rc == OK) rc = open_backend(&b, s, t, e);
     if (rc == OK) rc = serve(s, &b, t, e);
