@@ -7,7 +7,7 @@
 
 enum {
     MAX_ITEMS = 16384,   /* of one position */
-    MAX_WORK = 6000000,  /* edges looked at for one mask */
+    MAX_WORK = 2000000,  /* edges looked at for one mask */
     ROOM = 8 << 20,      /* bytes kept between masks */
     MAX_ROOM = 96 << 20, /* bytes within one mask */
     UNKNOWN = -1
