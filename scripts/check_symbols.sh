@@ -14,6 +14,7 @@ extra() { # words of a folder's modules that are no file name
         formats)                                   # safetensors.h: st; model.h: role; the tokenizer's parts;
             echo 'st role tok token bpe vocab trie added utf8 cut bytelevel' # values, text, filters of jinja
             echo 'jv jmap jstr jout jf' ;;
+        runtime/serve) echo 'answer serve' ;;      # engine.h: answer; page.h: serve_page
         runtime) echo 'gen sample ppl' ;;          # generate.h: gen; sampler.h: sample; score.h: ppl
         awq) echo 'block linear moment quant tile loss plan' ;; # measure.h and method.h
         *) echo '' ;;
@@ -33,8 +34,10 @@ modules() { # the words of a folder
 }
 
 bad=0 count=0
-for lib in "$build"/*/lib*.a; do
-    folder=$(basename "$(dirname "$lib")")
+for lib in "$build"/*/lib*.a "$build"/*/*/lib*.a; do
+    folder=${lib#"$build"/}
+    folder=${folder%/*}
+    [ "$folder" != lib ] || continue # all the others in one, with a list of its own (tests/test_lib.c)
     [ -d "$folder" ] || continue
     prefixes=$(modules "$folder" | sort -u)
     while read -r object symbol; do
