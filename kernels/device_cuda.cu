@@ -88,7 +88,7 @@ static err_code cuda_upload(device *d, dev_buf *buf, tensor *out, const tensor *
     TRY(dev_copy(d, out, host, e));
     if (host->dt != DT_BF16) return OK;
     out->dt = DT_F16;
-    return bf16_to_f16_cuda(d, out, e);
+    return rows_bf16_to_f16_cuda(d, out, e);
 }
 
 static void cuda_close(device *d)

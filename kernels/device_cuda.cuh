@@ -120,7 +120,7 @@ err_code nll_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, 
 err_code absstat_cuda(device *, tensor *, tensor *, const tensor *, err *);
 err_code gemm_cuda(device *, tensor *, const tensor *, const tensor *, const tensor *, bool, err *);
 err_code gemm_w4_cuda(device *, tensor *, const tensor *, const w4_weight *, bool, err *);
-err_code norm_gemm_w4_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, float,
+err_code gemm_w4_norm_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, float,
                            const w4_weight *, bool, err *);
 err_code w4_upload_cuda(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
 size_t w4_upload_bytes_cuda(int64_t, int64_t, int32_t);
@@ -134,7 +134,7 @@ err_code gram_cuda(device *, tensor *, const tensor *, err *);
 err_code gram_finish_cuda(device *, tensor *, err *);
 err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);
 err_code matmul_cuda(device *, tensor *, const tensor *, const tensor *, err *);
-err_code bf16_to_f16_cuda(device *, tensor *, err *); /* in place; beyond f16: infinity */
+err_code rows_bf16_to_f16_cuda(device *, tensor *, err *); /* in place; beyond f16: infinity */
 size_t attn_scratch_cuda(const device *, const op_limits *);
 size_t gemm_w4_scratch_cuda(const device *, const op_limits *);
 }

@@ -348,7 +348,7 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
     return few_rows(d, &t, &c, e);
 }
 
-err_code norm_gemm_w4_cuda(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm,
+err_code gemm_w4_norm_cuda(device *d, tensor *y, tensor *h, const tensor *x, const tensor *norm,
                            float eps, const w4_weight *w, bool glu, err *e)
 {
     if (one_row(d, x, w) && x->dt == DT_F32 && y->dt == DT_F16 && w->k <= 8 * W4_ONE_NORM * 128 &&

@@ -20,7 +20,7 @@ void ops_init_cuda(op_table *t, int32_t sm)
     t->add = add_cuda;
     t->gemm = gemm_cuda;
     t->gemm_w4 = gemm_w4_cuda;
-    t->norm_gemm_w4 = norm_gemm_w4_cuda;
+    t->norm_gemm_w4 = gemm_w4_norm_cuda;
     t->rope_attn = rope_attn_cuda;
     t->glu = glu_cuda;
     t->rope_kv = rope_kv_cuda;

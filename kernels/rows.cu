@@ -286,7 +286,7 @@ __global__ void bf16_to_f16_kernel(uint16_t *p, int64_t n)
 
 extern "C" {
 
-err_code bf16_to_f16_cuda(device *d, tensor *t, err *e)
+err_code rows_bf16_to_f16_cuda(device *d, tensor *t, err *e)
 {
     const int64_t n = tensor_count(t);
     return cuda_launch(d, "bf16_to_f16", bf16_to_f16_kernel,
