@@ -8,7 +8,7 @@ build=(gcc g++ cmake ninja-build pkg-config libcjson-dev libxxhash-dev libssl-de
     libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev
     libmicrohttpd-dev libcurl4-openssl-dev)
 use=(check make python3 scdoc)
-all=(clang-format git python3-numpy python3-venv bsdutils zsh fish)
+all=(clang-format git python3-numpy python3-jinja2 python3-venv bsdutils zsh fish)
 
 packages=("${build[@]}" "${use[@]}")
 if [ "${1:-}" = --all ]; then
