@@ -27,7 +27,7 @@ show() { # runs a tool and shows its command line
 }
 echo '== quantize'
 show calib-collect $model --data $model/calib.jsonl --samples 32 --seqlen 512 -o $out/calib
-show awq-search $model --calib $out/calib --method awq -o $out/plan
+show awq-search $model --calib $out/calib -o $out/plan
 show pack-w4 $model --plan $out/plan -o $out/awq
 show tm-convert $out/awq -o $out/workspace
 
