@@ -218,8 +218,10 @@ def conversations(page):
     check(len(page.eval(text_of("#list button"))) == count, "as many as before")
     imports(page, saved)
     before = answers(page)
+    page.eval("window.beforeReload = true")
     page.call("Page.reload")
-    page.wait("document.readyState === 'complete' && document.querySelectorAll('.assistant .md').length === 2",
+    page.wait("!window.beforeReload && document.readyState === 'complete' && "
+              "document.querySelectorAll('.assistant .md').length === 2",
               "after a reload it is all there")
     check(answers(page) == before, "word for word")
     names(page, "in a conversation")
