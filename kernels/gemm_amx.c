@@ -1,9 +1,8 @@
 /* y (+)= x w^T + bias on AMX tiles (amx.h). Weights are the A side, packed a block of k at a time
  * from where they are mapped; x is the B side, packed once for all strips, at most CHUNK_M rows at
  * a time. The order of sums is the same for any number of rows. Up to 16 of them, tiles of bf16
- * weights are loaded from where they lie, those of f16 split a step ahead. For up to
- * AMX_VECTOR_ROWS that split costs more than it gains (11 against 26 GB/s a core), and the f32
- * product takes over, but on a deterministic device. */
+ * weights are loaded from where they lie, those of f16 split a step ahead. For few rows (vector_rows)
+ * the f32 product is faster, and takes over but on a deterministic device. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
@@ -146,6 +145,13 @@ size_t gemm_amx_scratch(const op_limits *l)
     return (size_t)(amx_up(rows, AMX_TILE) * amx_up(l->k, AMX_STEP) * 2 * AMX_PARTS);
 }
 
+/* Tiles of one or two rows cost small matrices half their speed; f16 pays for its split up to 4. */
+static int64_t vector_rows(const device *d, dtype dt)
+{
+    if (d->deterministic) return 0;
+    return dt == DT_BF16 ? 2 : AMX_VECTOR_ROWS;
+}
+
 err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
                   bool add, err *e)
 {
@@ -153,8 +159,7 @@ err_code gemm_amx(device *d, tensor *y, const tensor *x, const tensor *w, const 
     const int64_t m = x->shape[0], n = w->shape[0], k = x->shape[1];
     const op_limits need = {.rows = m < CHUNK_M ? (int32_t)m : CHUNK_M, .k = k};
     void *p;
-    if (m <= AMX_VECTOR_ROWS && w->dt != DT_BF16 && !d->deterministic)
-        return gemm_cpu_avx512(d, y, x, w, bias, add, e);
+    if (m <= vector_rows(d, w->dt)) return gemm_cpu_avx512(d, y, x, w, bias, add, e);
     TRY(dev_scratch(d, &p, gemm_amx_scratch(&need), "op_gemm", e));
     c.packed = p;
     c.steps = (k + AMX_STEP - 1) / AMX_STEP;

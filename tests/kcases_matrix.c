@@ -74,13 +74,14 @@ static float *gemm_mag(kcheck *c, const gemm_arg *a, const kbuf *y)
 }
 
 /* Rows in parts must give the bytes of the whole: a token decoded alone gets what prefill gives it.
- * With AMX that holds for bf16 weights, and on a deterministic device; else for parts of 5 rows and
- * more. */
+ * With AMX that holds on a deterministic device; else for parts of 3 rows and more with bf16 weights,
+ * of 5 with others. */
 static void gemm_split(kcheck *c, const gemm_arg *a, const kbuf *y, const char *label)
 {
     const int64_t m = y->t.shape[0];
     for (int v = 0; v < c->variants; v++) {
-        const int64_t least = strcmp(c->variant[v].isa, "amx") || a->w.t.dt == DT_BF16 ? 1 : 5;
+        const bool all = strcmp(c->variant[v].isa, "amx") != 0;
+        const int64_t least = all ? 1 : a->w.t.dt == DT_BF16 ? 3 : 5;
         err e;
         gemm_arg part = *a;
         kbuf whole = kb_clone(y), parts = kb_clone(y);
