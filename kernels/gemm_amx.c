@@ -1,8 +1,8 @@
 /* y (+)= x w^T + bias on AMX tiles (amx.h). Weights are the A side, packed a block of k at a time
  * from where they are mapped; x is the B side, packed once for all strips, at most CHUNK_M rows at
  * a time. The order of sums is the same for any number of rows. Up to 16 of them, tiles of bf16
- * weights are loaded from where they lie, those of f16 split a step ahead. For few rows (vector_rows)
- * the f32 product is faster, and takes over but on a deterministic device. */
+ * weights are loaded from where they lie, those of f16 split a step ahead. For few rows the f32
+ * product is faster, and takes over but on a deterministic device. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 

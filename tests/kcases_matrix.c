@@ -74,8 +74,8 @@ static float *gemm_mag(kcheck *c, const gemm_arg *a, const kbuf *y)
 }
 
 /* Rows in parts must give the bytes of the whole: a token decoded alone gets what prefill gives it.
- * With AMX that holds on a deterministic device; else for parts of 3 rows and more with bf16 weights,
- * of 5 with others. */
+ * With AMX that holds on a deterministic device; else for parts of 3 rows and more with bf16
+ * weights, of 5 with others. */
 static void gemm_split(kcheck *c, const gemm_arg *a, const kbuf *y, const char *label)
 {
     const int64_t m = y->t.shape[0];
