@@ -1,6 +1,7 @@
 # Constrained decoding, tool calls, and the templates that ask for them.
 tmf_test(grammar unit tmf_grammar tmf_datasets)
-target_sources(test_grammar PRIVATE support/json_validate.c support/alloc_fail.c)
+target_sources(test_grammar PRIVATE support/json_validate.c support/schema_maker.c
+    support/alloc_fail.c)
 target_link_options(test_grammar PRIVATE ${TMF_ALLOC_FAIL})
 tmf_test(toolcall unit tmf_grammar)
 target_sources(test_toolcall PRIVATE support/alloc_fail.c)
