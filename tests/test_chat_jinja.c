@@ -1,5 +1,6 @@
-/* formats/chat: the directory's own template rendered: beside the rows and the models' golden prompts,
- * words that look like special tokens, whole requests, tools in templates that know none. */
+/* formats/chat: the directory's own template rendered: beside the rows and the models' golden
+ * prompts, words that look like special tokens, whole requests, tools where a template knows none.
+ */
 #include "formats/chat.h"
 
 #include <check.h>
