@@ -5,6 +5,7 @@
 
 #include "base/json_scan.h"
 #include "formats/jinja_internal.h"
+#include "formats/tokenizer_vocab.h"
 
 typedef struct {
     jinja_arena *a;
@@ -40,18 +41,6 @@ static uint32_t hex4(const char *p)
     return (uint32_t)strtoul(s, NULL, 16);
 }
 
-static size_t put_code(char *out, uint32_t c)
-{
-    if (c < 0x80) {
-        out[0] = (char)c;
-        return 1;
-    }
-    const size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00 >> n) | c);
-    return n;
-}
-
 static err_code read_string(reader *x, jinja_value **out)
 {
     static const char letters[] = "\"\\/bfnrt", codes[] = "\"\\/\b\f\n\r\t";
@@ -73,7 +62,7 @@ static err_code read_string(reader *x, jinja_value **out)
                 c = 0x10000 + ((c - 0xd800) << 10) + (hex4(x->p + 2) - 0xdc00);
                 x->p += 6;
             }
-            n += put_code(s + n, c);
+            n += utf8_put(s + n, c);
         }
     }
     x->p++;

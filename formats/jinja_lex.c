@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "formats/jinja_internal.h"
+#include "formats/tokenizer_vocab.h"
 
 typedef struct {
     jinja_arena *a;
@@ -58,18 +59,6 @@ static bool name_char(char c, bool first)
 
 /* ---- inside of tags ---- */
 
-static size_t put_code(char *out, uint32_t c)
-{
-    if (c < 0x80) {
-        out[0] = (char)c;
-        return 1;
-    }
-    const size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00 >> n) | c);
-    return n;
-}
-
 /* The escapes of Python's strings; s is behind the backslash. Returns how much of it was read. */
 static size_t unescape(const char *s, size_t n, char *out, size_t *n_out)
 {
@@ -87,7 +76,7 @@ static size_t unescape(const char *s, size_t n, char *out, size_t *n_out)
         memcpy(hex, s + 1, digits);
         const unsigned long c = strtoul(hex, &end, 16);
         if (*end == '\0' && c <= 0x10ffff && (c < 0xd800 || c > 0xdfff)) {
-            *n_out += put_code(out + *n_out, (uint32_t)c);
+            *n_out += utf8_put(out + *n_out, (uint32_t)c);
             return digits + 1;
         }
     }
@@ -96,7 +85,7 @@ static size_t unescape(const char *s, size_t n, char *out, size_t *n_out)
         size_t k = 0;
         for (; k < 3 && k < n && s[k] >= '0' && s[k] <= '7'; k++)
             c = c * 8 + (uint32_t)(s[k] - '0');
-        *n_out += put_code(out + *n_out, c);
+        *n_out += utf8_put(out + *n_out, c);
         return k;
     }
     out[(*n_out)++] = '\\';

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "formats/tokenizer_vocab.h"
 #include "runtime/serve/grammar_internal.h"
 
 void grammar_build_free(grammar_build *b)
@@ -106,18 +107,6 @@ int32_t grammar_literal(grammar_build *b, int32_t from, const char *s)
 
 /* ---- UTF-8 ---- */
 
-static int encode(uint8_t *out, uint32_t c)
-{
-    if (c < 0x80) {
-        out[0] = (uint8_t)c;
-        return 1;
-    }
-    const int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (int i = n - 1; i > 0; i--, c >>= 6) out[i] = (uint8_t)(0x80 | (c & 0x3f));
-    out[0] = (uint8_t)((0xf00 >> n) | c);
-    return n;
-}
-
 /* lo and hi have n bytes each, and every code point between them as many. */
 static void add_sequence(grammar_build *b, int32_t from, const uint8_t *lo, const uint8_t *hi,
                          int n, int32_t to)
@@ -154,8 +143,8 @@ void grammar_codes(grammar_build *b, int32_t from, uint32_t lo, uint32_t hi, int
     for (int i = 0; i < 5; i++) {
         const uint32_t a = lo > part[i][0] ? lo : part[i][0], z = hi < part[i][1] ? hi : part[i][1];
         if (a > z) continue;
-        const int n = encode(l, a);
-        (void)encode(h, z);
+        const int n = (int)utf8_put((char *)l, a);
+        (void)utf8_put((char *)h, z);
         add_sequence(b, from, l, h, n, to);
     }
 }
