@@ -1,5 +1,5 @@
-/* The W4 op on CUDA: tiling at load, few rows through the weight stream, many through f16 and
- * cuBLAS. */
+/* The W4 op on CUDA: tiling at load; few rows through the weight stream, more through wgmma; below
+ * sm_90 through f16 and cuBLAS. */
 #include "kernels/device_cuda.cuh"
 #include "kernels/gemm_w4.cuh"
 
@@ -8,7 +8,7 @@ extern "C" {
 }
 
 #define THREADS     256
-#define STREAM_ROWS W4_FEW_MAX /* beyond, unpacking the weight for a dense product is faster */
+#define STREAM_ROWS 16 /* beyond, wgmma is faster */
 #define DENSE_BYTES \
     ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 
@@ -41,21 +41,29 @@ __device__ __forceinline__ uint32_t disk_code(const disk_w4 &s, int k, int n)
     return s.q[(size_t)k * (s.n / 8) + n / 8] >> (4 * nibble_of(s.awq, n)) & 15u;
 }
 
-/* One thread a row and 8 inputs. Rows g and g + 8 share bytes and may come from different parts:
- * the buffer starts as zeros and nibbles are or-ed in, in any order. */
+/* Byte (0..7) of the two words of a lane and step that input t, j (0..7) has: 2t + {0, 1, 8, 9} and
+ * 16 more. */
+__device__ __forceinline__ int code_input(int t, int j)
+{
+    return (j >> 2) * 16 + (j >> 1 & 1) * 8 + 2 * t + (j & 1);
+}
+
+/* One thread a row and lane of a step, 8 inputs. Rows g and g + 8 share bytes and may come from
+ * different parts: the buffer starts as zeros and nibbles are or-ed in, in any order. */
 __global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_bytes)
 {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (int64_t)s.n * (s.k / 8)) return;
-    const int n = (int)(i % s.n), k = (int)(i / s.n) * 8;
+    const int n = (int)(i % s.n), t = (int)(i / s.n) % 4, k = (int)(i / s.n) / 4 * 32;
     const int2 at = tile_row(s, n);
     const int tile = at.x, g = at.y & 7, high = at.y >> 3;
-    const int unit = k / 128, step = k % 128 / 32, t = k % 32 / 8;
+    const int unit = k / 128, step = k % 128 / 32;
     uint32_t *p = (uint32_t *)(data + ((size_t)tile * units + unit) * unit_bytes) +
                   ((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2;
     uint32_t word[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < 8; j++) word[j / 4] |= disk_code(s, k + j, n) << (8 * (j & 3) + 4 * high);
+    for (int j = 0; j < 8; j++)
+        word[j / 4] |= disk_code(s, k + code_input(t, j), n) << (8 * (j & 3) + 4 * high);
     atomicOr(p, word[0]);
     atomicOr(p + 1, word[1]);
 }
@@ -89,16 +97,16 @@ __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
     const int n = n0 + (int)(i / k8), k = (int)(i % k8) * 8;
     const int half = w.n / 2, part = w.paired && n >= half, r = w.paired ? n - part * half : n;
     const int tile = w.paired ? r / 8 : r / 16, high = w.paired ? part : r >> 3 & 1;
-    const int ub = 1024 + 64 * (128 / w.group), g = r & 7, step = k % 128 / 32, t = k % 32 / 8;
+    const int ub = 1024 + 64 * (128 / w.group), g = r & 7, step = k % 128 / 32, eight = k % 32 / 8;
     const uint8_t *unit = w.data + ((size_t)tile * w.units + k / 128) * ub;
-    const uint2 q = *(const uint2 *)(unit +
-                                     (((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2) * 4);
+    const uint32_t *q = (const uint32_t *)unit + ((step >> 1) * 32 + g * 4) * 4 + (step & 1) * 2 +
+                        (eight >> 1); /* of lane t: 4 * t further, bytes 2 * (eight & 1).. */
     const __half2 p = ((const __half2 *)(unit + 1024))[(k % 128 / w.group) * 16 + g * 2 + high];
     const float scale = __low2float(p), zero = __high2float(p);
     __half v[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const uint32_t word = j < 4 ? q.x : q.y, code = word >> (8 * (j & 3) + 4 * high) & 15u;
+        const uint32_t code = q[j / 2 * 4] >> (16 * (eight & 1) + 8 * (j & 1) + 4 * high) & 15u;
         v[j] = __float2half_rn(((float)code - zero) * scale);
     }
     *(uint4 *)(out + (size_t)(n - n0) * w.k + k) = *(const uint4 *)v;
@@ -143,7 +151,7 @@ w4_planes_out cuda_planes_want(device *d, int64_t m, int64_t k)
 {
     const cuda_state *s = cuda_of(d);
     /* one row goes to the kernel that makes its own */
-    if (s->sm < 90 || !s->w4_group || m < 2 || m > W4_FEW_MAX || k % 128) return w4_planes_out{};
+    if (s->sm < 90 || !s->w4_group || m < 2 || m > STREAM_ROWS || k % 128) return w4_planes_out{};
     return planes_at(d, m, k, s->w4_group);
 }
 
@@ -266,9 +274,9 @@ err_code w4_upload_cuda(device *d, dev_buf *buf, w4_weight *out, const w4_weight
 
 size_t gemm_w4_scratch_cuda(const device *d, const op_limits *lim)
 {
-    (void)d;
     const size_t dense = (size_t)lim->n * (size_t)lim->k * 2;
-    return lim->rows <= STREAM_ROWS ? 0 : dense < DENSE_BYTES ? dense : DENSE_BYTES;
+    if (cuda_of(d)->sm < 90) return dense < DENSE_BYTES ? dense : DENSE_BYTES;
+    return lim->rows <= STREAM_ROWS ? 0 : gemm_w4_wide_sums(lim->rows, cuda_of(d)->sms);
 }
 
 static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
@@ -295,7 +303,8 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
                           err *e)
 {
     const w4_tiles t = tiles_of(w);
-    int64_t slab = (int64_t)(DENSE_BYTES / ((size_t)t.k * 2)) / 64 * 64;
+    const size_t room = d->shared_bytes < DENSE_BYTES ? d->shared_bytes : DENSE_BYTES;
+    int64_t slab = (int64_t)(room / ((size_t)t.k * 2)) / 64 * 64;
     void *scratch;
     if (slab > t.n) slab = t.n;
     if (slab < 1) slab = 1;
@@ -310,6 +319,23 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
         TRY(gemm_cuda(d, &part, x, &dense, w->bias.data ? &bias : NULL, add, e));
     }
     return OK;
+}
+
+/* *taken: through wgmma. */
+static err_code wide_rows(device *d, tensor *y, const tensor *x, const w4_weight *w, bool add,
+                          bool glu, bool *taken, err *e)
+{
+    cuda_state *s = cuda_of(d);
+    const w4_tiles t = tiles_of(w);
+    w4_wide_call c = {};
+    c.x = (const __half *)x->data, c.y = y->data, c.arrived = s->counters;
+    c.m = (int)x->shape[0], c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
+    c.add = add, c.wide = y->dt == DT_F32, c.glu = glu;
+    *taken = s->sm >= 90 && x->shape[0] > STREAM_ROWS && gemm_w4_wide_takes(&t, &c);
+    if (!*taken) return OK;
+    TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(c.m, s->sms), "gemm_w4", e));
+    TRY(cuda_pass_flush(d, e));
+    return cuda_launched(d, "gemm_w4: wgmma", gemm_w4_wide(&t, &c, s->sms, s->stream), e);
 }
 
 /* One row of activations through the kernel that makes their planes itself. */
@@ -339,6 +365,9 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
         c.x = (const __half *)x->data, c.y = y->data, c.add = add, c.wide = y->dt == DT_F32;
         return run_one(d, w, &c, e);
     }
+    bool taken;
+    TRY(wide_rows(d, y, x, w, add, false, &taken, e));
+    if (taken) return OK;
     if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4)
         return many_rows(d, y, x, w, add, e);
     w4_call c = {};
@@ -360,6 +389,11 @@ err_code gemm_w4_norm_cuda(device *d, tensor *y, tensor *h, const tensor *x, con
         return run_one(d, w, &c, e);
     }
     TRY(rmsnorm_cuda(d, h, x, norm, eps, e));
+    if (glu && w->paired && y->dt == DT_F16) {
+        bool taken;
+        TRY(wide_rows(d, y, h, w, false, true, &taken, e));
+        if (taken) return OK;
+    }
     TRY(gemm_w4_cuda(d, y, h, w, false, e));
     if (!glu) return OK;
     tensor gate = tensor_cols(y, 0, w->n / 2);

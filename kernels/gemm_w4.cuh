@@ -3,9 +3,10 @@
  * Tiling. Outputs go in tiles of 16 rows, inputs in units of 128. A unit is 1024 bytes of codes
  * and then the parameters of its groups, so that a tile is one contiguous stream; units lie in
  * order of k. Codes: uint4 [2][32 lanes]. Lane 4*g + t of pair p holds two words for each of the
- * steps s = 2p, 2p + 1 of 32 inputs: byte j of word h is code (row g, k = 32*s + 8*t + 4*h + j) in
- * its low nibble and the same of row g + 8 in its high one: the A operand of mma.m16n8k32 after
- * one mask. Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero)
+ * steps s = 2p, 2p + 1 of 32 inputs: bytes 0..3 of word h are codes of row g, inputs 32*s + 16*h +
+ * {2t, 2t + 1, 2t + 8, 2t + 9}, in their low nibbles and the same of row g + 8 in the high ones: a
+ * word is the A operand of one f16 mma of 16 inputs, and after one mask two words are that of
+ * mma.m16n8k32 with inputs in this order. Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero)
  * of row g, half2 of row g + 8}. Inputs beyond k and rows beyond n have scale 0. */
 #ifndef TMF_KERNELS_GEMM_W4_CUH
 #define TMF_KERNELS_GEMM_W4_CUH
@@ -115,10 +116,21 @@ __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t 
     return top > 0.f ? top / 32512.f : 0.f;
 }
 
+/* Where lane l's inputs 4*l.. of a unit lie in the planes of a column: 2 bytes there, 2 at + 16. */
+__device__ __forceinline__ int w4_lane_place(int lane)
+{
+    return (lane & 1) * 32 + (lane >> 3 & 1) * 8 + (lane >> 2 & 1) * 4 + (lane >> 1 & 1) * 2;
+}
+__device__ __forceinline__ void w4_store_four(uint8_t *p, uint32_t four)
+{
+    *(uint16_t *)p = (uint16_t)four;
+    *(uint16_t *)(p + 16) = (uint16_t)(four >> 16);
+}
+
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.
  * All lanes call. planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds
- * column g (token g / 2, high plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: k =
- * 32*step + 8*t + 0..7 of the unit. scales[chunk][unit][tokens of all tiles][1 + 128/group]: f32
+ * column g (token g / 2, high plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: the
+ * inputs of codes. scales[chunk][unit][tokens of all tiles][1 + 128/group]: f32
  * scale, then the integer sum of each group. Columns of tokens that nobody stored hold anything:
  * they reach no output of another token. */
 __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit, int token,
@@ -127,14 +139,13 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
     uint32_t hi, lo;
     int sum;
     const float scale = w4_fixed(v, o.group, &hi, &lo, &sum);
-    /* lane covers k = 4*lane: step = lane / 8, t = lane % 8 / 2, half of the 8 bytes = lane & 1 */
-    const int step = lane >> 3, t = lane >> 1 & 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
+    const int step = lane >> 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
     const size_t at = (size_t)(token / W4_CHUNK) * o.units + unit;
     token %= W4_CHUNK;
     uint8_t *p = o.planes + ((at * o.token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
-                 (col * 4 + t) * 16 + (step & 1) * 8 + (lane & 1) * 4;
-    *(uint32_t *)p = hi;
-    *(uint32_t *)(p + 64) = lo;
+                 col * 64 + w4_lane_place(lane);
+    w4_store_four(p, hi);
+    w4_store_four(p + 64, lo);
     float *s = o.scales + (at * o.token_tiles * 4 + token) * per;
     if (lane == 0) s[0] = scale;
     if (lane % (o.group / 4) == 0) s[1 + lane / (o.group / 4)] = (float)sum;
@@ -145,6 +156,20 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
 cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl);
 cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream,
                         bool pdl);
+
+/* More rows, on sm_90a: x and y 16-byte aligned with strides of 8 elements, else not taken. */
+typedef struct {
+    const __half *x; /* [m,k], row stride ldx */
+    void *y;         /* f16, or f32 when `wide`: row stride ldy */
+    void *sums;      /* gemm_w4_wide_sums bytes */
+    int *arrived;    /* 2 * multiprocessors, zero before and after */
+    int m, ldx, ldy;
+    bool add, wide;
+    bool glu; /* w paired: column i of y = silu(row i) * row n/2 + i; f16, not added */
+} w4_wide_call;
+size_t gemm_w4_wide_sums(int m, int sms);
+bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c);
+cudaError_t gemm_w4_wide(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream);
 
 /* One row of activations, a whole step of the block in one kernel: what makes the activations and
  * what takes the product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */

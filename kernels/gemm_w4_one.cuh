@@ -22,7 +22,7 @@ __device__ __forceinline__ void consumers_sync()
 }
 
 /* Planes of a unit: 16 bytes for each (pair of steps i, plane, t) at ((i*2 + plane)*4 + t)*16: the
- * two steps' inputs 8t..8t+7. Scales: scale, then the integer sum of each group. N units `step`
+ * two steps' inputs in the order of codes. Scales: scale, then the integer sum of each group. N units `step`
  * apart at once; those from `units` on are not stored. */
 template <int GROUP, int N>
 __device__ __forceinline__ void many_planes(uint8_t *planes, float *scales, int unit, int step,
@@ -33,14 +33,13 @@ __device__ __forceinline__ void many_planes(uint8_t *planes, float *scales, int 
     float scale[N];
 #pragma unroll
     for (int n = 0; n < N; n++) scale[n] = w4_fixed(v[n], GROUP, &hi[n], &lo[n], &sum[n]);
-    const int s = lane >> 3, t = lane >> 1 & 3;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int u = unit + n * step;
         if (u >= units) break;
-        uint8_t *p = planes + u * 256 + (s >> 1) * 128 + t * 16 + (s & 1) * 8 + (lane & 1) * 4;
-        *(uint32_t *)p = hi[n];
-        *(uint32_t *)(p + 64) = lo[n];
+        uint8_t *p = planes + u * 256 + (lane >> 4) * 128 + w4_lane_place(lane);
+        w4_store_four(p, hi[n]);
+        w4_store_four(p + 64, lo[n]);
         float *sc = scales + u * (1 + 128 / GROUP);
         if (lane == 0) sc[0] = scale[n];
         if (lane % (GROUP / 4) == 0) sc[1 + lane / (GROUP / 4)] = (float)sum[n];

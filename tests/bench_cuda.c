@@ -1,8 +1,8 @@
 /* bench_cuda: products and decode attention of a CUDA device alone, beside their floors. Each
  * figure is the median of replays of recorded work over copies of the data that together exceed the
  * L2 cache several times; products of one row are recorded as a decode pass, as in a model. Floors:
- * 1.4 us + bytes / 4.4 TB/s, or 2mnk / 790 TFLOP/s, measured on an H200. Without a GPU: one line,
- * exit 77. */
+ * 1.4 us + bytes / 4.4 TB/s, or 2mnk / 790 TFLOP/s, measured on an H200. Arguments: numbers of
+ * rows, rising, to measure products of these alone. Without a GPU: one line, exit 77. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +14,7 @@
 #include "kernels/ops.h"
 
 #define RUNS   9
+#define MOST_ROWS 16
 #define COPIES 64
 #define COLD   ((size_t)480 << 20) /* bytes that one replay goes through */
 
@@ -160,20 +161,19 @@ static double product_us(product *p, int64_t m, bool w4)
     return us;
 }
 
-static void bench_products(void)
+static void bench_products(const int64_t *rows, int n_rows)
 {
     static const int64_t shape[][2] = {{2048, 16384}, {4096, 4096}, {4096, 12288},
-                                       {4096, 22016}, {8192, 8192}, {11008, 4096}},
-                         rows[] = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192};
-    enum { ROWS = sizeof rows / sizeof *rows, SHAPES = sizeof shape / sizeof *shape };
-    double over[ROWS] = {0}, gain[ROWS] = {0};
+                                       {4096, 22016}, {8192, 8192}, {11008, 4096}};
+    enum { SHAPES = sizeof shape / sizeof *shape };
+    double over[MOST_ROWS] = {0}, gain[MOST_ROWS] = {0};
     puts("| K x N | M | floor us | f16 | W4 | W4 over floor | f16 over W4 |\n"
          "|---|---:|---:|---:|---:|---:|---:|");
     for (int s = 0; s < SHAPES; s++) {
         product p;
         const int64_t k = shape[s][0], n = shape[s][1];
-        product_open(&p, k, n, rows[ROWS - 1]);
-        for (int r = 0; r < ROWS; r++) {
+        product_open(&p, k, n, rows[n_rows - 1]);
+        for (int r = 0; r < n_rows; r++) {
             const int64_t m = rows[r];
             const double least = floor_us((double)(k * n) * 0.5195,
                                           2.0 * (double)m * (double)k * (double)n),
@@ -184,7 +184,7 @@ static void bench_products(void)
         }
         product_close(&p);
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < n_rows; r++)
         printf("| geometric mean | %lld | | | | %.2f | %.2f |\n", (long long)rows[r],
                exp(over[r] / SHAPES), exp(gain[r] / SHAPES));
 }
@@ -291,18 +291,22 @@ static void bench_attention(void)
     }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    int64_t rows[MOST_ROWS] = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192};
+    int n_rows = 11;
     err open_err;
     const dev_opts card = {.kind = DEV_CUDA, .threads = 1};
     if (dev_open(&d, &card, &open_err) != OK) {
         printf("SKIP: %s\n", open_err.msg);
         return 77;
     }
-    const op_limits lim = {8192, 11008, 22016, HEADS, DIM, 32768, 64};
+    if (argc > 1) n_rows = argc - 1 < MOST_ROWS ? argc - 1 : MOST_ROWS;
+    for (int i = 1; i < argc && i <= n_rows; i++) rows[i - 1] = atoll(argv[i]);
+    const op_limits lim = {(int32_t)rows[n_rows - 1], 11008, 22016, HEADS, DIM, 32768, 64};
     MUST(ops_reserve(d, &lim, e));
-    bench_products();
-    bench_attention();
+    bench_products(rows, n_rows);
+    if (argc == 1) bench_attention();
     dev_close(&d);
     return 0;
 }

@@ -191,14 +191,27 @@ START_TEST(w4_products)
 }
 END_TEST
 
+/* Tiles of outputs and tokens that blocks share, and more tiles than blocks. */
+START_TEST(w4_many_tiles)
+{
+    if (!gpu) return;
+    w4_case(20, 4096, 1032, 128, 1, false);
+    w4_case(50, 2816, 1304, 64, 2, true);
+    w4_case(64, 1280, 4096, 128, 1, true);
+    w4_case(100, 2048, 1032, 32, 2, false);
+    w4_case(300, 256, 8200, 128, 2, false);
+    w4_case(400, 1184, 520, 32, 3, true);
+}
+END_TEST
+
 /* Norm, product and GLU at once against the same in turn. */
 START_TEST(norm_w4_glu)
 {
-    static const int64_t rows[] = {1, 2, 7, 20, 70};
+    static const int64_t rows[] = {1, 2, 7, 20, 70, 150};
     if (!gpu) return;
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
         for (int glu = 0; glu < 2; glu++) {
-            const int64_t m = rows[r], k = r % 2 ? 512 : 5120, n = 56;
+            const int64_t m = rows[r], k = r % 2 ? 512 : 5120, n = m < 100 ? 56 : 17000;
             void *mem[2];
             w4_weight w[2], fused;
             const w4_weight *list[2] = {&w[0], &w[1]};
@@ -663,6 +676,7 @@ int main(int argc, char **argv)
     if (ops_reserve(cpu, &lim, &e) != OK) return 1;
     Suite *s = suite_create("cuda");
     add_case(s, "w4", w4_products);
+    add_case(s, "w4 tiles", w4_many_tiles);
     add_case(s, "norm", norm_w4_glu);
     add_case(s, "attention", attention);
     add_case(s, "rows", rows_ops);

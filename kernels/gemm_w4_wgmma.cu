@@ -1,0 +1,628 @@
+/* W4A16 for many rows on sm_90a: tiles of 256 outputs and NT tokens by wgmma. Codes become f16 in
+ * registers, where wgmma takes its first operand from, so outputs are its rows and tokens its
+ * columns; the codes of a lane in our tiling are its fragments of four steps of 16 inputs.
+ *
+ * A persistent block a multiprocessor. A producer warp streams units of 128 inputs through a ring
+ * in shared memory: codes by bulk copies, before the dependency wait where the ring allows,
+ * activations by tensor copies. Warpgroups turn the codes of the next 32 inputs into f16 while the
+ * tensor cores work on the last 32. Tiles that do not fill a wave of blocks are cut along k so that
+ * every block has as much to read; the blocks of a tile leave their sums in memory, and each adds
+ * up and finishes a share of the tile, in the order of k. */
+#include "kernels/gemm_w4.cuh"
+#include "kernels/wgmma.cuh"
+
+#define TILE_ROWS 256
+#define W4_TILES  (TILE_ROWS / 16)
+#define BAND      16         /* token tiles that share weights in L2 */
+#define RING_MOST (208 << 10)
+
+/* How the tiles of a product are dealt out. */
+typedef struct {
+    int tiles_w, tiles_x; /* along outputs, along tokens */
+    int whole, shared;    /* tiles of one block, then tiles that all blocks share by units */
+} w_plan;
+
+template <int NT, int GROUP> struct w_shape {
+    static constexpr int GROUPS = NT == 128 ? 2 : 4,   /* warpgroups that multiply */
+        PARTS = 4 / GROUPS,                            /* 64 outputs each of one */
+        THREADS = GROUPS * 128, UNIT = 1024 + 64 * (128 / GROUP), CODES = W4_TILES * UNIT,
+                         X = NT * 256, STAGE = CODES + X,
+                         FIT = RING_MOST / STAGE, STAGES = FIT < 8 ? FIT : 8,
+                         ROW = PARTS * 128 + 16, /* bytes of a staged token */
+        SMEM = 1024 + STAGES * STAGE + GROUPS * 16 * ROW;
+    static_assert(STAGE % 1024 == 0, "swizzled tiles begin at multiples of 1024");
+};
+
+/* ---- what a block does ---- */
+
+typedef struct {
+    int tile, from, to; /* units [from, to) of a tile */
+} w_segment;
+typedef struct {
+    int tile, unit, end;
+} w_cursor;
+
+__device__ __forceinline__ int share_begin(const w_plan &p, int units, int block)
+{
+    return (int)((int64_t)block * p.shared * units / gridDim.x);
+}
+__device__ __forceinline__ w_cursor first_work(const w_plan &p, int units)
+{
+    return w_cursor{(int)blockIdx.x, share_begin(p, units, blockIdx.x),
+                    share_begin(p, units, blockIdx.x + 1)};
+}
+__device__ __forceinline__ bool next_work(const w_plan &p, int units, w_cursor *c, w_segment *s)
+{
+    if (c->tile < p.whole) {
+        *s = w_segment{c->tile, 0, units};
+        c->tile += gridDim.x;
+        return true;
+    }
+    if (c->unit >= c->end) return false;
+    const int from = c->unit % units;
+    *s = w_segment{p.whole + c->unit / units, from, min(units, from + c->end - c->unit)};
+    c->unit += s->to - from;
+    return true;
+}
+/* The block that has unit `at` of all that is shared. */
+__device__ __forceinline__ int owner_of(const w_plan &p, int units, int at)
+{
+    return (int)((((int64_t)at + 1) * gridDim.x - 1) / ((int64_t)p.shared * units));
+}
+
+/* Tile along outputs and along tokens: a band of token tiles shares a tile of weights. */
+__device__ __forceinline__ int2 place_of(const w_plan &p, int tile)
+{
+    const int band = tile / (BAND * p.tiles_w), in = tile - band * BAND * p.tiles_w,
+              width = min(BAND, p.tiles_x - band * BAND);
+    return make_int2(in / width, band * BAND + in % width);
+}
+
+#ifdef TMF_SM90A
+
+/* ---- producer ---- */
+
+typedef struct {
+    w_cursor at;
+    w_segment s;
+    int unit, slot, round;
+} w_stream; /* the units of a block, one after the other */
+
+__device__ __forceinline__ w_stream stream_begin(const w_plan &p, int units)
+{
+    return w_stream{first_work(p, units), w_segment{0, 0, 0}, -1, 0, 0};
+}
+__device__ __forceinline__ bool stream_next(const w_plan &p, int units, int stages, w_stream *s)
+{
+    if (s->unit >= 0) {
+        s->unit++;
+        if (++s->slot == stages) s->slot = 0, s->round++;
+    }
+    if (s->unit < s->s.to && s->unit >= 0) return true;
+    if (!next_work(p, units, &s->at, &s->s)) return false;
+    s->unit = s->s.from;
+    return true;
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void load_codes(uint8_t *ring, uint64_t *full, const w4_tiles &w,
+                                           const w_plan &p, const w_stream &s, int lane)
+{
+    typedef w_shape<NT, GROUP> S;
+    const int first = place_of(p, s.s.tile).x * W4_TILES, n = min(W4_TILES, w.tiles - first);
+    if (lane == 0) mbar_expect(&full[s.slot], n * S::UNIT + S::X);
+    __syncwarp();
+    if (lane < n)
+        bulk_copy(ring + s.slot * S::STAGE + S::X + lane * S::UNIT,
+                  w.data + ((size_t)(first + lane) * w.units + s.unit) * S::UNIT, S::UNIT,
+                  &full[s.slot]);
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void load_tokens(uint8_t *ring, uint64_t *full, const CUtensorMap *map,
+                                            const w_plan &p, const w_stream &s, int lane)
+{
+    typedef w_shape<NT, GROUP> S;
+    if (lane >= 2) return;
+    tensor_copy(ring + s.slot * S::STAGE + lane * NT * 128, map, s.unit * 128 + lane * 64,
+                place_of(p, s.s.tile).y * NT, &full[s.slot]);
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void produce(uint8_t *ring, uint64_t *full, uint64_t *empty,
+                                        const CUtensorMap *map, const w4_tiles &w, const w_plan &p,
+                                        int lane)
+{
+    constexpr int STAGES = w_shape<NT, GROUP>::STAGES;
+    w_stream codes = stream_begin(p, w.units), tokens = codes;
+    int ahead = 0;
+    while (ahead < STAGES && stream_next(p, w.units, STAGES, &codes)) {
+        load_codes<NT, GROUP>(ring, full, w, p, codes, lane);
+        ahead++;
+    }
+    pdl_wait();
+    for (int i = 0; i < ahead; i++) {
+        stream_next(p, w.units, STAGES, &tokens);
+        load_tokens<NT, GROUP>(ring, full, map, p, tokens, lane);
+    }
+    if (ahead < STAGES) return;
+    while (stream_next(p, w.units, STAGES, &codes)) {
+        mbar_wait(&empty[codes.slot], (codes.round - 1) & 1);
+        load_codes<NT, GROUP>(ring, full, w, p, codes, lane);
+        load_tokens<NT, GROUP>(ring, full, map, p, codes, lane);
+    }
+}
+
+/* ---- codes to f16 ---- */
+
+/* w = (code - whole) * scale - rest * scale, where whole + rest is the zero point: exact up to the
+ * last rounding when the zero point is whole. Of rows g and g + 8. */
+typedef struct {
+    __half2 scale[2], zero[2], rest[2];
+} w_param;
+
+__device__ __forceinline__ w_param param_of(const uint2 raw)
+{
+    w_param p;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const __half2 sz = *(const __half2 *)(i ? &raw.y : &raw.x);
+        const float s = __low2float(sz), z = __high2float(sz), whole = rintf(z);
+        p.scale[i] = __low2half2(sz);
+        p.zero[i] = __float2half2_rn(-whole - (i ? 64.f : 1024.f));
+        p.rest[i] = __float2half2_rn((whole - z) * s);
+    }
+    return p;
+}
+
+/* Four codes of row g in the low nibbles and four of row g + 8 in the high ones: 2t, 2t + 1,
+ * 2t + 8, 2t + 9 of 16 inputs. */
+__device__ __forceinline__ void fragment_of(uint32_t (&a)[4], uint32_t word, const w_param &p)
+{
+    const uint32_t low = word & 0x0f0f0f0fu, high = word & 0xf0f0f0f0u;
+    const __half2 sixteenth = __float2half2_rn(0.0625f);
+#pragma unroll
+    for (int i = 0; i < 2; i++) { /* 1024 + code, 1024 + 16 code */
+        const uint32_t l = __byte_perm(low, 0x64646464u, i ? 0x4342 : 0x4140),
+                       h = __byte_perm(high, 0x64646464u, i ? 0x4342 : 0x4140);
+        const __half2 x = __hadd2(*(const __half2 *)&l, p.zero[0]),
+                      y = __hfma2(*(const __half2 *)&h, sixteenth, p.zero[1]);
+        const __half2 wl = __hfma2(x, p.scale[0], p.rest[0]),
+                      wh = __hfma2(y, p.scale[1], p.rest[1]);
+        a[2 * i] = *(const uint32_t *)&wl;
+        a[2 * i + 1] = *(const uint32_t *)&wh;
+    }
+}
+
+/* ---- consumers ---- */
+
+/* Where a thread of a warpgroup is: warpgroup, warp in it, lane. */
+typedef struct {
+    int group, warp, lane;
+} w_thread;
+
+/* 32 inputs, step `s` of a unit: fragments of both halves for the parts of a warpgroup. Parameters
+ * stay until the next group. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void make_step(uint32_t (&a)[w_shape<NT, GROUP>::PARTS][2][4],
+                                          w_param (&param)[w_shape<NT, GROUP>::PARTS],
+                                          const uint8_t *codes, int s, const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++) {
+        const uint8_t *unit = codes + ((th.group * S::PARTS + i) * 4 + th.warp) * S::UNIT;
+        const uint2 q = ((const uint2 *)unit)[((s >> 1) * 32 + th.lane) * 2 + (s & 1)];
+        if (s * 32 % GROUP == 0)
+            param[i] = param_of(
+                ((const uint2 *)(unit + 1024))[s * 32 / GROUP * 8 + (th.lane >> 2)]);
+        fragment_of(a[i][0], q.x, param[i]);
+        fragment_of(a[i][1], q.y, param[i]);
+    }
+}
+
+/* Sums of one segment. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS][NT / 2],
+                                         uint8_t *ring, uint64_t *full, uint64_t *empty,
+                                         int units, int *slot, int *round, const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+    uint32_t a[2][S::PARTS][2][4];
+    w_param param[S::PARTS];
+    int last = -1;
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++)
+#pragma unroll
+        for (int j = 0; j < NT / 2; j++) acc[i][j] = 0.f;
+    mbar_wait(&full[*slot], *round & 1);
+    make_step<NT, GROUP>(a[0], param, ring + *slot * S::STAGE + S::X, 0, th);
+    for (int u = 0; u < units; u++) {
+        const uint8_t *x = ring + *slot * S::STAGE;
+        const int here = *slot;
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            w_fence();
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < S::PARTS; i++)
+                    w_rs<NT>::mma(acc[i], a[s & 1][i][h],
+                                  w_rows128(x + (s >> 1) * NT * 128 + (s & 1) * 64 + h * 32));
+            w_commit();
+            w_wait<1>();
+            if (s == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
+            if (s < 3)
+                make_step<NT, GROUP>(a[(s + 1) & 1], param, x + S::X, s + 1, th);
+            else if (u + 1 < units) {
+                if (++*slot == S::STAGES) *slot = 0, ++*round;
+                mbar_wait(&full[*slot], *round & 1);
+                make_step<NT, GROUP>(a[0], param, ring + *slot * S::STAGE + S::X, 0, th);
+            }
+        }
+        last = here;
+    }
+    w_wait<0>();
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++) w_keep(acc[i]);
+    __syncwarp();
+    if (th.lane == 0) mbar_arrive(&empty[last]);
+    if (++*slot == S::STAGES) *slot = 0, ++*round;
+}
+
+/* ---- outputs ---- */
+
+__device__ __forceinline__ float half_of(float v) { return __half2float(__float2half_rn(v)); }
+__device__ __forceinline__ float gated(float gate, float up)
+{
+    gate = half_of(gate), up = half_of(up);
+    const float v = gate / (1.f + __expf(-gate)) * up;
+    return fminf(fmaxf(v, -65504.f), 65504.f);
+}
+
+__device__ __forceinline__ float2 bias_of(const w4_tiles &w, int tile, int g)
+{
+    const int o0 = w4_row(w.n, w.paired, tile, g), o1 = w4_row(w.n, w.paired, tile, g + 8);
+    if (!w.bias || tile >= w.tiles) return make_float2(0.f, 0.f);
+    return make_float2(o0 < w.n ? __half2float(w.bias[o0]) : 0.f,
+                       o1 < w.n ? __half2float(w.bias[o1]) : 0.f);
+}
+
+__device__ __forceinline__ void put(const w4_wide_call &c, int token, int o, float v)
+{
+    const size_t at = (size_t)token * c.ldy + o;
+    if (c.wide)
+        ((float *)c.y)[at] = c.add ? ((float *)c.y)[at] + v : v;
+    else {
+        if (c.add) v += __half2float(((__half *)c.y)[at]);
+        ((__half *)c.y)[at] = __float2half_rn(v);
+    }
+}
+
+/* Rows g and g + 8 of a tile of 16, tokens 2t and 2t + 1 of eight from `token`. */
+__device__ __forceinline__ void put_four(const w4_tiles &w, const w4_wide_call &c, int tile,
+                                         int token, const float v[4], float2 bias, int lane)
+{
+    const int g = lane >> 2, o0 = w4_row(w.n, w.paired, tile, g),
+              o1 = w4_row(w.n, w.paired, tile, g + 8);
+    if (tile >= w.tiles) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int at = token + 2 * (lane & 3) + i;
+        const float v0 = v[i] + bias.x, v1 = v[2 + i] + bias.y;
+        if (at >= c.m) continue;
+        if (c.glu) {
+            put(c, at, o0, gated(v0, v1));
+            continue;
+        }
+        if (o0 < w.n) put(c, at, o0, v0);
+        if (o1 < w.n) put(c, at, o1, v1);
+    }
+}
+
+/* Piece `p` of the outputs of a token that a warpgroup staged, 8 of them: the first, or -1. */
+template <int PARTS>
+__device__ __forceinline__ int piece_row(const w4_tiles &w, bool glu, int tile, int p)
+{
+    if (!w.paired) {
+        const int o = tile * 16 + p * 8;
+        return o < w.n ? o : -1;
+    }
+    const int i = glu ? p / 4 : p / 8, half = glu ? 0 : p >> 2 & 1, t = tile + i * 4 + p % 4;
+    return t < w.tiles ? half * (w.n / 2) + t * 8 : -1;
+}
+
+/* f16 outputs of a tile by way of shared memory, 16 tokens at a time, so that stores are 16 bytes
+ * and neighbours. `tile`: the first of the warpgroup. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w4_tiles &w,
+                                             const w4_wide_call &c, int tile, int token,
+                                             uint8_t *stage, const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+    float2 bias[S::PARTS];
+    const int pieces = c.glu ? S::PARTS * 4 : S::PARTS * 8, in = th.warp * 32 + th.lane;
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++)
+        bias[i] = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
+#pragma unroll
+    for (int j = 0; j < NT / 16; j++) {
+        if (token + j * 16 >= c.m) break;
+#pragma unroll
+        for (int i = 0; i < S::PARTS; i++) {
+            const float *v = acc[i] + j * 8;
+            uint32_t r[4]; /* tokens 0..7: rows g, g + 8; tokens 8..15 */
+            const int half = th.lane >> 3 & 1,
+                      col = c.glu      ? i * 4 + th.warp
+                            : w.paired ? i * 8 + half * 4 + th.warp
+                                       : i * 8 + th.warp * 2 + half;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float b = e & 1 ? bias[i].y : bias[i].x;
+                float v0 = v[e * 2] + b, v1 = v[e * 2 + 1] + b;
+                if (c.glu && !(e & 1))
+                    v0 = gated(v0, v[e * 2 + 2] + bias[i].y),
+                    v1 = gated(v1, v[e * 2 + 3] + bias[i].y);
+                const __half2 h = __floats2half2_rn(v0, v1);
+                r[e] = *(const uint32_t *)&h;
+            }
+            if (c.glu) r[1] = r[0], r[3] = r[2]; /* both halves write the same there */
+            stmatrix4_trans(stage + ((th.lane >> 4) * 8 + (th.lane & 7)) * S::ROW + col * 16, r);
+        }
+        bar_sync_id(2 + th.group, 128);
+        for (int p = in; p < 16 * pieces; p += 128) {
+            const int at = token + j * 16 + p / pieces, o = piece_row<S::PARTS>(w, c.glu, tile,
+                                                                               p % pieces);
+            if (at < c.m && o >= 0)
+                *(uint4 *)((__half *)c.y + (size_t)at * c.ldy + o) =
+                    *(const uint4 *)(stage + p / pieces * S::ROW + p % pieces * 16);
+        }
+        bar_sync_id(2 + th.group, 128);
+    }
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_tiles &w,
+                                           const w4_wide_call &c, int2 place, uint8_t *stage,
+                                           const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+    const int tile = place.x * W4_TILES + th.group * S::PARTS * 4, token = place.y * NT;
+    if (!c.wide && !c.add) {
+        store_staged<NT, GROUP>(acc, w, c, tile, token, stage + th.group * 16 * S::ROW, th);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++) {
+        const float2 bias = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            put_four(w, c, tile + i * 4 + th.warp, token + j * 8, acc[i] + j * 4, bias, th.lane);
+    }
+}
+
+/* ---- tiles that blocks share ---- */
+
+/* Sums lie as [block][2][float4 of a thread][THREADS]: the second for a tile that the block only
+ * begins behind another. */
+template <int NT, int GROUP> __device__ __forceinline__ float4 *sums_of(const w4_wide_call &c,
+                                                                      int block, int second)
+{
+    typedef w_shape<NT, GROUP> S;
+    return (float4 *)c.sums + ((size_t)block * 2 + second) * (S::PARTS * NT / 8) * S::THREADS;
+}
+
+__device__ __forceinline__ int seen(const int *p)
+{
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ float4 load_sum(const float4 *p) /* of another block: not from L1 */
+{
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void leave_sums(const float (*acc)[NT / 2], const w4_wide_call &c,
+                                           int second, int *arrived)
+{
+    typedef w_shape<NT, GROUP> S;
+    float4 *out = sums_of<NT, GROUP>(c, blockIdx.x, second) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < S::PARTS; i++)
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            out[(i * (NT / 8) + j) * S::THREADS] = make_float4(
+                acc[i][4 * j], acc[i][4 * j + 1], acc[i][4 * j + 2], acc[i][4 * j + 3]);
+    __threadfence();
+    bar_sync<1, S::THREADS>();
+    if (threadIdx.x == 0) atomicAdd(arrived, 1);
+}
+
+/* This block's share of a tile that blocks first..first + n - 1 worked on. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_call &c,
+                                             const w_plan &p, int tile, int *arrived,
+                                             const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+    constexpr int ITEMS = S::PARTS * NT / 8;
+    const int begin = (tile - p.whole) * w.units, first = owner_of(p, w.units, begin),
+              n = owner_of(p, w.units, begin + w.units - 1) - first + 1,
+              me = (int)blockIdx.x - first;
+    const int2 place = place_of(p, tile);
+    if (threadIdx.x == 0)
+        while (seen(arrived) < n) {}
+    bar_sync<1, S::THREADS>();
+    for (int item = me * ITEMS / n; item < (me + 1) * ITEMS / n; item++) {
+        const int i = item / (NT / 8), j = item % (NT / 8),
+                  at = place.x * W4_TILES + (th.group * S::PARTS + i) * 4 + th.warp;
+        float v[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+        for (int b = 0; b < n; b++) {
+            const int second = b == 0 && share_begin(p, w.units, first) < begin;
+            const float4 f = load_sum(sums_of<NT, GROUP>(c, first + b, second) +
+                                      item * S::THREADS + threadIdx.x);
+            v[0] += f.x, v[1] += f.y, v[2] += f.z, v[3] += f.w;
+        }
+        put_four(w, c, at, place.y * NT + j * 8, v, bias_of(w, at, th.lane >> 2), th.lane);
+    }
+    bar_sync<1, S::THREADS>();
+    if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == n - 1) arrived[0] = arrived[1] = 0;
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void consume(uint8_t *ring, uint64_t *full, uint64_t *empty,
+                                        const w4_tiles &w, const w4_wide_call &c, const w_plan &p)
+{
+    typedef w_shape<NT, GROUP> S;
+    const w_thread th = {(int)threadIdx.x >> 7, (int)threadIdx.x >> 5 & 3, (int)threadIdx.x & 31};
+    float acc[S::PARTS][NT / 2];
+    int slot = 0, round = 0, left0 = -1, left1 = -1;
+    w_cursor at = first_work(p, w.units);
+    w_segment s;
+    pdl_wait();
+    while (next_work(p, w.units, &at, &s)) {
+        multiply<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
+        if (s.to - s.from == w.units)
+            store_tile<NT, GROUP>(acc, w, c, place_of(p, s.tile), ring + S::STAGES * S::STAGE, th);
+        else {
+            leave_sums<NT, GROUP>(acc, c, left0 >= 0, c.arrived + 2 * (s.tile - p.whole));
+            left1 = left0 >= 0 ? s.tile : -1;
+            left0 = left0 >= 0 ? left0 : s.tile;
+        }
+    }
+    for (; left0 >= 0; left0 = left1, left1 = -1)
+        finish_share<NT, GROUP>(w, c, p, left0, c.arrived + 2 * (left0 - p.whole), th);
+}
+
+#endif
+
+template <int NT, int GROUP>
+__global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
+    gemm_w4_wide_kernel(const __grid_constant__ CUtensorMap map, w4_tiles w, w4_wide_call c,
+                        w_plan p)
+{
+#ifdef TMF_SM90A
+    typedef w_shape<NT, GROUP> S;
+    extern __shared__ __align__(128) uint8_t memory[];
+    __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
+    uint8_t *ring = (uint8_t *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
+    pdl_launch();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::STAGES; i++)
+            mbar_init(&full[i], 1), mbar_init(&empty[i], S::GROUPS * 4);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x >= S::THREADS) {
+        fewer_regs<24>();
+        if (threadIdx.x < S::THREADS + 32)
+            produce<NT, GROUP>(ring, full, empty, &map, w, p, (int)threadIdx.x & 31);
+    } else {
+        more_regs<S::GROUPS == 2 ? 240 : 120>();
+        consume<NT, GROUP>(ring, full, empty, w, c, p);
+    }
+#endif
+}
+
+/* ---- host ---- */
+
+/* The driver's maker of tensor maps, so that nothing links the driver. */
+typedef CUresult (*map_maker)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+static cudaError_t token_map(CUtensorMap *map, const w4_wide_call *c, int k, int tokens)
+{
+    void *make = NULL;
+    cudaDriverEntryPointQueryResult found;
+    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)c->m}, stride[1] = {
+        (cuuint64_t)c->ldx * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)tokens}, step[2] = {1, 1};
+    const cudaError_t rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &make, 12000,
+                                                            cudaEnableDefault, &found);
+    if (rc != cudaSuccess) return rc;
+    if (!make || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    return ((map_maker)make)(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)c->x, size, stride,
+                             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
+               ? cudaSuccess
+               : cudaErrorInvalidValue;
+}
+
+static int tokens_of(int m) { return m <= 32 ? 32 : m <= 64 ? 64 : 128; }
+
+/* Tiles that fill waves of blocks go whole; so does a wave that is nearly full. */
+static w_plan plan_of(const w4_tiles *w, int m, int sms)
+{
+    w_plan p;
+    p.tiles_w = (w->tiles + W4_TILES - 1) / W4_TILES;
+    p.tiles_x = (m + tokens_of(m) - 1) / tokens_of(m);
+    const int all = p.tiles_w * p.tiles_x, rest = all % sms;
+    const bool cut = rest < sms - sms / 8 && (all < sms || rest * w->units >= 2 * sms);
+    p.shared = cut ? rest : 0;
+    p.whole = all - p.shared;
+    return p;
+}
+
+template <int NT, int GROUP>
+static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms,
+                               cudaStream_t stream)
+{
+    typedef w_shape<NT, GROUP> S;
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[1];
+    CUtensorMap map;
+    const w_plan p = plan_of(w, c->m, sms);
+    cudaError_t rc = token_map(&map, c, w->k, NT);
+    if (rc == cudaSuccess)
+        rc = cudaFuncSetAttribute(gemm_w4_wide_kernel<NT, GROUP>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM);
+    if (rc != cudaSuccess) return rc;
+    const int most = p.shared ? p.whole ? sms : p.shared * w->units : p.whole;
+    cfg.gridDim = dim3((unsigned)(most < sms ? most : sms));
+    cfg.blockDim = dim3(S::THREADS + 128);
+    cfg.dynamicSmemBytes = S::SMEM;
+    cfg.stream = stream;
+    cfg.attrs = attr;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cfg.numAttrs = 1;
+    return cudaLaunchKernelEx(&cfg, gemm_w4_wide_kernel<NT, GROUP>, map, *w, *c, p);
+}
+
+template <int GROUP>
+static cudaError_t wide_group(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t s)
+{
+    switch (tokens_of(c->m)) {
+    case 32: return launch_wide<32, GROUP>(w, c, sms, s);
+    case 64: return launch_wide<64, GROUP>(w, c, sms, s);
+    default: return launch_wide<128, GROUP>(w, c, sms, s);
+    }
+}
+
+size_t gemm_w4_wide_sums(int m, int sms)
+{
+    return (size_t)sms * 2 * TILE_ROWS * (size_t)tokens_of(m) * sizeof(float);
+}
+
+bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c)
+{
+    return (uintptr_t)c->x % 16 == 0 && c->ldx % 8 == 0 && (uintptr_t)c->y % 16 == 0 &&
+           c->ldy % 8 == 0 && w->n % 8 == 0;
+}
+
+cudaError_t gemm_w4_wide(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream)
+{
+    if (w->group == 128) return wide_group<128>(w, c, sms, stream);
+    if (w->group == 64) return wide_group<64>(w, c, sms, stream);
+    return wide_group<32>(w, c, sms, stream);
+}
