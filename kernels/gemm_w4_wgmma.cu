@@ -288,18 +288,23 @@ __device__ __forceinline__ float2 bias_of(const w4_tiles &w, int tile, int g)
                        o1 < w.n ? __half2float(w.bias[o1]) : 0.f);
 }
 
-__device__ __forceinline__ void put(const w4_wide_call &c, int token, int o, float v)
+/* How outputs go to memory one by one. */
+typedef enum { PUT_HALF, PUT_HALF_ADD, PUT_FLOAT, PUT_FLOAT_ADD, PUT_GLU } put_kind;
+
+template <put_kind KIND> __device__ __forceinline__ void put(void *y, size_t at, float v)
 {
-    const size_t at = (size_t)token * c.ldy + o;
-    if (c.wide)
-        ((float *)c.y)[at] = c.add ? ((float *)c.y)[at] + v : v;
+    if (KIND == PUT_FLOAT_ADD)
+        atomicAdd((float *)y + at, v); /* nobody else has this one: no need to wait for it */
+    else if (KIND == PUT_FLOAT)
+        ((float *)y)[at] = v;
     else {
-        if (c.add) v += __half2float(((__half *)c.y)[at]);
-        ((__half *)c.y)[at] = __float2half_rn(v);
+        if (KIND == PUT_HALF_ADD) v += __half2float(((const __half *)y)[at]);
+        ((__half *)y)[at] = __float2half_rn(v);
     }
 }
 
 /* Rows g and g + 8 of a tile of 16, tokens 2t and 2t + 1 of eight from `token`. */
+template <put_kind KIND>
 __device__ __forceinline__ void put_four(const w4_tiles &w, const w4_wide_call &c, int tile,
                                          int token, const float v[4], float2 bias, int lane)
 {
@@ -310,13 +315,14 @@ __device__ __forceinline__ void put_four(const w4_tiles &w, const w4_wide_call &
     for (int i = 0; i < 2; i++) {
         const int at = token + 2 * (lane & 3) + i;
         const float v0 = v[i] + bias.x, v1 = v[2 + i] + bias.y;
+        const size_t row = (size_t)at * c.ldy;
         if (at >= c.m) continue;
-        if (c.glu) {
-            put(c, at, o0, gated(v0, v1));
+        if (KIND == PUT_GLU) {
+            put<KIND>(c.y, row + o0, gated(v0, v1));
             continue;
         }
-        if (o0 < w.n) put(c, at, o0, v0);
-        if (o1 < w.n) put(c, at, o1, v1);
+        if (o0 < w.n) put<KIND>(c.y, row + o0, v0);
+        if (o1 < w.n) put<KIND>(c.y, row + o1, v1);
     }
 }
 
@@ -381,6 +387,21 @@ __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w
     }
 }
 
+template <int NT, int GROUP, put_kind KIND>
+__device__ __forceinline__ void store_each(const float (*acc)[NT / 2], const w4_tiles &w,
+                                           const w4_wide_call &c, int tile, int token,
+                                           const w_thread &th)
+{
+#pragma unroll
+    for (int i = 0; i < w_shape<NT, GROUP>::PARTS; i++) {
+        const int at = tile + i * 4 + th.warp;
+        const float2 bias = bias_of(w, at, th.lane >> 2);
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++)
+            put_four<KIND>(w, c, at, token + j * 8, acc[i] + j * 4, bias, th.lane);
+    }
+}
+
 template <int NT, int GROUP>
 __device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_tiles &w,
                                            const w4_wide_call &c, int2 place, uint8_t *stage,
@@ -392,13 +413,12 @@ __device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_
         store_staged<NT, GROUP>(acc, w, c, tile, token, stage + th.group * 16 * S::ROW, th);
         return;
     }
-#pragma unroll
-    for (int i = 0; i < S::PARTS; i++) {
-        const float2 bias = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
-#pragma unroll
-        for (int j = 0; j < NT / 8; j++)
-            put_four(w, c, tile + i * 4 + th.warp, token + j * 8, acc[i] + j * 4, bias, th.lane);
-    }
+    if (c.wide && c.add)
+        store_each<NT, GROUP, PUT_FLOAT_ADD>(acc, w, c, tile, token, th);
+    else if (c.wide)
+        store_each<NT, GROUP, PUT_FLOAT>(acc, w, c, tile, token, th);
+    else
+        store_each<NT, GROUP, PUT_HALF_ADD>(acc, w, c, tile, token, th);
 }
 
 /* ---- tiles that blocks share ---- */
@@ -470,7 +490,18 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
                                       item * S::THREADS + threadIdx.x);
             v[0] += f.x, v[1] += f.y, v[2] += f.z, v[3] += f.w;
         }
-        put_four(w, c, at, place.y * NT + j * 8, v, bias_of(w, at, th.lane >> 2), th.lane);
+        const float2 bias = bias_of(w, at, th.lane >> 2);
+        const int token = place.y * NT + j * 8;
+        if (c.glu)
+            put_four<PUT_GLU>(w, c, at, token, v, bias, th.lane);
+        else if (c.wide && c.add)
+            put_four<PUT_FLOAT_ADD>(w, c, at, token, v, bias, th.lane);
+        else if (c.wide)
+            put_four<PUT_FLOAT>(w, c, at, token, v, bias, th.lane);
+        else if (c.add)
+            put_four<PUT_HALF_ADD>(w, c, at, token, v, bias, th.lane);
+        else
+            put_four<PUT_HALF>(w, c, at, token, v, bias, th.lane);
     }
     bar_sync<1, S::THREADS>();
     if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == n - 1) arrived[0] = arrived[1] = 0;
@@ -558,7 +589,7 @@ static cudaError_t token_map(CUtensorMap *map, const w4_wide_call *c, int k, int
                : cudaErrorInvalidValue;
 }
 
-static int tokens_of(int m) { return m <= 32 ? 32 : m <= 64 ? 64 : 128; }
+static int tokens_of(int m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128; }
 
 /* Tiles that fill waves of blocks go whole; so does a wave that is nearly full. */
 static w_plan plan_of(const w4_tiles *w, int m, int sms)
@@ -603,6 +634,7 @@ template <int GROUP>
 static cudaError_t wide_group(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t s)
 {
     switch (tokens_of(c->m)) {
+    case 16: return launch_wide<16, GROUP>(w, c, sms, s);
     case 32: return launch_wide<32, GROUP>(w, c, sms, s);
     case 64: return launch_wide<64, GROUP>(w, c, sms, s);
     default: return launch_wide<128, GROUP>(w, c, sms, s);
