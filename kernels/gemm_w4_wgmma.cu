@@ -564,31 +564,6 @@ __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
 
 /* ---- host ---- */
 
-/* The driver's maker of tensor maps, so that nothing links the driver. */
-typedef CUresult (*map_maker)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-static cudaError_t token_map(CUtensorMap *map, const w4_wide_call *c, int k, int tokens)
-{
-    void *make = NULL;
-    cudaDriverEntryPointQueryResult found;
-    const cuuint64_t size[2] = {(cuuint64_t)k, (cuuint64_t)c->m}, stride[1] = {
-        (cuuint64_t)c->ldx * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)tokens}, step[2] = {1, 1};
-    const cudaError_t rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &make, 12000,
-                                                            cudaEnableDefault, &found);
-    if (rc != cudaSuccess) return rc;
-    if (!make || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    return ((map_maker)make)(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)c->x, size, stride,
-                             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
-               ? cudaSuccess
-               : cudaErrorInvalidValue;
-}
-
 static int tokens_of(int m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128; }
 
 /* Tiles that fill waves of blocks go whole; so does a wave that is nearly full. */
@@ -613,7 +588,7 @@ static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms
     cudaLaunchAttribute attr[1];
     CUtensorMap map;
     const w_plan p = plan_of(w, c->m, sms);
-    cudaError_t rc = token_map(&map, c, w->k, NT);
+    cudaError_t rc = matrix_map(&map, c->x, w->k, c->m, c->ldx, NT);
     if (rc == cudaSuccess)
         rc = cudaFuncSetAttribute(gemm_w4_wide_kernel<NT, GROUP>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM);

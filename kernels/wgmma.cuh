@@ -74,7 +74,16 @@ __device__ __forceinline__ uint64_t w_rows128(const void *p)
     return (uint64_t)((smem_addr(p) & 0x3ffffu) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
 }
-__device__ __forceinline__ void w_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/* Rows of 64 outputs of b, one input each, swizzled by 128; the next 64 outputs `next` bytes on. */
+__device__ __forceinline__ uint64_t w_columns64(const void *p, int next)
+{
+    return (uint64_t)((smem_addr(p) & 0x3ffffu) >> 4) | (uint64_t)(next >> 4) << 16 |
+           (uint64_t)64 << 32 | (uint64_t)1 << 62;
+}
+__device__ __forceinline__ void w_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void w_commit()
 {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -90,58 +99,66 @@ template <int N> __device__ __forceinline__ void w_keep(float (&d)[N])
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-/* d [64, NT] += a [64, 16] from registers * b [NT, 16] in shared memory. The fragments are those of
- * mma.m16n8k16, 16 rows a warp. */
+/* d [64, NT] += a [64, 16] from registers * b [NT, 16] in shared memory; without ADD d is written.
+ * The fragments are those of mma.m16n8k16, 16 rows a warp. TRANS: b lies as [16, NT]. */
 template <int NT> struct w_rs;
 // clang-format off
 template <> struct w_rs<16> {
+    template <bool ADD = true, bool TRANS = false>
     __device__ static __forceinline__ void mma(float (&d)[8], const uint32_t (&a)[4], uint64_t b)
     {
         asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
                      "%0, %1, %2, %3, %4, %5, %6, %7}, "
-                     "{%8, %9, %10, %11}, %12, 1, 1, 1, 0;"
+                     "{%8, %9, %10, %11}, %12, %13, 1, 1, %14;"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
                        "+f"(d[6]), "+f"(d[7])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
     }
 };
 template <> struct w_rs<32> {
+    template <bool ADD = true, bool TRANS = false>
     __device__ static __forceinline__ void mma(float (&d)[16], const uint32_t (&a)[4], uint64_t b)
     {
         asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                     "%12, %13, %14, %15}, "
+                     "{%16, %17, %18, %19}, %20, %21, 1, 1, %22;"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
                        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
                        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
     }
 };
 template <> struct w_rs<64> {
+    template <bool ADD = true, bool TRANS = false>
     __device__ static __forceinline__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b)
     {
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                     "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                     "%24, %25, %26, %27, %28, %29, %30, %31}, "
+                     "{%32, %33, %34, %35}, %36, %37, 1, 1, %38;"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
                        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
                        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
                        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
                        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
                        "+f"(d[30]), "+f"(d[31])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
     }
 };
 template <> struct w_rs<128> {
+    template <bool ADD = true, bool TRANS = false>
     __device__ static __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b)
     {
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                     "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+                     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                     "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
+                     "%60, %61, %62, %63}, "
+                     "{%64, %65, %66, %67}, %68, %69, 1, 1, %70;"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
                        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
                        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
@@ -153,10 +170,39 @@ template <> struct w_rs<128> {
                        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
                        "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
                        "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
     }
 };
 // clang-format on
 
 #endif
+
+/* ---- host ---- */
+
+/* Map of an f16 matrix for tensor_copy: boxes of 64 columns and `box` rows, swizzled by 128. The
+ * driver's maker is looked up, so that nothing links the driver. */
+static inline cudaError_t matrix_map(CUtensorMap *map, const void *data, int64_t columns,
+                                     int64_t rows, int64_t stride, int box_rows)
+{
+    typedef CUresult (*maker)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                              const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                              const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    void *make = NULL;
+    cudaDriverEntryPointQueryResult found;
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
+                     bytes[1] = {(cuuint64_t)stride * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const cudaError_t rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &make, 12000,
+                                                            cudaEnableDefault, &found);
+    if (rc != cudaSuccess) return rc;
+    if (!make || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    return ((maker)make)(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)data, size, bytes, box,
+                         step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
+               ? cudaSuccess
+               : cudaErrorInvalidValue;
+}
+
 #endif
