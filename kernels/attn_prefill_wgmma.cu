@@ -42,30 +42,33 @@ typedef struct {
     uint64_t *k_full, *k_empty, *v_full, *v_empty;
 } a_ring;
 
-/* One warp: boxes of 32 or 64 tokens and 64 channels, a lane each. */
+/* One warp: each lane finds a box of 32 or 64 tokens, the first one asks for all. */
 template <int D>
 __device__ __forceinline__ void produce(const attn_prefill_call &c, const a_block &b,
                                         const CUtensorMap *map, const a_ring &r, int box, int lane)
 {
     constexpr int HALF = TOK * 128, TILE = D / 64 * HALF;
-    const int boxes = TOK / box, part = lane & 1, half = lane >> 1 & (D / 64 - 1),
-              at = lane >> (D / 64); /* a bit for K and V, and one for two halves */
+    const int boxes = TOK / box, part = lane / boxes, at = lane % boxes;
     const int32_t *table = c.table + (size_t)b.seq * c.table_stride;
     int slot = 0, round = 0;
     for (int tok = b.from; tok <= b.last; tok += TOK) {
-        if (round) {
-            mbar_wait(&r.k_empty[slot], (round - 1) & 1);
-            mbar_wait(&r.v_empty[slot], (round - 1) & 1);
-        }
-        if (lane == 0) mbar_expect(&r.k_full[slot], TILE), mbar_expect(&r.v_full[slot], TILE);
-        __syncwarp();
-        if (at < boxes) {
-            const int t = min(tok + at * box, b.last / box * box);
-            const int row = ((table[t / c.block_tokens] * c.kv_heads + b.head) * 2 + part) *
-                                c.block_tokens +
-                            t % c.block_tokens;
-            tensor_copy((part ? r.v : r.k) + slot * TILE + half * HALF + at * box * 128, map,
-                        half * 64, row, part ? &r.v_full[slot] : &r.k_full[slot]);
+        const int t = min(tok + at * box, b.last / box * box);
+        const int row = ((table[t / c.block_tokens] * c.kv_heads + b.head) * 2 + (part & 1)) *
+                            c.block_tokens +
+                        t % c.block_tokens;
+        for (int i = 0; i < 2; i++) {
+            uint64_t *full = i ? r.v_full : r.k_full, *empty = i ? r.v_empty : r.k_empty;
+            uint8_t *tile = (i ? r.v : r.k) + slot * TILE;
+            if (round) mbar_wait(&empty[slot], (round - 1) & 1);
+            if (lane == 0) mbar_expect(&full[slot], TILE);
+            for (int n = 0; n < boxes; n++) {
+                const int from = __shfl_sync(~0u, row, i * boxes + n);
+                if (lane == 0)
+#pragma unroll
+                    for (int half = 0; half < D / 64; half++)
+                        tensor_copy(tile + half * HALF + n * box * 128, map, half * 64, from,
+                                    &full[slot]);
+            }
         }
         if (++slot == STAGES) slot = 0, round++;
     }
@@ -263,11 +266,11 @@ __global__ void __launch_bounds__(GROUPS * 128 + 128, 1)
     const a_block b = block_of(c);
     if (b.row0 >= b.rows) return;
     if (threadIdx.x >= GROUPS * 128) {
-        fewer_regs<24>();
+        fewer_regs<40>();
         if (threadIdx.x < GROUPS * 128 + 32)
             produce<D>(c, b, &map, r, box, (int)threadIdx.x & 31);
     } else {
-        more_regs<240>();
+        more_regs<232>();
         consume<D>(c, b, r);
     }
 #endif

@@ -85,12 +85,13 @@ __device__ __forceinline__ int2 place_of(const w_plan &p, int tile)
 typedef struct {
     w_cursor at;
     w_segment s;
+    int2 place;
     int unit, slot, round;
 } w_stream; /* the units of a block, one after the other */
 
 __device__ __forceinline__ w_stream stream_begin(const w_plan &p, int units)
 {
-    return w_stream{first_work(p, units), w_segment{0, 0, 0}, -1, 0, 0};
+    return w_stream{first_work(p, units), w_segment{0, 0, 0}, make_int2(0, 0), -1, 0, 0};
 }
 __device__ __forceinline__ bool stream_next(const w_plan &p, int units, int stages, w_stream *s)
 {
@@ -101,55 +102,54 @@ __device__ __forceinline__ bool stream_next(const w_plan &p, int units, int stag
     if (s->unit < s->s.to && s->unit >= 0) return true;
     if (!next_work(p, units, &s->at, &s->s)) return false;
     s->unit = s->s.from;
+    s->place = place_of(p, s->s.tile);
     return true;
 }
 
 template <int NT, int GROUP>
-__device__ __forceinline__ void load_codes(uint8_t *ring, uint64_t *full, const w4_tiles &w,
-                                           const w_plan &p, const w_stream &s, int lane)
+__device__ __forceinline__ void load_codes(uint8_t *ring, uint64_t *full, const CUtensorMap *codes,
+                                           const w_stream &s)
 {
     typedef w_shape<NT, GROUP> S;
-    const int first = place_of(p, s.s.tile).x * W4_TILES, n = min(W4_TILES, w.tiles - first);
-    if (lane == 0) mbar_expect(&full[s.slot], n * S::UNIT + S::X);
-    __syncwarp();
-    if (lane < n)
-        bulk_copy(ring + s.slot * S::STAGE + S::X + lane * S::UNIT,
-                  w.data + ((size_t)(first + lane) * w.units + s.unit) * S::UNIT, S::UNIT,
-                  &full[s.slot]);
+    mbar_expect(&full[s.slot], S::CODES + S::X);
+    tensor_copy(ring + s.slot * S::STAGE + S::X, codes, s.unit * (S::UNIT / 8),
+                s.place.x * W4_TILES, &full[s.slot]);
 }
 
 template <int NT, int GROUP>
-__device__ __forceinline__ void load_tokens(uint8_t *ring, uint64_t *full, const CUtensorMap *map,
-                                            const w_plan &p, const w_stream &s, int lane)
+__device__ __forceinline__ void load_tokens(uint8_t *ring, uint64_t *full, const CUtensorMap *x,
+                                            const w_stream &s)
 {
     typedef w_shape<NT, GROUP> S;
-    if (lane >= 2) return;
-    tensor_copy(ring + s.slot * S::STAGE + lane * NT * 128, map, s.unit * 128 + lane * 64,
-                place_of(p, s.s.tile).y * NT, &full[s.slot]);
+    uint8_t *to = ring + s.slot * S::STAGE;
+    const int token = s.place.y * NT;
+    tensor_copy(to, x, s.unit * 128, token, &full[s.slot]);
+    tensor_copy(to + NT * 128, x, s.unit * 128 + 64, token, &full[s.slot]);
 }
 
+/* One thread. */
 template <int NT, int GROUP>
 __device__ __forceinline__ void produce(uint8_t *ring, uint64_t *full, uint64_t *empty,
-                                        const CUtensorMap *map, const w4_tiles &w, const w_plan &p,
-                                        int lane)
+                                        const CUtensorMap *codes_map, const CUtensorMap *x,
+                                        const w_plan &p, int units)
 {
     constexpr int STAGES = w_shape<NT, GROUP>::STAGES;
-    w_stream codes = stream_begin(p, w.units), tokens = codes;
+    w_stream codes = stream_begin(p, units), tokens = codes;
     int ahead = 0;
-    while (ahead < STAGES && stream_next(p, w.units, STAGES, &codes)) {
-        load_codes<NT, GROUP>(ring, full, w, p, codes, lane);
+    while (ahead < STAGES && stream_next(p, units, STAGES, &codes)) {
+        load_codes<NT, GROUP>(ring, full, codes_map, codes);
         ahead++;
     }
     pdl_wait();
     for (int i = 0; i < ahead; i++) {
-        stream_next(p, w.units, STAGES, &tokens);
-        load_tokens<NT, GROUP>(ring, full, map, p, tokens, lane);
+        stream_next(p, units, STAGES, &tokens);
+        load_tokens<NT, GROUP>(ring, full, x, tokens);
     }
     if (ahead < STAGES) return;
-    while (stream_next(p, w.units, STAGES, &codes)) {
+    while (stream_next(p, units, STAGES, &codes)) {
         mbar_wait(&empty[codes.slot], (codes.round - 1) & 1);
-        load_codes<NT, GROUP>(ring, full, w, p, codes, lane);
-        load_tokens<NT, GROUP>(ring, full, map, p, codes, lane);
+        load_codes<NT, GROUP>(ring, full, codes_map, codes);
+        load_tokens<NT, GROUP>(ring, full, x, codes);
     }
 }
 
@@ -201,64 +201,72 @@ typedef struct {
     int group, warp, lane;
 } w_thread;
 
-/* 32 inputs, step `s` of a unit: fragments of both halves for the parts of a warpgroup. Parameters
- * stay until the next group. */
+/* Fragments on their way: two steps of 32 inputs, of which halves of 16 for each part of a
+ * warpgroup are pieces. Parameters stay until the next group. */
+template <int PARTS> struct w_pieces {
+    uint32_t a[2][2][PARTS][4], later[PARTS];
+    w_param param[PARTS];
+};
+
+/* Piece (half h, part i) of step s of the unit at `codes`. */
 template <int NT, int GROUP>
-__device__ __forceinline__ void make_step(uint32_t (&a)[w_shape<NT, GROUP>::PARTS][2][4],
-                                          w_param (&param)[w_shape<NT, GROUP>::PARTS],
-                                          const uint8_t *codes, int s, const w_thread &th)
+__device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *f,
+                                           const uint8_t *codes, int s, int h, int i,
+                                           const w_thread &th)
 {
     typedef w_shape<NT, GROUP> S;
-#pragma unroll
-    for (int i = 0; i < S::PARTS; i++) {
-        const uint8_t *unit = codes + ((th.group * S::PARTS + i) * 4 + th.warp) * S::UNIT;
+    const uint8_t *unit = codes + ((th.group * S::PARTS + i) * 4 + th.warp) * S::UNIT;
+    uint32_t word = f->later[i];
+    if (h == 0) {
         const uint2 q = ((const uint2 *)unit)[((s >> 1) * 32 + th.lane) * 2 + (s & 1)];
+        word = q.x, f->later[i] = q.y;
         if (s * 32 % GROUP == 0)
-            param[i] = param_of(
+            f->param[i] = param_of(
                 ((const uint2 *)(unit + 1024))[s * 32 / GROUP * 8 + (th.lane >> 2)]);
-        fragment_of(a[i][0], q.x, param[i]);
-        fragment_of(a[i][1], q.y, param[i]);
     }
+    fragment_of(f->a[s & 1][h][i], word, f->param[i]);
 }
 
-/* Sums of one segment. */
+/* Sums of one segment. Behind each product that is queued, the fragment that took part in the one
+ * four pieces (two with one part) earlier is made anew: the tensor cores always have work left. */
 template <int NT, int GROUP>
 __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS][NT / 2],
                                          uint8_t *ring, uint64_t *full, uint64_t *empty,
                                          int units, int *slot, int *round, const w_thread &th)
 {
     typedef w_shape<NT, GROUP> S;
-    uint32_t a[2][S::PARTS][2][4];
-    w_param param[S::PARTS];
+    w_pieces<S::PARTS> f;
     int last = -1;
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
 #pragma unroll
         for (int j = 0; j < NT / 2; j++) acc[i][j] = 0.f;
     mbar_wait(&full[*slot], *round & 1);
-    make_step<NT, GROUP>(a[0], param, ring + *slot * S::STAGE + S::X, 0, th);
+#pragma unroll
+    for (int j = 0; j < 2 * S::PARTS; j++)
+        make_piece<NT, GROUP>(&f, ring + *slot * S::STAGE + S::X, 0, j / S::PARTS, j % S::PARTS,
+                              th);
     for (int u = 0; u < units; u++) {
-        const uint8_t *x = ring + *slot * S::STAGE;
+        const uint8_t *x = ring + *slot * S::STAGE, *codes = x + S::X;
         const int here = *slot;
 #pragma unroll
         for (int s = 0; s < 4; s++) {
-            w_fence();
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int i = 0; i < S::PARTS; i++)
-                    w_rs<NT>::mma(acc[i], a[s & 1][i][h],
-                                  w_rows128(x + (s >> 1) * NT * 128 + (s & 1) * 64 + h * 32));
-            w_commit();
-            w_wait<1>();
-            if (s == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
-            if (s < 3)
-                make_step<NT, GROUP>(a[(s + 1) & 1], param, x + S::X, s + 1, th);
-            else if (u + 1 < units) {
-                if (++*slot == S::STAGES) *slot = 0, ++*round;
-                mbar_wait(&full[*slot], *round & 1);
-                make_step<NT, GROUP>(a[0], param, ring + *slot * S::STAGE + S::X, 0, th);
+            for (int j = 0; j < 2 * S::PARTS; j++) {
+                const int h = j / S::PARTS, i = j % S::PARTS;
+                w_fence();
+                w_rs<NT>::mma(acc[i], f.a[s & 1][h][i],
+                              w_rows128(x + (s >> 1) * NT * 128 + (s & 1) * 64 + h * 32));
+                w_commit();
+                w_wait<2 * S::PARTS>();
+                if (s == 3 && j == 0 && u + 1 < units) { /* the first piece of the next unit */
+                    if (++*slot == S::STAGES) *slot = 0, ++*round;
+                    mbar_wait(&full[*slot], *round & 1);
+                    codes = ring + *slot * S::STAGE + S::X;
+                }
+                make_piece<NT, GROUP>(&f, codes, (s + 1) & 3, h, i, th);
             }
+            if (s == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
         }
         last = here;
     }
@@ -291,63 +299,95 @@ __device__ __forceinline__ float2 bias_of(const w4_tiles &w, int tile, int g)
 /* How outputs go to memory one by one. */
 typedef enum { PUT_HALF, PUT_HALF_ADD, PUT_FLOAT, PUT_FLOAT_ADD, PUT_GLU } put_kind;
 
-template <put_kind KIND> __device__ __forceinline__ void put(void *y, size_t at, float v)
+template <put_kind KIND> __device__ __forceinline__ void put(void *y, float v)
 {
     if (KIND == PUT_FLOAT_ADD)
-        atomicAdd((float *)y + at, v); /* nobody else has this one: no need to wait for it */
+        atomicAdd((float *)y, v); /* nobody else has this one: no need to wait for it */
     else if (KIND == PUT_FLOAT)
-        ((float *)y)[at] = v;
+        *(float *)y = v;
     else {
-        if (KIND == PUT_HALF_ADD) v += __half2float(((const __half *)y)[at]);
-        ((__half *)y)[at] = __float2half_rn(v);
+        if (KIND == PUT_HALF_ADD) v += __half2float(*(const __half *)y);
+        *(__half *)y = __float2half_rn(v);
     }
 }
 
-/* Rows g and g + 8 of a tile of 16, tokens 2t and 2t + 1 of eight from `token`. */
-template <put_kind KIND>
-__device__ __forceinline__ void put_four(const w4_tiles &w, const w4_wide_call &c, int tile,
-                                         int token, const float v[4], float2 bias, int lane)
+/* Rows g and g + 8 of a tile of 16, tokens 2t and 2t + 1 of each of N eights from `token`. */
+template <put_kind KIND, int N>
+__device__ __forceinline__ void put_eights(const w4_tiles &w, const w4_wide_call &c, int tile,
+                                           int token, const float *v, int lane)
 {
+    constexpr int SIZE = KIND == PUT_FLOAT || KIND == PUT_FLOAT_ADD ? 4 : 2;
     const int g = lane >> 2, o0 = w4_row(w.n, w.paired, tile, g),
-              o1 = w4_row(w.n, w.paired, tile, g + 8);
-    if (tile >= w.tiles) return;
+              o1 = w4_row(w.n, w.paired, tile, g + 8), first = token + 2 * (lane & 3),
+              left = c.m - first;
+    const bool in0 = tile < w.tiles && o0 < w.n, in1 = tile < w.tiles && o1 < w.n;
+    const float2 bias = bias_of(w, tile, g);
+    const size_t row = (size_t)c.ldy * SIZE;
+    uint8_t *y = (uint8_t *)c.y + first * row + (size_t)o0 * SIZE;
+    const size_t next = (size_t)(o1 - o0) * SIZE;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int at = token + 2 * (lane & 3) + i;
-        const float v0 = v[i] + bias.x, v1 = v[2 + i] + bias.y;
-        const size_t row = (size_t)at * c.ldy;
-        if (at >= c.m) continue;
-        if (KIND == PUT_GLU) {
-            put<KIND>(c.y, row + o0, gated(v0, v1));
-            continue;
+    for (int j = 0; j < N; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const float v0 = v[4 * j + e] + bias.x, v1 = v[4 * j + 2 + e] + bias.y;
+            if (8 * j + e < left) {
+                if (KIND == PUT_GLU) {
+                    if (in0) put<KIND>(y, gated(v0, v1));
+                } else {
+                    if (in0) put<KIND>(y, v0);
+                    if (in1) put<KIND>(y + next, v1);
+                }
+            }
+            y += e ? 7 * row : row;
         }
-        if (o0 < w.n) put<KIND>(c.y, row + o0, v0);
-        if (o1 < w.n) put<KIND>(c.y, row + o1, v1);
-    }
 }
 
 /* Piece `p` of the outputs of a token that a warpgroup staged, 8 of them: the first, or -1. */
-template <int PARTS>
-__device__ __forceinline__ int piece_row(const w4_tiles &w, bool glu, int tile, int p)
+template <bool GLU>
+__device__ __forceinline__ int piece_row(const w4_tiles &w, int tile, int p)
 {
     if (!w.paired) {
         const int o = tile * 16 + p * 8;
         return o < w.n ? o : -1;
     }
-    const int i = glu ? p / 4 : p / 8, half = glu ? 0 : p >> 2 & 1, t = tile + i * 4 + p % 4;
+    const int i = GLU ? p / 4 : p / 8, half = GLU ? 0 : p >> 2 & 1, t = tile + i * 4 + p % 4;
     return t < w.tiles ? half * (w.n / 2) + t * 8 : -1;
+}
+
+/* 16 tokens of a part of a warpgroup into shared memory, a row a token. */
+template <bool GLU>
+__device__ __forceinline__ void stage_part(uint8_t *stage, int row_bytes, const float *v,
+                                           float2 bias, bool paired, int i, const w_thread &th)
+{
+    const int half = th.lane >> 3 & 1, col = GLU      ? i * 4 + th.warp
+                                             : paired ? i * 8 + half * 4 + th.warp
+                                                      : i * 8 + th.warp * 2 + half;
+    uint32_t r[4]; /* tokens 0..7: rows g, g + 8; tokens 8..15 */
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const float b = e & 1 ? bias.y : bias.x, *a = v + e * 2;
+        if (GLU && (e & 1)) continue;
+        const __half2 h = GLU ? __floats2half2_rn(gated(a[0] + b, a[2] + bias.y),
+                                                  gated(a[1] + b, a[3] + bias.y))
+                              : __floats2half2_rn(a[0] + b, a[1] + b);
+        r[e] = *(const uint32_t *)&h;
+    }
+    if (GLU) r[1] = r[0], r[3] = r[2]; /* both halves write the same there */
+    stmatrix4_trans(stage + ((th.lane >> 4) * 8 + (th.lane & 7)) * row_bytes + col * 16, r);
 }
 
 /* f16 outputs of a tile by way of shared memory, 16 tokens at a time, so that stores are 16 bytes
  * and neighbours. `tile`: the first of the warpgroup. */
-template <int NT, int GROUP>
+template <int NT, int GROUP, bool GLU>
 __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w4_tiles &w,
                                              const w4_wide_call &c, int tile, int token,
                                              uint8_t *stage, const w_thread &th)
 {
     typedef w_shape<NT, GROUP> S;
+    constexpr int PIECES = S::PARTS * (GLU ? 4 : 8);
+    const int in = th.warp * 32 + th.lane, piece = in % PIECES,
+              o = piece_row<GLU>(w, tile, piece);
     float2 bias[S::PARTS];
-    const int pieces = c.glu ? S::PARTS * 4 : S::PARTS * 8, in = th.warp * 32 + th.lane;
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
         bias[i] = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
@@ -355,34 +395,14 @@ __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w
     for (int j = 0; j < NT / 16; j++) {
         if (token + j * 16 >= c.m) break;
 #pragma unroll
-        for (int i = 0; i < S::PARTS; i++) {
-            const float *v = acc[i] + j * 8;
-            uint32_t r[4]; /* tokens 0..7: rows g, g + 8; tokens 8..15 */
-            const int half = th.lane >> 3 & 1,
-                      col = c.glu      ? i * 4 + th.warp
-                            : w.paired ? i * 8 + half * 4 + th.warp
-                                       : i * 8 + th.warp * 2 + half;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float b = e & 1 ? bias[i].y : bias[i].x;
-                float v0 = v[e * 2] + b, v1 = v[e * 2 + 1] + b;
-                if (c.glu && !(e & 1))
-                    v0 = gated(v0, v[e * 2 + 2] + bias[i].y),
-                    v1 = gated(v1, v[e * 2 + 3] + bias[i].y);
-                const __half2 h = __floats2half2_rn(v0, v1);
-                r[e] = *(const uint32_t *)&h;
-            }
-            if (c.glu) r[1] = r[0], r[3] = r[2]; /* both halves write the same there */
-            stmatrix4_trans(stage + ((th.lane >> 4) * 8 + (th.lane & 7)) * S::ROW + col * 16, r);
-        }
+        for (int i = 0; i < S::PARTS; i++)
+            stage_part<GLU>(stage, S::ROW, acc[i] + j * 8, bias[i], w.paired, i, th);
         bar_sync_id(2 + th.group, 128);
-        for (int p = in; p < 16 * pieces; p += 128) {
-            const int at = token + j * 16 + p / pieces, o = piece_row<S::PARTS>(w, c.glu, tile,
-                                                                               p % pieces);
-            if (at < c.m && o >= 0)
-                *(uint4 *)((__half *)c.y + (size_t)at * c.ldy + o) =
-                    *(const uint4 *)(stage + p / pieces * S::ROW + p % pieces * 16);
-        }
+#pragma unroll
+        for (int r = in / PIECES; r < 16; r += 128 / PIECES)
+            if (token + j * 16 + r < c.m && o >= 0)
+                *(uint4 *)((__half *)c.y + (size_t)(token + j * 16 + r) * c.ldy + o) =
+                    *(const uint4 *)(stage + r * S::ROW + piece * 16);
         bar_sync_id(2 + th.group, 128);
     }
 }
@@ -393,13 +413,8 @@ __device__ __forceinline__ void store_each(const float (*acc)[NT / 2], const w4_
                                            const w_thread &th)
 {
 #pragma unroll
-    for (int i = 0; i < w_shape<NT, GROUP>::PARTS; i++) {
-        const int at = tile + i * 4 + th.warp;
-        const float2 bias = bias_of(w, at, th.lane >> 2);
-#pragma unroll
-        for (int j = 0; j < NT / 8; j++)
-            put_four<KIND>(w, c, at, token + j * 8, acc[i] + j * 4, bias, th.lane);
-    }
+    for (int i = 0; i < w_shape<NT, GROUP>::PARTS; i++)
+        put_eights<KIND, NT / 8>(w, c, tile + i * 4 + th.warp, token, acc[i], th.lane);
 }
 
 template <int NT, int GROUP>
@@ -409,16 +424,17 @@ __device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_
 {
     typedef w_shape<NT, GROUP> S;
     const int tile = place.x * W4_TILES + th.group * S::PARTS * 4, token = place.y * NT;
-    if (!c.wide && !c.add) {
-        store_staged<NT, GROUP>(acc, w, c, tile, token, stage + th.group * 16 * S::ROW, th);
-        return;
-    }
+    stage += th.group * 16 * S::ROW;
     if (c.wide && c.add)
         store_each<NT, GROUP, PUT_FLOAT_ADD>(acc, w, c, tile, token, th);
     else if (c.wide)
         store_each<NT, GROUP, PUT_FLOAT>(acc, w, c, tile, token, th);
-    else
+    else if (c.add)
         store_each<NT, GROUP, PUT_HALF_ADD>(acc, w, c, tile, token, th);
+    else if (c.glu)
+        store_staged<NT, GROUP, true>(acc, w, c, tile, token, stage, th);
+    else
+        store_staged<NT, GROUP, false>(acc, w, c, tile, token, stage, th);
 }
 
 /* ---- tiles that blocks share ---- */
@@ -490,18 +506,17 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
                                       item * S::THREADS + threadIdx.x);
             v[0] += f.x, v[1] += f.y, v[2] += f.z, v[3] += f.w;
         }
-        const float2 bias = bias_of(w, at, th.lane >> 2);
         const int token = place.y * NT + j * 8;
         if (c.glu)
-            put_four<PUT_GLU>(w, c, at, token, v, bias, th.lane);
+            put_eights<PUT_GLU, 1>(w, c, at, token, v, th.lane);
         else if (c.wide && c.add)
-            put_four<PUT_FLOAT_ADD>(w, c, at, token, v, bias, th.lane);
+            put_eights<PUT_FLOAT_ADD, 1>(w, c, at, token, v, th.lane);
         else if (c.wide)
-            put_four<PUT_FLOAT>(w, c, at, token, v, bias, th.lane);
+            put_eights<PUT_FLOAT, 1>(w, c, at, token, v, th.lane);
         else if (c.add)
-            put_four<PUT_HALF_ADD>(w, c, at, token, v, bias, th.lane);
+            put_eights<PUT_HALF_ADD, 1>(w, c, at, token, v, th.lane);
         else
-            put_four<PUT_HALF>(w, c, at, token, v, bias, th.lane);
+            put_eights<PUT_HALF, 1>(w, c, at, token, v, th.lane);
     }
     bar_sync<1, S::THREADS>();
     if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == n - 1) arrived[0] = arrived[1] = 0;
@@ -536,7 +551,8 @@ __device__ __forceinline__ void consume(uint8_t *ring, uint64_t *full, uint64_t 
 
 template <int NT, int GROUP>
 __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
-    gemm_w4_wide_kernel(const __grid_constant__ CUtensorMap map, w4_tiles w, w4_wide_call c,
+    gemm_w4_wide_kernel(const __grid_constant__ CUtensorMap codes,
+                        const __grid_constant__ CUtensorMap x, w4_tiles w, w4_wide_call c,
                         w_plan p)
 {
 #ifdef TMF_SM90A
@@ -552,11 +568,11 @@ __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
     }
     __syncthreads();
     if (threadIdx.x >= S::THREADS) {
-        fewer_regs<24>();
-        if (threadIdx.x < S::THREADS + 32)
-            produce<NT, GROUP>(ring, full, empty, &map, w, p, (int)threadIdx.x & 31);
+        fewer_regs<S::GROUPS == 2 ? 40 : 32>();
+        if (threadIdx.x == S::THREADS)
+            produce<NT, GROUP>(ring, full, empty, &codes, &x, p, w.units);
     } else {
-        more_regs<S::GROUPS == 2 ? 240 : 120>();
+        more_regs<S::GROUPS == 2 ? 232 : 112>(); /* what the producers give back */
         consume<NT, GROUP>(ring, full, empty, w, c, p);
     }
 #endif
@@ -586,9 +602,11 @@ static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms
     typedef w_shape<NT, GROUP> S;
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
-    CUtensorMap map;
+    CUtensorMap codes, x;
     const w_plan p = plan_of(w, c->m, sms);
-    cudaError_t rc = matrix_map(&map, c->x, w->k, c->m, c->ldx, NT);
+    cudaError_t rc = matrix_map(&x, c->x, w->k, c->m, c->ldx, NT);
+    if (rc == cudaSuccess)
+        rc = bytes_map(&codes, w->data, (int64_t)w->units * S::UNIT, w->tiles, S::UNIT, W4_TILES);
     if (rc == cudaSuccess)
         rc = cudaFuncSetAttribute(gemm_w4_wide_kernel<NT, GROUP>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM);
@@ -602,7 +620,7 @@ static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms
     attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     cfg.numAttrs = 1;
-    return cudaLaunchKernelEx(&cfg, gemm_w4_wide_kernel<NT, GROUP>, map, *w, *c, p);
+    return cudaLaunchKernelEx(&cfg, gemm_w4_wide_kernel<NT, GROUP>, codes, x, *w, *c, p);
 }
 
 template <int GROUP>

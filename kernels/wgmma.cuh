@@ -179,10 +179,10 @@ template <> struct w_rs<128> {
 
 /* ---- host ---- */
 
-/* Map of an f16 matrix for tensor_copy: boxes of 64 columns and `box` rows, swizzled by 128. The
- * driver's maker is looked up, so that nothing links the driver. */
-static inline cudaError_t matrix_map(CUtensorMap *map, const void *data, int64_t columns,
-                                     int64_t rows, int64_t stride, int box_rows)
+/* Maps for tensor_copy. The driver's maker is looked up, so that nothing links the driver. */
+static inline cudaError_t tensor_map(CUtensorMap *map, CUtensorMapDataType type, const void *data,
+                                     const cuuint64_t size[2], cuuint64_t row_bytes,
+                                     const cuuint32_t box[2], CUtensorMapSwizzle swizzle)
 {
     typedef CUresult (*maker)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
                               const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
@@ -190,19 +190,37 @@ static inline cudaError_t matrix_map(CUtensorMap *map, const void *data, int64_t
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     void *make = NULL;
     cudaDriverEntryPointQueryResult found;
-    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows},
-                     bytes[1] = {(cuuint64_t)stride * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const cuuint32_t step[2] = {1, 1};
     const cudaError_t rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &make, 12000,
                                                             cudaEnableDefault, &found);
     if (rc != cudaSuccess) return rc;
     if (!make || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    return ((maker)make)(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)data, size, bytes, box,
-                         step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    return ((maker)make)(map, type, 2, (void *)data, size, &row_bytes, box, step,
+                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS
                ? cudaSuccess
                : cudaErrorInvalidValue;
+}
+
+/* Of an f16 matrix: boxes of 64 columns and `box` rows, swizzled by 128. */
+static inline cudaError_t matrix_map(CUtensorMap *map, const void *data, int64_t columns,
+                                     int64_t rows, int64_t stride, int box)
+{
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    const cuuint32_t boxes[2] = {64, (cuuint32_t)box};
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, size, (cuuint64_t)stride * 2,
+                      boxes, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+/* Of rows of bytes, counted in words of 8 and as they lie: boxes of `piece` bytes (up to 2048, a
+ * multiple of 16) and `box` rows. */
+static inline cudaError_t bytes_map(CUtensorMap *map, const void *data, int64_t row_bytes,
+                                    int64_t rows, int piece, int box)
+{
+    const cuuint64_t size[2] = {(cuuint64_t)row_bytes / 8, (cuuint64_t)rows};
+    const cuuint32_t boxes[2] = {(cuuint32_t)piece / 8, (cuuint32_t)box};
+    return tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT64, data, size, (cuuint64_t)row_bytes, boxes,
+                      CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 #endif
