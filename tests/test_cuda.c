@@ -191,6 +191,48 @@ START_TEST(w4_products)
 }
 END_TEST
 
+/* ---- 16-bit products ---- */
+
+static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, bool biased)
+{
+    dev_buf wb, xb, yb, bb;
+    char what[96];
+    snprintf(what, sizeof what, "gemm %lldx%lldx%lld%s%s", (long long)m, (long long)k, (long long)n,
+             wide ? ", added to f32" : "", biased ? ", bias" : "");
+    limits(m, k, n);
+    float *x = values(m * k, 1), *w = values(n * k, 0.02), *bias = values(n, 1),
+          *before = wide ? values(m * n, 1) : NULL, *want = must((size_t)(m * n), sizeof *want);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t o = 0; o < n; o++) {
+            double sum = biased ? bias[o] : 0;
+            for (int64_t j = 0; j < k; j++) sum += (double)x[i * k + j] * w[o * k + j];
+            want[i * n + o] = (float)(sum + (before ? before[i * n + o] : 0));
+        }
+    const tensor tx = upload(&xb, DT_F16, m, k, 0, x), tw = upload(&wb, DT_F16, n, k, 0, w);
+    tensor ty = upload(&yb, wide ? DT_F32 : DT_F16, m, n, PAD, before),
+           tb = upload(&bb, DT_F16, 1, n, 0, bias);
+    tb = tensor_1d(tb.data, DT_F16, n);
+    tb.mem = dev_mem(gpu);
+    OK_(op_gemm(gpu, &ty, &tx, &tw, biased ? &tb : NULL, wide, e));
+    float *got = download(&ty, what);
+    near(got, want, m * n, 1e-3, what);
+    void *all[] = {x, w, bias, before, want, got};
+    for (int i = 0; i < 6; i++) mem_free(all[i]);
+    dev_free(&wb), dev_free(&xb), dev_free(&yb), dev_free(&bb);
+}
+
+START_TEST(dense_products)
+{
+    if (!gpu) return;
+    for (int64_t m = 1; m < 3; m++) {
+        dense_case(m, 4096, 520, true, false);
+        dense_case(m, 4360, 72, false, true);
+        dense_case(m, 104, 4300, true, true);
+        dense_case(m, 10000, 9, false, false);
+    }
+}
+END_TEST
+
 /* Tiles of outputs and tokens that blocks share, and more tiles than blocks. */
 START_TEST(w4_many_tiles)
 {
@@ -677,6 +719,7 @@ int main(int argc, char **argv)
     Suite *s = suite_create("cuda");
     add_case(s, "w4", w4_products);
     add_case(s, "w4 tiles", w4_many_tiles);
+    add_case(s, "dense", dense_products);
     add_case(s, "norm", norm_w4_glu);
     add_case(s, "attention", attention);
     add_case(s, "rows", rows_ops);
