@@ -41,11 +41,10 @@ __device__ __forceinline__ uint32_t disk_code(const disk_w4 &s, int k, int n)
     return s.q[(size_t)k * (s.n / 8) + n / 8] >> (4 * nibble_of(s.awq, n)) & 15u;
 }
 
-/* Byte (0..7) of the two words of a lane and step that input t, j (0..7) has: 2t + {0, 1, 8, 9} and
- * 16 more. */
+/* Input of 32 that byte j (0..7) of the two words of lane t has. */
 __device__ __forceinline__ int code_input(int t, int j)
 {
-    return (j >> 2) * 16 + (j >> 1 & 1) * 8 + 2 * t + (j & 1);
+    return (j >> 2) * 16 + (j & 1) * 8 + 2 * t + (j >> 1 & 1);
 }
 
 /* One thread a row and lane of a step, 8 inputs. Rows g and g + 8 share bytes and may come from
@@ -100,13 +99,13 @@ __global__ void w4_untile(__half *out, w4_tiles w, int n0, int rows)
     const int ub = 1024 + 64 * (128 / w.group), g = r & 7, step = k % 128 / 32, eight = k % 32 / 8;
     const uint8_t *unit = w.data + ((size_t)tile * w.units + k / 128) * ub;
     const uint32_t *q = (const uint32_t *)unit + ((step >> 1) * 32 + g * 4) * 4 + (step & 1) * 2 +
-                        (eight >> 1); /* of lane t: 4 * t further, bytes 2 * (eight & 1).. */
+                        (eight >> 1); /* of lane t: 4 * t further, bytes (eight & 1), + 2 */
     const __half2 p = ((const __half2 *)(unit + 1024))[(k % 128 / w.group) * 16 + g * 2 + high];
     const float scale = __low2float(p), zero = __high2float(p);
     __half v[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const uint32_t code = q[j / 2 * 4] >> (16 * (eight & 1) + 8 * (j & 1) + 4 * high) & 15u;
+        const uint32_t code = q[j / 2 * 4] >> (8 * (eight & 1) + 16 * (j & 1) + 4 * high) & 15u;
         v[j] = __float2half_rn(((float)code - zero) * scale);
     }
     *(uint4 *)(out + (size_t)(n - n0) * w.k + k) = *(const uint4 *)v;

@@ -4,7 +4,7 @@
  * and then the parameters of its groups, so that a tile is one contiguous stream; units lie in
  * order of k. Codes: uint4 [2][32 lanes]. Lane 4*g + t of pair p holds two words for each of the
  * steps s = 2p, 2p + 1 of 32 inputs: bytes 0..3 of word h are codes of row g, inputs 32*s + 16*h +
- * {2t, 2t + 1, 2t + 8, 2t + 9}, in their low nibbles and the same of row g + 8 in the high ones: a
+ * {2t, 2t + 8, 2t + 1, 2t + 9}, in their low nibbles and the same of row g + 8 in the high ones: a
  * word is the A operand of one f16 mma of 16 inputs, and after one mask two words are that of
  * mma.m16n8k32 with inputs in this order. Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero)
  * of row g, half2 of row g + 8}. Inputs beyond k and rows beyond n have scale 0. */
@@ -95,10 +95,23 @@ __device__ __forceinline__ int group_sum(int v, int group)
     return v;
 }
 
-/* Four values of each lane, 128 of a warp, as 16-bit fixed point in two planes of bytes. Returns
- * the scale; *sum: the integers of this lane's group added up. All lanes call. */
+/* Bytes of lane l's inputs 4*l.. and of the lane whose inputs are 8 further or nearer, as words of
+ * codes have them: of t = 2 * (l & 1), or t + 1 in the lane of the further inputs. */
+__device__ __forceinline__ uint32_t w4_in_order(uint32_t four, int lane)
+{
+    const uint32_t other = __shfl_xor_sync(~0u, four, 2);
+    return __byte_perm(four, other, lane & 2 ? 0x3726 : 0x5140);
+}
+/* Where that word lies in the planes of a column. */
+__device__ __forceinline__ int w4_lane_place(int lane)
+{
+    return (lane & 1) * 32 + (lane >> 1 & 1) * 16 + (lane >> 3 & 1) * 8 + (lane >> 2 & 1) * 4;
+}
+
+/* Four values of each lane, 128 of a warp, as 16-bit fixed point in two planes of bytes, in order
+ * of the codes. Returns the scale; *sum: the integers of this lane's group added up. All lanes call. */
 __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t *hi, uint32_t *lo,
-                                          int *sum)
+                                          int *sum, int lane)
 {
     const float top = warp_most(
         fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3]))));
@@ -113,18 +126,9 @@ __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t 
         *sum += q;
     }
     *sum = group_sum(*sum, group);
+    *hi = w4_in_order(*hi, lane);
+    *lo = w4_in_order(*lo, lane);
     return top > 0.f ? top / 32512.f : 0.f;
-}
-
-/* Where lane l's inputs 4*l.. of a unit lie in the planes of a column: 2 bytes there, 2 at + 16. */
-__device__ __forceinline__ int w4_lane_place(int lane)
-{
-    return (lane & 1) * 32 + (lane >> 3 & 1) * 8 + (lane >> 2 & 1) * 4 + (lane >> 1 & 1) * 2;
-}
-__device__ __forceinline__ void w4_store_four(uint8_t *p, uint32_t four)
-{
-    *(uint16_t *)p = (uint16_t)four;
-    *(uint16_t *)(p + 16) = (uint16_t)(four >> 16);
 }
 
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.
@@ -138,14 +142,14 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
 {
     uint32_t hi, lo;
     int sum;
-    const float scale = w4_fixed(v, o.group, &hi, &lo, &sum);
+    const float scale = w4_fixed(v, o.group, &hi, &lo, &sum, lane);
     const int step = lane >> 3, col = 2 * (token & 3), per = 1 + 128 / o.group;
     const size_t at = (size_t)(token / W4_CHUNK) * o.units + unit;
     token %= W4_CHUNK;
     uint8_t *p = o.planes + ((at * o.token_tiles + (token >> 2)) * 2 + (step >> 1)) * 512 +
                  col * 64 + w4_lane_place(lane);
-    w4_store_four(p, hi);
-    w4_store_four(p + 64, lo);
+    *(uint32_t *)p = hi;
+    *(uint32_t *)(p + 64) = lo;
     float *s = o.scales + (at * o.token_tiles * 4 + token) * per;
     if (lane == 0) s[0] = scale;
     if (lane % (o.group / 4) == 0) s[1 + lane / (o.group / 4)] = (float)sum;

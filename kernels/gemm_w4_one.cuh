@@ -32,14 +32,14 @@ __device__ __forceinline__ void many_planes(uint8_t *planes, float *scales, int 
     int sum[N];
     float scale[N];
 #pragma unroll
-    for (int n = 0; n < N; n++) scale[n] = w4_fixed(v[n], GROUP, &hi[n], &lo[n], &sum[n]);
+    for (int n = 0; n < N; n++) scale[n] = w4_fixed(v[n], GROUP, &hi[n], &lo[n], &sum[n], lane);
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int u = unit + n * step;
         if (u >= units) break;
         uint8_t *p = planes + u * 256 + (lane >> 4) * 128 + w4_lane_place(lane);
-        w4_store_four(p, hi[n]);
-        w4_store_four(p + 64, lo[n]);
+        *(uint32_t *)p = hi[n];
+        *(uint32_t *)(p + 64) = lo[n];
         float *sc = scales + u * (1 + 128 / GROUP);
         if (lane == 0) sc[0] = scale[n];
         if (lane % (GROUP / 4) == 0) sc[1 + lane / (GROUP / 4)] = (float)sum[n];

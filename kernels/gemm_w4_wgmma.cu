@@ -155,6 +155,20 @@ __device__ __forceinline__ void produce(uint8_t *ring, uint64_t *full, uint64_t 
 
 /* ---- codes to f16 ---- */
 
+__device__ __forceinline__ uint2 shared_load8(uint32_t at)
+{
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+/* f16 1024 with the masked bits below. */
+template <uint32_t MASK> __device__ __forceinline__ uint32_t w_magic(uint32_t word)
+{
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(MASK), "r"(0x64006400u));
+    return r;
+}
+
 /* w = (code - whole) * scale - rest * scale, where whole + rest is the zero point: exact up to the
  * last rounding when the zero point is whole. Of rows g and g + 8. */
 typedef struct {
@@ -175,16 +189,15 @@ __device__ __forceinline__ w_param param_of(const uint2 raw)
     return p;
 }
 
-/* Four codes of row g in the low nibbles and four of row g + 8 in the high ones: 2t, 2t + 1,
- * 2t + 8, 2t + 9 of 16 inputs. */
+/* Four codes of row g in the low nibbles and four of row g + 8 in the high ones: inputs 2t, 2t + 8,
+ * 2t + 1, 2t + 9 of 16. */
 __device__ __forceinline__ void fragment_of(uint32_t (&a)[4], uint32_t word, const w_param &p)
 {
-    const uint32_t low = word & 0x0f0f0f0fu, high = word & 0xf0f0f0f0u;
     const __half2 sixteenth = __float2half2_rn(0.0625f);
 #pragma unroll
     for (int i = 0; i < 2; i++) { /* 1024 + code, 1024 + 16 code */
-        const uint32_t l = __byte_perm(low, 0x64646464u, i ? 0x4342 : 0x4140),
-                       h = __byte_perm(high, 0x64646464u, i ? 0x4342 : 0x4140);
+        const uint32_t w = i ? word >> 8 : word, l = w_magic<0x000f000fu>(w),
+                       h = w_magic<0x00f000f0u>(w);
         const __half2 x = __hadd2(*(const __half2 *)&l, p.zero[0]),
                       y = __hfma2(*(const __half2 *)&h, sixteenth, p.zero[1]);
         const __half2 wl = __hfma2(x, p.scale[0], p.rest[0]),
@@ -206,23 +219,22 @@ typedef struct {
 template <int PARTS> struct w_pieces {
     uint32_t a[2][2][PARTS][4], later[PARTS];
     w_param param[PARTS];
+    uint32_t param_at; /* from a lane's codes to its parameters */
 };
 
-/* Piece (half h, part i) of step s of the unit at `codes`. */
+/* Piece (half h, part i) of step s; mine: shared address of the lane's codes of a unit. */
 template <int NT, int GROUP>
 __device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *f,
-                                           const uint8_t *codes, int s, int h, int i,
-                                           const w_thread &th)
+                                           uint32_t mine, int s, int h, int i)
 {
     typedef w_shape<NT, GROUP> S;
-    const uint8_t *unit = codes + ((th.group * S::PARTS + i) * 4 + th.warp) * S::UNIT;
     uint32_t word = f->later[i];
     if (h == 0) {
-        const uint2 q = ((const uint2 *)unit)[((s >> 1) * 32 + th.lane) * 2 + (s & 1)];
+        const uint2 q = shared_load8(mine + i * 4 * S::UNIT + (s >> 1) * 512 + (s & 1) * 8);
         word = q.x, f->later[i] = q.y;
         if (s * 32 % GROUP == 0)
-            f->param[i] = param_of(
-                ((const uint2 *)(unit + 1024))[s * 32 / GROUP * 8 + (th.lane >> 2)]);
+            f->param[i] = param_of(shared_load8(f->param_at + mine + i * 4 * S::UNIT +
+                                                s * 32 / GROUP * 64));
     }
     fragment_of(f->a[s & 1][h][i], word, f->param[i]);
 }
@@ -237,17 +249,20 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
     typedef w_shape<NT, GROUP> S;
     w_pieces<S::PARTS> f;
     int last = -1;
+    const uint32_t lane_at = smem_addr(ring) + S::X + (th.group * S::PARTS * 4 + th.warp) * S::UNIT +
+                             th.lane * 16;
+    f.param_at = 1024 + (th.lane >> 2) * 8 - th.lane * 16;
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
 #pragma unroll
         for (int j = 0; j < NT / 2; j++) acc[i][j] = 0.f;
     mbar_wait(&full[*slot], *round & 1);
+    uint32_t mine = lane_at + *slot * S::STAGE;
 #pragma unroll
     for (int j = 0; j < 2 * S::PARTS; j++)
-        make_piece<NT, GROUP>(&f, ring + *slot * S::STAGE + S::X, 0, j / S::PARTS, j % S::PARTS,
-                              th);
+        make_piece<NT, GROUP>(&f, mine, 0, j / S::PARTS, j % S::PARTS);
     for (int u = 0; u < units; u++) {
-        const uint8_t *x = ring + *slot * S::STAGE, *codes = x + S::X;
+        const uint64_t x = w_rows128(ring + *slot * S::STAGE);
         const int here = *slot;
 #pragma unroll
         for (int s = 0; s < 4; s++) {
@@ -256,15 +271,15 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
                 const int h = j / S::PARTS, i = j % S::PARTS;
                 w_fence();
                 w_rs<NT>::mma(acc[i], f.a[s & 1][h][i],
-                              w_rows128(x + (s >> 1) * NT * 128 + (s & 1) * 64 + h * 32));
+                              x + (((s >> 1) * NT * 128 + (s & 1) * 64 + h * 32) >> 4));
                 w_commit();
                 w_wait<2 * S::PARTS>();
                 if (s == 3 && j == 0 && u + 1 < units) { /* the first piece of the next unit */
                     if (++*slot == S::STAGES) *slot = 0, ++*round;
                     mbar_wait(&full[*slot], *round & 1);
-                    codes = ring + *slot * S::STAGE + S::X;
+                    mine = lane_at + *slot * S::STAGE;
                 }
-                make_piece<NT, GROUP>(&f, codes, (s + 1) & 3, h, i, th);
+                make_piece<NT, GROUP>(&f, mine, (s + 1) & 3, h, i);
             }
             if (s == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
         }
