@@ -254,6 +254,7 @@ __global__ void __launch_bounds__(GROUPS * 128 + 128, 1)
     uint8_t *tiles = (uint8_t *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
     const a_ring r = {tiles, tiles + STAGES * TILE, bars[0], bars[1], bars[2], bars[3]};
     pdl_launch();
+    if (threadIdx.x == GROUPS * 128) tensor_ahead(&map);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbar_init(&r.k_full[i], 1), mbar_init(&r.k_empty[i], GROUPS * 4);

@@ -8,7 +8,7 @@ extern "C" {
 }
 
 #define THREADS     256
-#define STREAM_ROWS 8 /* beyond, wgmma is faster */
+#define STREAM_ROWS 16 /* beyond, wgmma is faster */
 #define DENSE_BYTES \
     ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 

@@ -161,6 +161,14 @@ __device__ __forceinline__ uint2 shared_load8(uint32_t at)
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
     return v;
 }
+__device__ __forceinline__ uint4 shared_load16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at));
+    return v;
+}
 /* f16 1024 with the masked bits below. */
 template <uint32_t MASK> __device__ __forceinline__ uint32_t w_magic(uint32_t word)
 {
@@ -293,6 +301,67 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
     if (++*slot == S::STAGES) *slot = 0, ++*round;
 }
 
+/* The same for few tokens, where a product is shorter than making its fragments: all four of 64
+ * inputs are queued at once, and those of the next 64 are made meanwhile. */
+template <int NT, int GROUP>
+__device__ __forceinline__ void make_four(uint32_t (&a)[4][4], w_param *param, const uint4 &q,
+                                          uint32_t param_at)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (GROUP <= 64 && i * 16 % GROUP == 0)
+            *param = param_of(shared_load8(param_at + i * 16 / GROUP * 64));
+        fragment_of(a[i], (&q.x)[i], *param);
+    }
+}
+
+template <int NT, int GROUP>
+__device__ __forceinline__ void multiply_few(float (&acc)[1][NT / 2], uint8_t *ring, uint64_t *full,
+                                             uint64_t *empty, int units, int *slot, int *round,
+                                             const w_thread &th)
+{
+    typedef w_shape<NT, GROUP> S;
+    uint32_t a[2][4][4];
+    w_param param;
+    int last = -1;
+    const uint32_t unit_at = smem_addr(ring) + S::X + (th.group * 4 + th.warp) * S::UNIT,
+                   mine = unit_at + th.lane * 16, params = unit_at + 1024 + (th.lane >> 2) * 8;
+#pragma unroll
+    for (int j = 0; j < NT / 2; j++) acc[0][j] = 0.f;
+    mbar_wait(&full[*slot], *round & 1);
+    param = param_of(shared_load8(params + *slot * S::STAGE));
+    make_four<NT, GROUP>(a[0], &param, shared_load16(mine + *slot * S::STAGE),
+                         params + *slot * S::STAGE);
+    for (int u = 0; u < units; u++) {
+        const uint64_t x = w_rows128(ring + *slot * S::STAGE);
+        const int here = *slot;
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            w_fence();
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                w_rs<NT>::mma(acc[0], a[p][i], x + ((p * NT * 128 + i * 32) >> 4));
+            w_commit();
+            if (p == 1 && u + 1 < units) {
+                if (++*slot == S::STAGES) *slot = 0, ++*round;
+                mbar_wait(&full[*slot], *round & 1);
+            }
+            const uint32_t at = *slot * S::STAGE;
+            const uint4 q = shared_load16(mine + at + (p ? 0 : 512));
+            if (p == 1 && GROUP == 128) param = param_of(shared_load8(params + at));
+            w_wait<1>();
+            if (p == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
+            make_four<NT, GROUP>(a[p ^ 1], &param, q, params + at + (p ? 0 : 64 / GROUP * 64));
+        }
+        last = here;
+    }
+    w_wait<0>();
+    w_keep(acc[0]);
+    __syncwarp();
+    if (th.lane == 0) mbar_arrive(&empty[last]);
+    if (++*slot == S::STAGES) *slot = 0, ++*round;
+}
+
 /* ---- outputs ---- */
 
 __device__ __forceinline__ float half_of(float v) { return __half2float(__float2half_rn(v)); }
@@ -355,6 +424,22 @@ __device__ __forceinline__ void put_eights(const w4_tiles &w, const w4_wide_call
             }
             y += e ? 7 * row : row;
         }
+}
+
+/* One eight, whatever the call wants. */
+__device__ __forceinline__ void put_any(const w4_tiles &w, const w4_wide_call &c, int tile,
+                                        int token, const float *v, int lane)
+{
+    if (c.glu)
+        put_eights<PUT_GLU, 1>(w, c, tile, token, v, lane);
+    else if (c.wide && c.add)
+        put_eights<PUT_FLOAT_ADD, 1>(w, c, tile, token, v, lane);
+    else if (c.wide)
+        put_eights<PUT_FLOAT, 1>(w, c, tile, token, v, lane);
+    else if (c.add)
+        put_eights<PUT_HALF_ADD, 1>(w, c, tile, token, v, lane);
+    else
+        put_eights<PUT_HALF, 1>(w, c, tile, token, v, lane);
 }
 
 /* Piece `p` of the outputs of a token that a warpgroup staged, 8 of them: the first, or -1. */
@@ -495,6 +580,29 @@ __device__ __forceinline__ void leave_sums(const float (*acc)[NT / 2], const w4_
     if (threadIdx.x == 0) atomicAdd(arrived, 1);
 }
 
+/* Sums of BATCH items from `item` over the n blocks from `first`, in their order; all loads of a
+ * few blocks are in flight at once. */
+template <int NT, int GROUP, int BATCH>
+__device__ __forceinline__ void add_shares(float (&v)[BATCH][4], const w4_wide_call &c, int first,
+                                           int n, bool first_second, int item)
+{
+    typedef w_shape<NT, GROUP> S;
+    constexpr int ITEMS = S::PARTS * NT / 8;
+#pragma unroll
+    for (int x = 0; x < BATCH; x++) v[x][0] = v[x][1] = v[x][2] = v[x][3] = 0.f;
+#pragma unroll 4
+    for (int b = 0; b < n; b++) {
+        const float4 *sums = sums_of<NT, GROUP>(c, first + b, b == 0 && first_second) + threadIdx.x;
+        float4 f[BATCH];
+#pragma unroll
+        for (int x = 0; x < BATCH; x++)
+            f[x] = load_sum(sums + min(item + x, ITEMS - 1) * S::THREADS);
+#pragma unroll
+        for (int x = 0; x < BATCH; x++)
+            v[x][0] += f[x].x, v[x][1] += f[x].y, v[x][2] += f[x].z, v[x][3] += f[x].w;
+    }
+}
+
 /* This block's share of a tile that blocks first..first + n - 1 worked on. */
 template <int NT, int GROUP>
 __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_call &c,
@@ -502,7 +610,7 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
                                              const w_thread &th)
 {
     typedef w_shape<NT, GROUP> S;
-    constexpr int ITEMS = S::PARTS * NT / 8;
+    constexpr int ITEMS = S::PARTS * NT / 8, BATCH = ITEMS < 4 ? ITEMS : 4;
     const int begin = (tile - p.whole) * w.units, first = owner_of(p, w.units, begin),
               n = owner_of(p, w.units, begin + w.units - 1) - first + 1,
               me = (int)blockIdx.x - first;
@@ -510,28 +618,16 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
     if (threadIdx.x == 0)
         while (seen(arrived) < n) {}
     bar_sync<1, S::THREADS>();
-    for (int item = me * ITEMS / n; item < (me + 1) * ITEMS / n; item++) {
-        const int i = item / (NT / 8), j = item % (NT / 8),
-                  at = place.x * W4_TILES + (th.group * S::PARTS + i) * 4 + th.warp;
-        float v[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-        for (int b = 0; b < n; b++) {
-            const int second = b == 0 && share_begin(p, w.units, first) < begin;
-            const float4 f = load_sum(sums_of<NT, GROUP>(c, first + b, second) +
-                                      item * S::THREADS + threadIdx.x);
-            v[0] += f.x, v[1] += f.y, v[2] += f.z, v[3] += f.w;
+    const int end = (me + 1) * ITEMS / n;
+    for (int item = me * ITEMS / n; item < end; item += BATCH) {
+        float v[BATCH][4];
+        add_shares<NT, GROUP, BATCH>(v, c, first, n, share_begin(p, w.units, first) < begin, item);
+#pragma unroll
+        for (int x = 0; x < BATCH; x++) {
+            const int i = (item + x) / (NT / 8), token = place.y * NT + (item + x) % (NT / 8) * 8,
+                      at = place.x * W4_TILES + (th.group * S::PARTS + i) * 4 + th.warp;
+            if (item + x < end) put_any(w, c, at, token, v[x], th.lane);
         }
-        const int token = place.y * NT + j * 8;
-        if (c.glu)
-            put_eights<PUT_GLU, 1>(w, c, at, token, v, th.lane);
-        else if (c.wide && c.add)
-            put_eights<PUT_FLOAT_ADD, 1>(w, c, at, token, v, th.lane);
-        else if (c.wide)
-            put_eights<PUT_FLOAT, 1>(w, c, at, token, v, th.lane);
-        else if (c.add)
-            put_eights<PUT_HALF_ADD, 1>(w, c, at, token, v, th.lane);
-        else
-            put_eights<PUT_HALF, 1>(w, c, at, token, v, th.lane);
     }
     bar_sync<1, S::THREADS>();
     if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == n - 1) arrived[0] = arrived[1] = 0;
@@ -549,7 +645,10 @@ __device__ __forceinline__ void consume(uint8_t *ring, uint64_t *full, uint64_t 
     w_segment s;
     pdl_wait();
     while (next_work(p, w.units, &at, &s)) {
-        multiply<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
+        if constexpr (S::PARTS == 1)
+            multiply_few<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
+        else
+            multiply<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
         if (s.to - s.from == w.units)
             store_tile<NT, GROUP>(acc, w, c, place_of(p, s.tile), ring + S::STAGES * S::STAGE, th);
         else {
@@ -576,6 +675,7 @@ __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
     uint8_t *ring = (uint8_t *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
     pdl_launch();
+    if (threadIdx.x == S::THREADS) tensor_ahead(&codes), tensor_ahead(&x);
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::STAGES; i++)
             mbar_init(&full[i], 1), mbar_init(&empty[i], S::GROUPS * 4);

@@ -38,6 +38,10 @@ __device__ __forceinline__ void tensor_copy(void *dst, const CUtensorMap *map, i
                  "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar))
                  : "memory");
 }
+__device__ __forceinline__ void tensor_ahead(const CUtensorMap *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 template <int ID, int THREADS> __device__ __forceinline__ void bar_sync()
 {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
