@@ -542,6 +542,45 @@ START_TEST(test_sessions)
 }
 END_TEST
 
+START_TEST(test_session_words)
+{
+    session_table *t;
+    session *a;
+    const chat_message *said, call = {.role = "tool", .content = "5", .tool_call_id = "c"};
+    char role[] = "user", word[] = "w0";
+    int64_t n;
+    err e;
+    ck_assert_int_eq(session_table_open(&t, 2, 40, &e), OK);
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    for (int i = 0; i < 20; i++) { /* eight bytes each, copied */
+        word[1] = (char)('a' + i);
+        session_say(a, &(chat_message){.role = role, .content = word});
+    }
+    word[0] = role[0] = '?';
+    session_give(t, &a, true); /* 160 bytes count as 40 ids */
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    said = session_said(a, &n);
+    ck_assert(said && n == 20);
+    ck_assert_str_eq(said[0].content, "wa");
+    ck_assert_str_eq(said[19].content, "wt");
+    ck_assert_str_eq(said[19].role, "user");
+    session_say(a, &call); /* what cannot be told again makes all of it useless */
+    session_say(a, said);
+    ck_assert_ptr_null(session_said(a, &n));
+    session_give(t, &a, false);
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    ck_assert_ptr_null(session_said(a, &n)); /* nothing yet */
+    ck_assert_int_eq(n, 0);
+    for (int i = 0; i < 21; i++) session_say(a, &(chat_message){.role = "user", .content = "ww"});
+    session_give(t, &a, true); /* too much */
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    (void)session_said(a, &n);
+    ck_assert_int_eq(n, 0);
+    session_give(t, &a, true);
+    session_table_close(&t);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("api");
@@ -564,6 +603,7 @@ int main(void)
     tcase_add_test(t, test_stops_across_tokens);
     tcase_add_test(t, test_stops_at_random);
     tcase_add_test(t, test_sessions);
+    tcase_add_test(t, test_session_words);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

@@ -150,6 +150,27 @@ static void answer_idle(call *c)
     server_json(c, 200);
 }
 
+/* All that was said and the new turn, laid out together: for templates whose next turn depends on
+ * more than the last answer. */
+static err_code whole_again(const call *c, const api_request *q, session *s, token_list *ids,
+                            err *e)
+{
+    chat_request r = chat_of(c, q);
+    int64_t n;
+    void *p;
+    const chat_message *said = session_said(s, &n);
+    if (!said) return e->code;
+    TRY(mem_alloc(&p, (size_t)(n + q->n_messages), sizeof(chat_message), "session", e));
+    chat_message *all = p;
+    memcpy(all, said, (size_t)n * sizeof *all);
+    memcpy(all + n, q->messages, (size_t)q->n_messages * sizeof *all);
+    r.messages = all;
+    r.n += n;
+    const err_code rc = chat_encode_request(c->s->m.c, &r, ids, e);
+    mem_free(p);
+    return rc;
+}
+
 /* The session so far and the new turn behind it. */
 static err_code next_turn(const call *c, const api_request *q, session *s, token_list *ids, err *e)
 {
@@ -164,7 +185,7 @@ static err_code next_turn(const call *c, const api_request *q, session *s, token
         rc = token_list_push(ids, held->ids[i], e);
     for (int64_t i = 0; i < next.n && rc == OK; i++) rc = token_list_push(ids, next.ids[i], e);
     token_list_free(&next);
-    return rc;
+    return rc == E_UNSUPPORTED ? whole_again(c, q, s, ids, e) : rc;
 }
 
 static void converse(call *c, api_request *q, session *s)

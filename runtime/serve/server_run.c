@@ -189,6 +189,23 @@ static bool fill(run *r)
     return submit_all(r);
 }
 
+/* The words of the turn: what was asked, and the answer as its reader saw it. */
+static void keep_words(const run *r, const choice *ch)
+{
+    const int64_t n = ch->kept.n - ch->at_stop_id;
+    err ignored;
+    char *text = NULL, *stop;
+    size_t n_text;
+    chat_message m = {.role = "assistant"};
+    for (int64_t i = 0; i < r->q.n_messages; i++) session_say(r->session, &r->q.messages[i]);
+    if (tokenizer_decode(r->c->s->m.t, ch->kept.ids, n, r->q.skip_special, &text, &n_text,
+                         &ignored) == OK)
+        m.content = text;
+    if (text && ch->stopped && (stop = strstr(text, ch->stopped)) != NULL) *stop = '\0';
+    session_say(r->session, &m);
+    mem_free(text);
+}
+
 /* What the next turn of the session continues. */
 static void keep_session(run *r)
 {
@@ -196,6 +213,7 @@ static void keep_session(run *r)
     const choice *ch = r->choices;
     const bool keep = r->q.interactive && ch && ch->n_new > 0;
     if (keep) {
+        keep_words(r, ch);
         token_list_free(ids);
         *ids = r->prompts[0];
         memset(&r->prompts[0], 0, sizeof r->prompts[0]);
@@ -213,6 +231,14 @@ static void let_go(run *r)
     for (int32_t i = 0; i < r->n && r->choices; i++) answer_close(&r->choices[i].a);
     if (r->session) keep_session(r);
     server_leave(r->c);
+}
+
+/* How many of the session's ids the prompt begins with: all, unless the template rewrites. */
+static int32_t shared_ids(const token_list *held, const token_list *prompt)
+{
+    int64_t n = 0;
+    while (n < held->n && n < prompt->n && held->ids[n] == prompt->ids[n]) n++;
+    return (int32_t)n;
 }
 
 bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_prompts, session *s)
@@ -238,7 +264,7 @@ bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_pro
     r->n_prompts = n_prompts;
     r->n = n_prompts * (int32_t)r->q.n;
     r->session = s;
-    r->history = s ? (int32_t)session_ids(s)->n : 0;
+    r->history = s ? shared_ids(session_ids(s), &prompts[0]) : 0;
     r->sent_s = clock_s();
     c->run = r; /* closed with the call */
     const bool filled = fill(r);
