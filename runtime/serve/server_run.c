@@ -11,6 +11,7 @@
 #include "runtime/clock.h"
 
 #define READ_TOKENS 32  /* at once */
+#define AHEAD_BYTES (64 << 10) /* a stream's text of a choice that is made before its reader takes it */
 #define SLICE_MS    500 /* how often flags of others are looked at while nothing comes */
 #define SESSION_MS  50  /* the same where a session can be canceled */
 
@@ -437,6 +438,15 @@ static void end_by_state(choice *ch, answer_state state)
     end_choice(ch, "stop");
 }
 
+/* A stream whose reader is slow: tokens are read on when it has taken what was made of them. With
+ * log-probabilities a token is more than a thousand times as long there as with the engine. */
+static bool is_ahead(const choice *ch)
+{
+    return ch->r->q.stream && ch->content.n + ch->calls.n + ch->probs.n + ch->tops.n + ch->ids.n +
+                                      ch->offsets.n + ch->tokens.n + ch->token_probs.n >
+                                  AHEAD_BYTES;
+}
+
 static void read_tokens(choice *ch)
 {
     answer_token t[READ_TOKENS];
@@ -455,7 +465,7 @@ static void read_tokens(choice *ch)
             end_by_state(ch, state);
         else if (n < READ_TOKENS)
             return;
-    } while (!ch->ended && !ch->r->failed);
+    } while (!ch->ended && !ch->r->failed && !is_ahead(ch));
 }
 
 /* ---- waiting ---- */

@@ -1,5 +1,5 @@
-/* Conversations that the server keeps: the token ids and the words so far, under the number that the
- * client gave. Bounded: the one that was idle longest makes room. */
+/* Conversations that the server keeps: the token ids and the words so far, under the number that
+ * the client gave. Bounded: the one that was idle longest makes room. */
 #ifndef TMF_RUNTIME_SERVE_SESSION_H
 #define TMF_RUNTIME_SERVE_SESSION_H
 
