@@ -10,10 +10,10 @@
 #include "base/mem.h"
 #include "runtime/clock.h"
 
-#define READ_TOKENS 32  /* at once */
-#define AHEAD_BYTES (64 << 10) /* a stream's text of a choice that is made before its reader takes it */
-#define SLICE_MS    500 /* how often flags of others are looked at while nothing comes */
-#define SESSION_MS  50  /* the same where a session can be canceled */
+#define READ_TOKENS 32         /* at once */
+#define AHEAD_BYTES (64 << 10) /* of a choice's text in a stream, made before its reader takes it */
+#define SLICE_MS    500        /* how often flags of others are looked at while nothing comes */
+#define SESSION_MS  50         /* the same where a session can be canceled */
 
 /* ---- opening ---- */
 
