@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
 """What options make of tm-run serve, each test with a server of its own."""
 import os
+import shutil
+import signal
+import ssl
+import stat
+import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from serve_lib import Server, check, expect, run, tool_and_model  # noqa: E402
+from serve_lib import Server, check, expect, read_answer, run, tool_and_model  # noqa: E402
 
 TOOL, MODEL = tool_and_model()
 CHAT, TALK = "/v1/chat/completions", "/v1/chat/interactive"
@@ -58,6 +64,152 @@ def test_template_without_earlier_answers():
     served(body, "--chat-template", hides)
 
 
+# ---- ways in ----
+
+def answers(server):
+    a = server.post(CHAT, ASK)
+    expect(f"status ({a.text[:200]})", a.status, 200)
+    expect("text", a.json["choices"][0]["message"]["content"], RIGHT)
+
+
+def refused(code, word, *options, env=None):
+    """The tool ends at once, with this code and word."""
+    p = subprocess.run([TOOL, "serve", MODEL, "--server-port", "0", *options], capture_output=True, timeout=20,
+                       env={**os.environ, **(env or {})}, check=False)
+    expect(f"{options}: exit code ({p.stderr.decode()[-300:]})", p.returncode, code)
+    check(f"{options}: names it", word in p.stderr.decode(), p.stderr.decode())
+
+
+def test_unix_socket():
+    name = path("socket")
+
+    def body(server):
+        expect("mode", stat.S_IMODE(os.stat(name).st_mode), 0o600)
+        answers(server)
+        events, done = server.post(CHAT, {**ASK, "stream": True}).events()
+        check("streamed", done and len(events) > 3, events)
+
+    served(body, "--server-name", "unix:" + name, unix=name)
+    check("it is gone", not os.path.exists(name))
+    refused(2, "a path of at most", "--server-name", "unix:/" + 200 * "x")
+    refused(6, "no socket", "--server-name", "unix:" + path("file", "text"))
+
+
+def pair(name, mode=0o600):
+    """A certificate for localhost and its key, made anew."""
+    cert, key = path(name + ".crt"), path(name + ".key")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-keyout", key, "-out", cert, "-days", "2", "-subj", f"/CN={name}", "-addext",
+                    "subjectAltName=DNS:localhost"], check=True, capture_output=True)
+    os.chmod(key, mode)
+    return cert, key
+
+
+def trusting(cert):
+    return ssl.create_default_context(cafile=cert)
+
+
+def test_tls():
+    cert, key = pair("first")
+
+    def body(server):
+        answers(server)
+        with server.connect() as s:
+            check("version", s.version() in ("TLSv1.2", "TLSv1.3"), s.version())
+            for _ in range(3):  # one connection, several requests
+                s.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                expect("kept alive", read_answer(s).status, 200)
+        events, done = server.post(CHAT, {**ASK, "stream": True}).events()
+        check("streamed", done and len(events) > 3, events)
+        expect("a long body", server.post("/tokenize", {"content": "word " * 100000}).json["count"] > 100000, True)
+        expect("too long", server.post(CHAT, b"x" * (5 << 20)).status, 413)
+        old = trusting(cert)
+        old.minimum_version = ssl.TLSVersion.TLSv1
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        middle = trusting(cert)
+        middle.maximum_version = ssl.TLSVersion.TLSv1_2
+        server.tls = middle
+        answers(server)
+        server.tls = old
+        try:
+            server.connect()
+            check("TLS 1.1 is refused", False)
+        except (ssl.SSLError, ConnectionError):
+            pass
+        server.tls = None
+        with server.connect() as s:  # plain HTTP
+            s.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            check("no HTTP", b"HTTP" not in s.recv(4096))
+        begin = time.monotonic()
+        with server.connect() as s:  # a handshake that never comes
+            expect("closed", s.recv(10), b"")
+        check("in time", time.monotonic() - begin < 5)
+        server.tls = trusting(cert)
+        with server.connect() as s:  # a client that goes away
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                      b"Content-Length: 78\r\n\r\n"
+                      b'{"model":"demo","prompt":"x","max_tokens":1000,"ignore_eos":true,"stream":true}'[:78])
+            s.settimeout(2)
+            s.recv(100)
+        server.idle()
+
+    served(body, "--ssl-certfile", cert, "--ssl-keyfile", key, "--header-timeout", "1", tls=trusting(cert))
+
+
+def test_tls_reload():
+    cert, key = pair("now")
+    after = pair("later")
+
+    def serial(server):
+        with server.connect() as s:
+            return s.getpeercert()["serialNumber"]
+
+    def hang_up(server, word):
+        server.process.send_signal(signal.SIGHUP)
+        until = time.monotonic() + 10
+        while not any(word in line for line in server.lines()):
+            check(f"it tells '{word}'", time.monotonic() < until, server.lines())
+            time.sleep(0.02)
+
+    def body(server):
+        first = serial(server)
+        check("told", any("can read this key" in line for line in server.lines()), server.lines())
+        with server.connect() as s:  # goes on over a change
+            shutil.copy(after[0], cert)
+            hang_up(server, "is not the key of the certificate")
+            expect("stays", serial(server), first)
+            shutil.copy(after[1], key)
+            hang_up(server, "read again")
+            server.tls = trusting(cert)
+            check("the new one", serial(server) != first)
+            path("now.crt", "no certificate")
+            hang_up(server, "expected certificates in PEM form")
+            server.tls = trusting(after[0])
+            answers(server)
+            s.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            check("the old connection", b"200 OK" in s.recv(4096))
+
+    os.chmod(key, 0o644)
+    served(body, "--ssl-certfile", cert, "--ssl-keyfile", key, tls=trusting(cert))
+
+
+def test_tls_refusals():
+    cert, key = pair("a")
+    other = pair("b")
+    refused(2, "need each other", "--ssl-certfile", cert)
+    refused(2, "need each other", "--ssl-keyfile", key)
+    refused(3, "is not the key of the certificate", "--ssl-certfile", cert, "--ssl-keyfile", other[1])
+    refused(3, "expected certificates in PEM form", "--ssl-certfile", key, "--ssl-keyfile", key)
+    refused(3, "expected a private key in PEM form", "--ssl-certfile", cert, "--ssl-keyfile", cert)
+    refused(6, "No such file", "--ssl-certfile", cert, "--ssl-keyfile", path("nowhere"))
+    refused(6, "No such file", "--ssl-certfile", path("nowhere"), "--ssl-keyfile", key)
+
+
+if not shutil.which("openssl"):
+    print("SKIP test_tls*: there is no openssl to make certificates with")
+    for n in [n for n in globals() if n.startswith("test_tls")]:
+        del globals()[n]
 result = run([f for name, f in sorted(globals().items()) if name.startswith("test_")])
 folder.cleanup()
 sys.exit(result)

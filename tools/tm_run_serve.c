@@ -22,7 +22,7 @@
 #define FLUSH_MS     2000 /* for the last words of answers that are cut */
 
 static struct {
-    const char *host, *key_file, *unix_socket;
+    const char *host, *key_file, *unix_socket, *tls_cert, *tls_key;
     int64_t port, batch, queue, max_body, max_connections, tp, prefill;
     double request_s, head_s, body_s, idle_s, stall_s, queue_s, shutdown_s;
     cli_list names, keys, origins;
@@ -49,10 +49,14 @@ static struct {
     }
 
 static const cli_option options[] = {
-    {"server-name", 0, CLI_STR, &opt.host, "ADDRESS", "address to listen on [127.0.0.1]"},
+    {"server-name", 0, CLI_STR, &opt.host, "ADDRESS",
+     "address to listen on, or unix:PATH [127.0.0.1]"},
     {"server-port", 0, CLI_I64, &opt.port, "PORT", "port, 0 for any [23333]", .lo = 0, .hi = 65535},
     {"unix-socket", 0, CLI_STR, &opt.unix_socket, "PATH",
      "listen on a Unix socket of mode 0600 instead"},
+    {"ssl-certfile", 0, CLI_STR, &opt.tls_cert, "FILE",
+     "HTTPS with this certificate (PEM, chain behind it); SIGHUP reads it again"},
+    {"ssl-keyfile", 0, CLI_STR, &opt.tls_key, "FILE", "its private key (PEM, no password)"},
     {"model-name", 0, CLI_LIST, &opt.names, "NAME",
      "what requests call the model [its directory]; repeat for aliases"},
     {"api-key-file", 0, CLI_STR, &opt.key_file, "FILE",
@@ -161,6 +165,8 @@ static bool is_loopback(const char *host)
 
 static err_code check_options(const key_list *k, err *e)
 {
+    if (!opt.tls_cert != !opt.tls_key)
+        return err_set(e, E_USAGE, "--ssl-certfile and --ssl-keyfile need each other");
     if (opt.tp > 1)
         return err_set(e, E_UNSUPPORTED,
                        "--tp %lld: this version runs a model on one device; use --tp 1",
@@ -201,6 +207,8 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
     default_name(name, sizeof name, t->args[0]);
     const server_opts o = {.http = {.host = opt.host,
                                     .unix_path = opt.unix_socket,
+                                    .tls_cert = opt.tls_cert,
+                                    .tls_key = opt.tls_key,
                                     .port = (int32_t)opt.port,
                                     .max_connections = (int32_t)opt.max_connections,
                                     .max_body_bytes = (size_t)opt.max_body,
@@ -307,13 +315,30 @@ static bool wait_idle(const server *s, int64_t limit_ms)
     return server_active(s) == 0;
 }
 
+static volatile sig_atomic_t reload_wanted;
+
+static void on_hangup(int signal_number) { reload_wanted = signal_number; }
+
+/* A new certificate; one that is no good does not end what works. */
+static void reload(server *s, const tool_ctx *t)
+{
+    err e;
+    reload_wanted = 0;
+    if (server_reload(s, &e) == OK)
+        job_log(&t->job, LOG_INFO, "the certificate was read again");
+    else
+        job_log(&t->job, LOG_ERROR, "%s; the earlier certificate stays", e.msg);
+}
+
 static err_code serve(server *s, backend *b, const tool_ctx *t, err *e)
 {
     if (opt.unix_socket)
         job_log(&t->job, LOG_INFO, "listening on %s", opt.unix_socket);
     else
-        job_log(&t->job, LOG_INFO, "listening on http://%s:%d", opt.host, server_port(s));
+        job_log(&t->job, LOG_INFO, "listening on %s://%s:%d", opt.tls_cert ? "https" : "http",
+                opt.host, server_port(s));
     while (!atomic_load(t->job.stop)) {
+        if (reload_wanted) reload(s, t);
         (void)poll(NULL, 0, LOOK_MS); /* a signal ends the wait early */
         TRY(engine_health(b->g, e));  /* a supervisor starts it anew */
     }
@@ -332,6 +357,7 @@ static err_code run(tool_ctx *t, err *e)
     server *s = NULL;
     backend b = {0};
     key_list k = {0};
+    if (strncmp(opt.host, "unix:", 5) == 0) opt.unix_socket = opt.host + 5;
     err_code rc = gather_keys(&k, t, e);
     if (rc == OK) rc = check_options(&k, e);
     if (rc == OK && t->dry_run) {
@@ -342,6 +368,7 @@ static err_code run(tool_ctx *t, err *e)
     (void)signal(SIGPIPE, SIG_IGN); /* a peer or a log reader that goes away ends no server */
     (void)mallopt(M_ARENA_MAX,
                   4); /* a thread a connection: not an arena each, which never shrink */
+    if (opt.tls_cert) (void)signal(SIGHUP, on_hangup);
     raise_files(t);
     if (rc == OK) rc = open_server(&s, t, &k, e);
     if (rc == OK) rc = open_backend(&b, s, t, e);

@@ -487,6 +487,8 @@ err_code server_open(server **out, const server_opts *o, const job *j, err *e)
 
 int32_t server_port(const server *s) { return http_port(s->h); }
 
+err_code server_reload(server *s, err *e) { return http_reload(s->h, e); }
+
 void server_loading(server *s, int percent) { atomic_store(&s->percent, percent); }
 
 err_code server_start(server *s, const server_model *m, err *e)

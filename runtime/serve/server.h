@@ -44,9 +44,11 @@ typedef struct {
 } server_model;
 
 typedef struct server server;
-/* Everything in o but http.unix_path and log is copied. */
+/* Everything in o but the paths in http and log is copied. */
 err_code server_open(server **out, const server_opts *o, const job *j, err *e);
 int32_t server_port(const server *s);
+/* http_reload */
+err_code server_reload(server *s, err *e);
 void server_loading(server *s, int percent);
 err_code server_start(server *s, const server_model *m, err *e);
 void server_drain(server *s);
