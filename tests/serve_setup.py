@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """What options make of tm-run serve, each test with a server of its own."""
+import json
 import os
 import shutil
 import signal
@@ -62,6 +63,82 @@ def test_template_without_earlier_answers():
         check("an answer is hidden", "17 + 25 \n" not in whole["prompt"], whole["prompt"])
 
     served(body, "--chat-template", hides)
+
+
+# ---- limits ----
+
+LONG = {**ASK, "max_tokens": 1000, "ignore_eos": True, "stream": True}
+
+
+def begin(server, n, headers=None, body=None):
+    """n streams that have their first bytes, as open sockets; 0 bytes where `body` waits."""
+    data = json.dumps(body or LONG).encode()
+    head = "".join(f"{k}: {v}\r\n" for k, v in (headers or {}).items())
+    request = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{head}"
+               f"Content-Length: {len(data)}\r\n\r\n").encode() + data
+    sockets = []
+    for _ in range(n):
+        s = server.connect()
+        s.sendall(request)
+        if body is None:
+            check("begins", b"200 OK" in s.recv(200))
+        sockets.append(s)
+    return sockets
+
+
+def full(answer, word):
+    expect(f"status ({answer.text[:200]})", answer.status, 429)
+    check("Retry-After", int(answer.headers["retry-after"]) >= 1, answer.headers)
+    expect("code", answer.json["error"]["code"], "queue_full")
+    check("says why", word in answer.json["error"]["message"], answer.text)
+
+
+def test_max_per_key():
+    keys = path("keys", "one\ntwo\n", 0o600)
+    one, two = {"Authorization": "Bearer one"}, {"X-Api-Key": "two"}
+
+    def body(server):
+        open_ones = begin(server, 2, one)
+        full(server.post(CHAT, ASK, one), "this key may have 2")
+        expect("another key", server.post(CHAT, ASK, two).status, 200)
+        many = server.post(CHAT, {**ASK, "n": 3}, two)
+        expect("more than it may ever have", (many.status, many.json["error"]["param"]), (400, "n"))
+        text = server.get("/metrics", two).text
+        check("counted", 'tm_requests_rejected_total{reason="key_limit"} 1\n' in text, text)
+        for s in open_ones:
+            s.close()
+        until = time.monotonic() + 10
+        while server.post(CHAT, {**ASK, "n": 2}, one).status != 200:
+            check("given back", time.monotonic() < until)
+
+    served(body, "--api-key-file", keys, "--max-per-key", "2")
+
+
+def test_max_queue_tokens():
+    words = {**ASK, "messages": [{"role": "user", "content": "a fox and a hen " * 12}], "max_tokens": 4}
+
+    def body(server):
+        n = server.post("/apply-template", {"messages": words["messages"]}).json["count"]
+        check("one fits, two do not", 30 < n < 100 < 2 * n, n)
+        answers(server)
+        runs = begin(server, 1)
+        expect("none waits", server.metric("prompt_tokens_waiting"), 0)
+        waits = begin(server, 1, None, words)
+        until = time.monotonic() + 10
+        while server.metric("prompt_tokens_waiting") != n:
+            check("one waits", time.monotonic() < until)
+        full(server.post(CHAT, words), "prompts of 100 tokens wait")
+        short = begin(server, 1, None, ASK)
+        for s in runs:
+            s.close()
+        for s in waits + short:
+            expect("what was let in is answered", read_answer(s).status, 200)
+            s.close()
+        expect("all given back", server.metric("prompt_tokens_waiting"), 0)
+        expect("a long one alone passes", server.post(CHAT, {**words, "messages": [{"role": "user", "content": "x " * 300}]}).status,
+               200)
+
+    served(body, "--max-batch-size", "1", "--max-queue-tokens", "100")
 
 
 # ---- ways in ----

@@ -23,7 +23,7 @@
 
 static struct {
     const char *host, *key_file, *unix_socket, *tls_cert, *tls_key;
-    int64_t port, batch, queue, max_body, max_connections, tp, prefill;
+    int64_t port, batch, queue, queue_tokens, per_key, max_body, max_connections, tp, prefill;
     double request_s, head_s, body_s, idle_s, stall_s, queue_s, shutdown_s;
     cli_list names, keys, origins;
     bool no_auth, strict, no_prefix, deterministic;
@@ -71,6 +71,12 @@ static const cli_option options[] = {
      .hi = 4096},
     {"max-queue", 0, CLI_I64, &opt.queue, "N",
      "requests that may wait, others get 429 [0: 4 times the batch]", .lo = 0, .hi = 1 << 20},
+    {"max-queue-tokens", 0, CLI_I64, &opt.queue_tokens, "N",
+     "tokens of prompts that may wait for their answer to begin, others get 429 [0: any]", .lo = 0,
+     .hi = 1 << 30},
+    {"max-per-key", 0, CLI_I64, &opt.per_key, "N",
+     "answers at once, running or waiting, of one API key, others get 429 [0: any]", .lo = 0,
+     .hi = 1 << 20},
     {"max-prefill-token-num", 0, CLI_I64, &opt.prefill, "N", "prompt tokens of one step [512]",
      .lo = 1, .hi = 1 << 20},
     {"deterministic", 0, CLI_FLAG, &opt.deterministic, NULL,
@@ -226,6 +232,8 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
                            .strict_params = opt.strict,
                            .timeout_ms = (int64_t)(1000 * opt.request_s),
                            .queue_ms = ms(opt.queue_s),
+                           .max_per_key = (int32_t)opt.per_key,
+                           .max_queue_tokens = opt.queue_tokens,
                            .max_head_bytes = 32 << 10,
                            .log = t->job.level == LOG_ERROR ? NULL : log_request};
     return server_open(s, &o, &t->job, e);

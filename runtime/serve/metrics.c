@@ -187,6 +187,8 @@ void metrics_text(metrics *m, const metrics_facts *f, out_buf *o)
         head(o, "device_mem_bytes", "gauge", "Device memory by what holds it.");
         out_printf(o, "tm_device_mem_bytes{kind=\"weights\"} %" PRId64 "\n", f->weights_bytes);
         out_printf(o, "tm_device_mem_bytes{kind=\"kv\"} %" PRId64 "\n", f->kv_bytes);
+        one(o, "prompt_tokens_waiting", "gauge", "Tokens of prompts whose answers have not begun.",
+            f->queued_tokens);
         engine_text(f->stats, o);
     }
     (void)pthread_mutex_lock(&m->lock);

@@ -18,6 +18,7 @@ typedef struct {
     const char *version, *model, *quant;
     int kv_bits;
     int64_t weights_bytes, kv_bytes;
+    int64_t queued_tokens; /* of prompts whose answers have not begun */
     bool ready;
     const engine_stats *stats; /* NULL while there is no engine */
 } metrics_facts;

@@ -19,10 +19,13 @@ typedef struct {
     int n_keys;
     const char *const *origins; /* [n_origins] of pages elsewhere that may call */
     int n_origins;
-    bool check_host;    /* loopback: refuse names that are not ours (DNS rebinding) */
-    bool strict_params; /* unknown parameters are refused */
-    int64_t timeout_ms; /* of a request that says none; 0: none */
-    int32_t queue_ms;   /* longest wait for a place in the batch; 0: none */
+    bool check_host;          /* loopback: refuse names that are not ours (DNS rebinding) */
+    bool strict_params;       /* unknown parameters are refused */
+    int64_t timeout_ms;       /* of a request that says none; 0: none */
+    int32_t queue_ms;         /* longest wait for a place in the batch; 0: none */
+    int32_t max_per_key;      /* answers at once, running or waiting, of one key; 0: any number */
+    int64_t max_queue_tokens; /* of prompts whose answers have not begun; 0: any number. One request
+                                  passes however long it is */
     size_t max_head_bytes;
     /* One JSON line a request, no line end. NULL: none. Any thread. */
     void (*log)(void *ud, const char *line);

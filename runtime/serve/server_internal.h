@@ -18,7 +18,8 @@
 
 typedef struct {
     hash256 hash;
-    uint64_t salt; /* of cached prefixes */
+    uint64_t salt;      /* of cached prefixes */
+    atomic_int answers; /* of it, at the door */
 } server_key;
 
 struct server {
@@ -45,6 +46,7 @@ struct server {
     atomic_int percent;
     atomic_int active;       /* requests in a handler or a stream */
     atomic_int answers;      /* that count at the door */
+    atomic_llong queued;     /* tokens of prompts whose answers have not begun */
     _Atomic double answer_s; /* mean seconds of an answer, lately */
 };
 
@@ -71,9 +73,11 @@ typedef struct call {
     const server_route *route; /* NULL: none */
     char id[SERVER_ID_BYTES];
     uint64_t salt;
-    double began;   /* clock_s */
-    bool counted;   /* in s->active */
-    int32_t n_door; /* in s->answers */
+    double began;     /* clock_s */
+    bool counted;     /* in s->active */
+    int32_t n_door;   /* in s->answers, and in the key's */
+    int64_t n_queued; /* in s->queued */
+    server_key *key;  /* NULL: none was needed */
     struct run *run;
     /* for the log */
     int32_t n_prompt, n_new;
@@ -89,6 +93,9 @@ void server_json(call *c, int status);
 bool server_door(call *c);
 /* Takes n more places at the door; false: there is no room, and a 429 was answered. */
 bool server_enter(call *c, int32_t n);
+/* So many tokens wait for their answer; false: there are too many, and a 429 was answered. */
+bool server_queue(call *c, int64_t n_tokens);
+void server_begun(call *c); /* they wait no longer */
 /* Gives all its places back: before the last byte goes out, its client may come again at once. */
 void server_leave(call *c);
 /* Parses the body; false: answered. */

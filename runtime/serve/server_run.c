@@ -178,7 +178,8 @@ static bool fill(run *r)
                    c->id + 4);
     r->created = (int64_t)time(NULL);
     if (r->q.cancel) return true;
-    if (!check_prompts(r) || !server_enter(c, r->n - 1)) return false;
+    if (!check_prompts(r) || !server_enter(c, r->n - 1) || !server_queue(c, c->n_prompt))
+        return false;
     if (mem_alloc(&p, (size_t)r->n, sizeof(choice), "answers", &e) != OK)
         return fail_open(c, r, &e, NULL);
     r->choices = p;
@@ -404,7 +405,10 @@ static err_code take_token(choice *ch, const answer_token *t, bool final, err *e
     int stop = -1;
     TRY(begin_choice(ch, e));
     if (r->q.max_tokens == 0) return OK; /* echo alone */
-    if (ch->n_new++ == 0 && r->c->first_s <= 0) r->c->first_s = clock_s() - r->c->began;
+    if (ch->n_new++ == 0 && r->c->first_s <= 0) {
+        r->c->first_s = clock_s() - r->c->began;
+        server_begun(r->c);
+    }
     r->c->n_new++;
     ch->last = t->id;
     keep_id(ch, t->id);

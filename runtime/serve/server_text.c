@@ -128,7 +128,7 @@ void server_off(call *c)
 
 void server_metrics(call *c)
 {
-    const server *s = c->s;
+    server *s = c->s;
     engine_stats stats;
     const bool ready = atomic_load(&s->ready);
     if (ready) engine_stats_get(s->m.g, &stats);
@@ -138,6 +138,7 @@ void server_metrics(call *c)
                              .kv_bits = s->m.kv_bits,
                              .weights_bytes = s->m.weights_bytes,
                              .kv_bytes = s->m.kv_bytes,
+                             .queued_tokens = atomic_load(&s->queued),
                              .ready = ready && !atomic_load(&s->draining),
                              .stats = ready ? &stats : NULL};
     metrics_text(s->counts, &f, &c->a->body);
