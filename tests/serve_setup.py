@@ -141,6 +141,22 @@ def test_max_queue_tokens():
     served(body, "--max-batch-size", "1", "--max-queue-tokens", "100")
 
 
+def test_environment():
+    """Options from the environment; the command line rules."""
+    env = {"TM_RUN_STRICT_PARAMS": "1", "TM_RUN_MAX_BATCH_SIZE": "3", "TM_RUN_MODEL_NAME": "another",
+           "TM_RUN_SESSION_LEN": "512", "TM_RUN_PROMPT": "of another command", "TM_RUN_MAX_BACTH_SIZE": "9"}
+
+    def body(server):
+        p = server.get("/props").json
+        expect("taken", (p["model"], p["max_batch"], p["n_ctx"]), ("demo", 5, 512))
+        expect("strict", server.post(CHAT, {**ASK, "nope": 1}).json["error"]["param"], "nope")
+        told = [line for line in server.lines() if "environment" in line]
+        check("unknown ones are told", len(told) == 1 and "TM_RUN_MAX_BACTH_SIZE" in told[0], told)
+
+    served(body, "--max-batch-size", "5", env=env)
+    refused(2, "environment: TM_RUN_MAX_QUEUE", env={"TM_RUN_MAX_QUEUE": "many"})
+
+
 # ---- ways in ----
 
 def answers(server):
