@@ -157,6 +157,76 @@ def test_environment():
     refused(2, "environment: TM_RUN_MAX_QUEUE", env={"TM_RUN_MAX_QUEUE": "many"})
 
 
+def test_metrics_alias():
+    def body(server, prefix, names):
+        answers(server)
+        text = server.get("/metrics").text
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        own, labels = {k: v for k, v in lines.items() if k.startswith("tm_")}, '{model_name="demo",engine="0"}'
+        for alias, ours in names.items():
+            expect(alias, lines[prefix + alias + labels], own["tm_" + ours])
+        expect("a reason", lines[prefix + 'request_success_total{model_name="demo",engine="0",finished_reason="stop"}'], "1")
+        bucket = 'time_to_first_token_seconds_bucket{model_name="demo",engine="0",le="+Inf"}'
+        expect("histogram", lines[prefix + bucket], own['tm_time_to_first_token_seconds_bucket{le="+Inf"}'])
+        check("a share", float(lines[prefix + "gpu_cache_usage_perc" + labels]) <= 1)
+        types = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+        expect("each told once", len(types), len(set(types)))
+
+    both = {"num_requests_running": "requests_running", "prompt_tokens_total": "prompt_tokens_total",
+            "generation_tokens_total": "generation_tokens_total",
+            "e2e_request_latency_seconds_sum": "e2e_request_latency_seconds_sum"}
+    served(lambda server: body(server, "vllm:", {**both, "num_preemptions_total": "preemptions_total"}),
+           "--metrics-alias", "vllm")
+    served(lambda server: body(server, "lmdeploy:", both), "--metrics-alias", "lmdeploy")
+    refused(2, "vllm|lmdeploy", "--metrics-alias", "other")
+
+
+def test_slots():
+    """Behind the key; figures and no words."""
+    keys = path("keys", "one\n", 0o600)
+    one = {"Authorization": "Bearer one"}
+
+    def body(server):
+        expect("no key", server.get("/slots").status, 401)
+        expect("nothing", server.get("/slots", one).json, [])
+        sockets = begin(server, 2, one) + begin(server, 1, one, {**ASK, "max_tokens": 900, "ignore_eos": True})
+        until = time.monotonic() + 10
+        while len(rows := server.get("/slots", one).json) < 3:
+            check("three of them", time.monotonic() < until)
+        check("states", {r["state"] for r in rows} <= {"waiting", "answering"} and
+              sum(r["state"] == "answering" for r in rows) >= 1, rows)
+        expect("keys", set(rows[0]), {"id", "route", "state", "prompt_tokens", "tokens", "seconds"})
+        check("figures", all(r["route"] == CHAT and r["prompt_tokens"] > 5 and r["seconds"] >= 0 for r in rows), rows)
+        for s in sockets:
+            s.close()
+        while server.get("/slots", one).json:
+            check("gone", time.monotonic() < until)
+
+    served(body, "--api-key-file", keys, "--max-batch-size", "2")
+
+
+def test_supervisor():
+    """READY when it answers, WATCHDOG while it works, STOPPING when it ends."""
+    import socket  # pylint: disable=import-outside-toplevel
+    for name in (path("notify"), "@tm-run-test-" + str(os.getpid())):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.bind("\0" + name[1:] if name[0] == "@" else name)
+            s.settimeout(10)
+            told = []
+
+            def body(server, s=s, told=told):
+                told.append(s.recv(100))
+                expect("ready", server.get("/readyz").status, 200)
+                told.append(s.recv(100))
+
+            served(body, env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "300000"})
+            while told[-1] != b"STOPPING=1":
+                told.append(s.recv(100))
+            expect("first", told[0], b"READY=1")
+            expect("between", set(told[1:-1]), {b"WATCHDOG=1"})
+    served(answers, env={"NOTIFY_SOCKET": path("nobody listens")})
+
+
 # ---- ways in ----
 
 def answers(server):

@@ -14,6 +14,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "runtime/serve/server.h"
+#include "tools/service.h"
 #include "tools/tm_run.h"
 
 #define MAX_KEY_FILE ((size_t)64 << 10)
@@ -22,7 +23,7 @@
 #define FLUSH_MS     2000 /* for the last words of answers that are cut */
 
 static struct {
-    const char *host, *key_file, *unix_socket, *tls_cert, *tls_key;
+    const char *host, *key_file, *unix_socket, *tls_cert, *tls_key, *alias;
     int64_t port, batch, queue, queue_tokens, per_key, max_body, max_connections, tp, prefill;
     double request_s, head_s, body_s, idle_s, stall_s, queue_s, shutdown_s;
     cli_list names, keys, origins;
@@ -82,6 +83,8 @@ static const cli_option options[] = {
     {"deterministic", 0, CLI_FLAG, &opt.deterministic, NULL,
      "on CUDA, too, answers that depend on their request alone, for some speed"},
     {"no-prefix-cache", 0, CLI_FLAG, &opt.no_prefix, NULL, "compute every prompt anew"},
+    {"metrics-alias", 0, CLI_CHOICE, &opt.alias, "SERVER",
+     "/metrics with that server's names, too, for its boards", .choices = "vllm|lmdeploy"},
     {"max-body", 0, CLI_BYTES, &opt.max_body, "BYTES", "longest request [4M]", .lo = 1024,
      .hi = 1 << 30},
     {"max-connections", 0, CLI_I64, &opt.max_connections, "N", "connections at once [1024]",
@@ -232,6 +235,9 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
                            .strict_params = opt.strict,
                            .timeout_ms = (int64_t)(1000 * opt.request_s),
                            .queue_ms = ms(opt.queue_s),
+                           .alias = !opt.alias                       ? METRICS_TM
+                                    : strcmp(opt.alias, "vllm") == 0 ? METRICS_VLLM
+                                                                     : METRICS_LMDEPLOY,
                            .max_per_key = (int32_t)opt.per_key,
                            .max_queue_tokens = opt.queue_tokens,
                            .max_head_bytes = 32 << 10,
@@ -338,18 +344,34 @@ static void reload(server *s, const tool_ctx *t)
         job_log(&t->job, LOG_ERROR, "%s; the earlier certificate stays", e.msg);
 }
 
+/* A step that takes longer than a supervisor waits is one that hangs. */
+static void feed_watchdog(const backend *b, double *fed_s)
+{
+    const double every_s = 1e-3 * (double)service_watchdog_ms();
+    engine_stats stats;
+    if (every_s <= 0 || tool_seconds() - *fed_s < every_s / 3) return;
+    engine_stats_get(b->g, &stats);
+    if (stats.step_s >= every_s) return;
+    service_tell("WATCHDOG=1");
+    *fed_s = tool_seconds();
+}
+
 static err_code serve(server *s, backend *b, const tool_ctx *t, err *e)
 {
+    double fed_s = 0;
     if (opt.unix_socket)
         job_log(&t->job, LOG_INFO, "listening on %s", opt.unix_socket);
     else
         job_log(&t->job, LOG_INFO, "listening on %s://%s:%d", opt.tls_cert ? "https" : "http",
                 opt.host, server_port(s));
+    service_tell("READY=1");
     while (!atomic_load(t->job.stop)) {
         if (reload_wanted) reload(s, t);
         (void)poll(NULL, 0, LOOK_MS); /* a signal ends the wait early */
         TRY(engine_health(b->g, e));  /* a supervisor starts it anew */
+        feed_watchdog(b, &fed_s);
     }
+    service_tell("STOPPING=1");
     server_drain(s);
     job_log(&t->job, LOG_INFO, "stopping: %d requests run, up to %g s", server_active(s),
             opt.shutdown_s);

@@ -408,13 +408,39 @@ bool server_door(call *c)
     return server_enter(c, 1);
 }
 
+/* On the list of those being answered, and off it. */
+static void list_call(call *c)
+{
+    server *s = c->s;
+    (void)pthread_mutex_lock(&s->lock);
+    c->next = s->calls;
+    if (c->next) c->next->prev = c;
+    s->calls = c;
+    (void)pthread_mutex_unlock(&s->lock);
+    (void)atomic_fetch_add(&s->active, 1);
+    c->counted = true;
+}
+
+static void unlist_call(call *c)
+{
+    server *s = c->s;
+    if (!c->counted) return;
+    (void)pthread_mutex_lock(&s->lock);
+    if (c->next) c->next->prev = c->prev;
+    if (c->prev)
+        c->prev->next = c->next;
+    else
+        s->calls = c->next;
+    (void)pthread_mutex_unlock(&s->lock);
+    (void)atomic_fetch_sub(&s->active, 1);
+}
+
 static void on_request(void *ud, http_request *r, http_reply *a)
 {
     call *c = r->ud;
-    server *s = ud;
+    (void)ud;
     (void)a;
-    c->counted = true;
-    (void)atomic_fetch_add(&s->active, 1);
+    list_call(c);
     if (check_model(c)) c->route->handle(c);
 }
 
@@ -450,7 +476,7 @@ static void on_done(void *ud, http_request *r, int status, size_t bytes, bool go
     server_leave(c);
     metrics_request(s->counts, c->route ? c->route->path : "none", status, c->reason);
     log_line(c, status, bytes);
-    if (c->counted) (void)atomic_fetch_sub(&s->active, 1);
+    unlist_call(c);
     mem_free(c);
     r->ud = NULL;
 }
@@ -515,6 +541,7 @@ err_code server_open(server **out, const server_opts *o, const job *j, err *e)
     TRY(mem_alloc(&p, 1, sizeof(server), "server", e));
     server *s = p;
     s->j = j;
+    (void)pthread_mutex_init(&s->lock, NULL);
     s->created = (int64_t)time(NULL);
     if (getrandom(&s->salt, sizeof s->salt, 0) != sizeof s->salt) s->salt = (uint64_t)s->created;
     err_code rc = copy_opts(s, o, e);
@@ -567,6 +594,7 @@ void server_close(server **s)
         mem_free((*s)->origins[i]);
     }
     mem_free((*s)->host);
+    (void)pthread_mutex_destroy(&(*s)->lock);
     mem_free(*s);
     *s = NULL;
 }

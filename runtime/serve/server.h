@@ -7,6 +7,7 @@
 #include "formats/chat.h"
 #include "runtime/serve/engine.h"
 #include "runtime/serve/http.h"
+#include "runtime/serve/metrics.h"
 
 #define SERVER_MAX_NAMES 16
 #define SERVER_MAX_KEYS  64
@@ -21,6 +22,7 @@ typedef struct {
     int n_origins;
     bool check_host;          /* loopback: refuse names that are not ours (DNS rebinding) */
     bool strict_params;       /* unknown parameters are refused */
+    metrics_names alias;      /* of /metrics */
     int64_t timeout_ms;       /* of a request that says none; 0: none */
     int32_t queue_ms;         /* longest wait for a place in the batch; 0: none */
     int32_t max_per_key;      /* answers at once, running or waiting, of one key; 0: any number */

@@ -22,6 +22,7 @@ typedef struct {
     atomic_int answers; /* of it, at the door */
 } server_key;
 
+struct call;
 struct server {
     server_opts o;
     char *names[SERVER_MAX_NAMES], *origins[SERVER_MAX_NAMES];
@@ -42,6 +43,8 @@ struct server {
     size_t piece_bytes;
     int32_t capacity; /* answers at once, waiting or running */
 
+    pthread_mutex_t lock; /* of the list */
+    struct call *calls;   /* in their handlers and streams */
     atomic_bool ready, draining, aborting;
     atomic_int percent;
     atomic_int active;       /* requests in a handler or a stream */
@@ -80,9 +83,10 @@ typedef struct call {
     server_key *key;  /* NULL: none was needed */
     struct run *run;
     /* for the log */
-    int32_t n_prompt, n_new;
-    double first_s;     /* to the first token; 0: none */
-    const char *reason; /* a finish reason or a fault's code */
+    _Atomic int32_t n_prompt, n_new; /* -1: no prompt yet */
+    double first_s;                  /* to the first token; 0: none */
+    const char *reason;              /* a finish reason or a fault's code */
+    struct call *prev, *next;        /* in s->calls */
 } call;
 
 /* Answers a fault, with the headers that belong to its status. */
@@ -112,6 +116,7 @@ void server_ready(call *c);
 void server_page(call *c);
 void server_metrics(call *c);
 void server_props(call *c);
+void server_slots(call *c);
 void server_openapi(call *c);
 void server_encode(call *c);
 void server_decode(call *c);

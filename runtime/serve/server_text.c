@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "base/mem.h"
+#include "runtime/clock.h"
 #include "runtime/serve/page.h"
 #include "runtime/serve/server_internal.h"
 
@@ -28,6 +29,7 @@ static const server_route routes[] = {
      .summary = "the prompt of a conversation"},
     {"POST", "/v1/embeddings", server_off, .no_model = true, .summary = "not in this build"},
     {"GET", "/props", server_props, .summary = "the model, its template, limits and defaults"},
+    {"GET", "/slots", server_slots, .summary = "the requests that wait or are being answered"},
     {"GET", "/metrics", server_metrics, .no_model = true, .summary = "Prometheus metrics"},
     {"GET", "/openapi.json", server_openapi, .no_model = true, .summary = "this description"},
     {"GET", "/health", server_health, .open = true, .no_model = true,
@@ -139,6 +141,7 @@ void server_metrics(call *c)
                              .weights_bytes = s->m.weights_bytes,
                              .kv_bytes = s->m.kv_bytes,
                              .queued_tokens = atomic_load(&s->queued),
+                             .alias = s->o.alias,
                              .ready = ready && !atomic_load(&s->draining),
                              .stats = ready ? &stats : NULL};
     metrics_text(s->counts, &f, &c->a->body);
@@ -178,6 +181,30 @@ void server_props(call *c)
     out_text(o, ",\"default_generation_settings\":{\"temperature\":1,\"top_p\":1,\"top_k\":0,"
                 "\"min_p\":0,\"repetition_penalty\":1,\"presence_penalty\":0,"
                 "\"frequency_penalty\":0,\"n\":1,\"max_tokens\":null}}");
+    server_json(c, 200);
+}
+
+/* What is being answered, for who runs the server: no words, no ids of tokens. */
+void server_slots(call *c)
+{
+    server *s = c->s;
+    out_buf *o = &c->a->body;
+    const double now = clock_s();
+    const char *sep = "";
+    out_text(o, "[");
+    (void)pthread_mutex_lock(&s->lock);
+    for (call *x = s->calls; x; x = x->next) {
+        const int32_t n_prompt = atomic_load(&x->n_prompt), n_new = atomic_load(&x->n_new);
+        if (n_prompt < 0) continue; /* not one of the engine's */
+        out_printf(o,
+                   "%s{\"id\":\"%s\",\"route\":\"%s\",\"state\":\"%s\",\"prompt_tokens\":%d,"
+                   "\"tokens\":%d,\"seconds\":%.3f}",
+                   sep, x->id, x->route->path, n_new ? "answering" : "waiting", n_prompt, n_new,
+                   now - x->began);
+        sep = ",";
+    }
+    (void)pthread_mutex_unlock(&s->lock);
+    out_text(o, "]");
     server_json(c, 200);
 }
 
