@@ -25,6 +25,7 @@ static const char *base_of(unsigned who)
     case API_CHAT: return "\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]";
     case API_COMPLETION: return "\"model\":\"m\",\"prompt\":\"x\"";
     case API_INTERACTIVE: return "\"prompt\":\"x\"";
+    case API_GENERATE: return "\"input_ids\":[1]";
     case API_DECODE: return "\"tokens\":[1]";
     case API_TEMPLATE: return "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]";
     default: return "\"input\":\"x\"";
@@ -89,7 +90,7 @@ static void number_row(unsigned who, const api_param *p)
 START_TEST(test_every_row)
 {
     static const unsigned all[] = {API_CHAT,   API_COMPLETION, API_INTERACTIVE, API_ENCODE,
-                                   API_DECODE, API_PPL,        API_TEMPLATE};
+                                   API_DECODE, API_PPL,        API_TEMPLATE,    API_GENERATE};
     const api_param *p;
     int rows = 0;
     for (int i = 0; (p = api_param_at(i)) != NULL; i++) {
@@ -99,7 +100,8 @@ START_TEST(test_every_row)
             ck_assert_msg(*p->doc, "%s is told nowhere", p->name);
             if (strcmp(p->name, "content") != 0 && strcmp(p->name, "prompt") != 0 &&
                 strcmp(p->name, "model") != 0 && strcmp(p->name, "messages") != 0 &&
-                strcmp(p->name, "input") != 0 && strcmp(p->name, "tokens") != 0)
+                strcmp(p->name, "input") != 0 && strcmp(p->name, "input_ids") != 0 &&
+                strcmp(p->name, "tokens") != 0)
                 taken(all[k], p->name, "null");
             if (p->type == API_T_INT || p->type == API_T_NUMBER) number_row(all[k], p);
             if (p->type == API_T_REFUSED) refused(all[k], p->name, "\"x\"");

@@ -241,6 +241,8 @@ err_code api_read_prompt(api_reading *x, const char *name, const cJSON *v)
 err_code api_read_tokens(api_reading *x, const char *name, const cJSON *v)
 {
     if (!cJSON_IsArray(v)) return wrong(x, name, "an array of token ids", v);
+    if (x->r->prompts)
+        return api_fail(x->f, API_INVALID_VALUE, name, "'%s': there is another input", name);
     void *p;
     TRY(api_alloc(x, &p, 1, sizeof(api_prompt)));
     x->r->prompts = p;

@@ -21,7 +21,7 @@ typedef struct {
     int64_t weights_bytes, kv_bytes;
     int64_t queued_tokens; /* of prompts whose answers have not begun */
     bool ready;
-    metrics_names alias; /* whose names stand beside ours */
+    metrics_names alias;       /* whose names stand beside ours */
     const engine_stats *stats; /* NULL while there is no engine */
 } metrics_facts;
 void metrics_text(metrics *m, const metrics_facts *f, out_buf *o);

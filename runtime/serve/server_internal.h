@@ -126,6 +126,7 @@ void server_off(call *c); /* 501 */
 /* ---- server_prompt.c: from requests to what the engine is asked ---- */
 void server_chat(call *c);
 void server_completion(call *c);
+void server_generate(call *c);
 void server_interactive(call *c);
 void server_ppl(call *c);
 

@@ -90,11 +90,11 @@ static bool encode_all(call *c, const api_request *q, const char *param, token_l
     return true;
 }
 
-void server_completion(call *c)
+static void complete(call *c, unsigned who)
 {
     api_request q;
     token_list *prompts;
-    if (!server_parse(c, API_COMPLETION, &q)) return;
+    if (!server_parse(c, who, &q)) return;
     const int32_t n = q.n_prompts;
     if (!server_is_ours(c, q.model) || !encode_all(c, &q, "prompt", &prompts)) {
         api_request_free(&q);
@@ -102,6 +102,10 @@ void server_completion(call *c)
     }
     if (server_run_open(c, &q, prompts, n, NULL)) server_run_answer(c->run);
 }
+
+void server_completion(call *c) { complete(c, API_COMPLETION); }
+
+void server_generate(call *c) { complete(c, API_GENERATE); }
 
 static void write_ppl(const run *r, out_buf *o)
 {

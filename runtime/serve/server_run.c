@@ -413,8 +413,9 @@ static err_code take_token(choice *ch, const answer_token *t, bool final, err *e
     ch->last = t->id;
     keep_id(ch, t->id);
     ch->at_stop_id = final && is_stop_id(r, t->id);
+    const bool prob = r->q.top_logprobs >= 0;
+    if (prob && (!ch->at_stop_id || r->who == API_GENERATE)) server_write_prob(ch, t);
     if (ch->at_stop_id) return OK;
-    if (r->q.top_logprobs >= 0) server_write_prob(ch, t);
     TRY(text_stream_add(ch->text, t->id, &stop, e));
     if (stop >= 0) ch->stopped = r->q.stops[stop];
     return take_text(ch, e);

@@ -15,6 +15,8 @@ static const server_route routes[] = {
      .summary = "the next message of a conversation"},
     {"POST", "/v1/completions", server_completion, .door = true, .json = true,
      .who = API_COMPLETION, .summary = "what follows a text"},
+    {"POST", "/generate", server_generate, .door = true, .json = true, .who = API_GENERATE,
+     .summary = "what follows token ids, as ids"},
     {"POST", "/v1/chat/interactive", server_interactive, .json = true, .who = API_INTERACTIVE,
      .summary = "the next turn of a session that the server keeps"},
     {"POST", "/v1/encode", server_encode, .json = true, .who = API_ENCODE,
