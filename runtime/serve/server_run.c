@@ -57,7 +57,9 @@ static err_code open_text(choice *ch, err *e)
     TRY(text_stream_start(ch->text, q->stops, q->n_stops, q->skip_special && !tools, e));
     if (!tools) return OK;
     const chat_tools format = chat_tool_format(s->m.c);
-    return toolcall_open(&ch->tools, format == CHAT_TOOLS_NONE ? CHAT_TOOLS_HERMES : format, e);
+    TRY(toolcall_open(&ch->tools, format == CHAT_TOOLS_NONE ? CHAT_TOOLS_HERMES : format, e));
+    toolcall_tools(ch->tools, q->tools);
+    return OK;
 }
 
 /* The ids that end an answer: the model's unless they are to be ignored, and the request's. */
