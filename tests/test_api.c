@@ -544,6 +544,21 @@ START_TEST(test_sessions)
 }
 END_TEST
 
+START_TEST(test_kwargs)
+{
+    static const char good[] = "{\"messages\":\"x\",\"chat_template_kwargs\":{\"thinking\":true}}";
+    static const char bad[] =
+        "{\"messages\":\"x\",\"chat_template_kwargs\":{\"thinking\":true,\"messages\":[]}}";
+    api_request r;
+    api_fault f = {0};
+    ck_assert_int_eq(parse_as(API_TEMPLATE, &r, good, &f), OK);
+    ck_assert(cJSON_IsObject(r.kwargs));
+    api_request_free(&r);
+    ck_assert_int_eq(parse_as(API_TEMPLATE, &r, bad, &f), E_INPUT);
+    ck_assert_str_eq(f.param, "chat_template_kwargs.messages");
+}
+END_TEST
+
 START_TEST(test_session_words)
 {
     session_table *t;
@@ -604,6 +619,7 @@ int main(void)
     tcase_add_test(t, test_numbers_out);
     tcase_add_test(t, test_stops_across_tokens);
     tcase_add_test(t, test_stops_at_random);
+    tcase_add_test(t, test_kwargs);
     tcase_add_test(t, test_sessions);
     tcase_add_test(t, test_session_words);
     suite_add_tcase(s, t);

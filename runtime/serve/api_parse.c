@@ -408,7 +408,18 @@ err_code api_read_stream_options(api_reading *x, const char *name, const cJSON *
 
 err_code api_read_kwargs(api_reading *x, const char *name, const cJSON *v)
 {
+    char param[PARAM_BYTES];
+    const cJSON *o;
     if (!cJSON_IsObject(v)) return wrong(x, name, "an object", v);
+    cJSON_ArrayForEach(o, v)
+    {
+        int i = 0;
+        while (chat_kwarg_at(i) && strcmp(chat_kwarg_at(i), o->string) != 0) i++;
+        if (chat_kwarg_at(i)) continue;
+        set_path(param, "%s.%.60s", name, o->string);
+        return api_fail(x->f, API_INVALID_VALUE, param, "'%s': not one of the keys that are taken",
+                        param);
+    }
     x->r->kwargs = v;
     return OK;
 }
