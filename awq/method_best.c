@@ -6,6 +6,7 @@
 
 #include "awq/chain.h"
 #include "awq/correct.h"
+#include "awq/dev_best.h"
 #include "awq/factors.h"
 #include "awq/feedback.h"
 #include "awq/range.h"
@@ -176,7 +177,8 @@ static err_code plan_best(const quant_block *b, block_plan *out, err *e)
     fold f;
     for (int i = 0; i < groups.n; i++) TRY(factors_search(b, &groups.g[i], out, e));
     TRY(fold_init(&f, b->m, out, e));
-    const err_code rc = round_block(b, &f, out, e);
+    const best_opts o = {correction, feeding, ends, limits};
+    const err_code rc = b->dev ? dev_best_block(b, &f, out, &o, e) : round_block(b, &f, out, e);
     fold_free(&f);
     return rc;
 }

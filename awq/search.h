@@ -18,6 +18,7 @@ typedef struct {
     int64_t gram_bytes; /* second moments beyond this are gathered one at a time */
     double save_s;      /* least seconds between two savings of the hidden states */
     bool force;
+    bool on_device; /* the steps of other devices on the CPU as well: for tests */
 } search_opts;
 
 typedef struct {

@@ -98,7 +98,7 @@ void dev_free(dev_buf *b)
     memset(b, 0, sizeof *b);
 }
 
-err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
+static err_code check_copy(const tensor *dst, const tensor *src, err *e)
 {
     bool same = dst->dt == src->dt && dst->ndim == src->ndim;
     for (int i = 0; same && i < dst->ndim; i++) same = dst->shape[i] == src->shape[i];
@@ -110,7 +110,40 @@ err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
     }
     if (!tensor_contiguous(dst) || !tensor_contiguous(src))
         return err_set(e, E_SHAPE, "dev_copy: expected contiguous tensors");
+    return OK;
+}
+
+err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
+{
+    TRY(check_copy(dst, src, e));
     return d->backend->copy(d, dst, src, e);
+}
+
+err_code dev_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e)
+{
+    if (d->backend->host_alloc) return d->backend->host_alloc(out, d, bytes, what, e);
+    return mem_alloc(out, bytes, 1, what, e);
+}
+
+void dev_host_free(device *d, void *p)
+{
+    if (!p) return;
+    if (d->backend->host_release)
+        d->backend->host_release(d, p);
+    else
+        mem_free(p);
+}
+
+err_code dev_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e)
+{
+    TRY(check_copy(dst, src, e));
+    if (!d->backend->copy_beside) return d->backend->copy(d, dst, src, e);
+    return d->backend->copy_beside(d, dst, src, lane, e);
+}
+
+err_code dev_order(device *d, dev_lane first, dev_lane then, err *e)
+{
+    return d->backend->order ? d->backend->order(d, first, then, e) : OK;
 }
 
 err_code dev_sync(device *d, err *e) { return d->backend->sync(d, e); }

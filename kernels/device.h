@@ -52,6 +52,16 @@ err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
  * empty), on CUDA a copy in `buf`. */
 err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
 
+/* Host memory that copies may use while ops run: pinned on CUDA. Zeroed. */
+err_code dev_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e);
+void dev_host_free(device *d, void *p);
+/* Queues of copies beside the queue of ops; on the CPU everything runs at once. */
+typedef enum { LANE_OPS = 0, LANE_IN, LANE_OUT } dev_lane;
+err_code dev_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e);
+/* What is queued on `then` from now on waits for what lies queued on `first`. dev_sync waits for
+ * the ops alone. */
+err_code dev_order(device *d, dev_lane first, dev_lane then, err *e);
+
 /* Recorded work: ops between begin and end are not run but kept, and run again at each
  * dev_graph_run with what their tensors hold then. Only on devices that can; shapes, pointers and
  * host-side values (batch_rows' max_q and max_kv) are fixed at recording. Nothing may be allocated

@@ -99,6 +99,9 @@ static void cuda_close(device *d)
         cudaFree(s->blas_work);
         cudaFree(s->counters);
         cudaFree(d->shared_scratch);
+        for (int i = 0; i < 2; i++)
+            if (s->lane[i]) cudaStreamDestroy(s->lane[i]);
+        if (s->order) cudaEventDestroy(s->order);
         if (s->stream) cudaStreamDestroy(s->stream);
         mem_free(s->pass);
     }
@@ -145,9 +148,64 @@ static void cuda_record_free(device *d, void *graph)
     cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
+/* ---- copies beside the ops ---- */
+
+static err_code cuda_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e)
+{
+    const cudaError_t rc = cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocDefault);
+    if (rc == cudaSuccess) {
+        memset(*out, 0, bytes);
+        return OK;
+    }
+    cudaGetLastError();
+    *out = NULL;
+    return err_set(e, rc == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE,
+                   "%s: %zu pinned bytes for %s: %s", what, bytes, d->name, cudaGetErrorString(rc));
+}
+
+static void cuda_host_release(device *d, void *p)
+{
+    cuda_state *s = state(d);
+    for (int i = 0; i < 2; i++)
+        if (s->lane[i]) cudaStreamSynchronize(s->lane[i]);
+    cudaStreamSynchronize(s->stream);
+    cudaFreeHost(p);
+}
+
+static err_code lane_of(device *d, dev_lane lane, cudaStream_t *out, err *e)
+{
+    cuda_state *s = state(d);
+    *out = s->stream;
+    if (lane == LANE_OPS) return cuda_pass_flush(d, e);
+    if (!s->order) CUDA_TRY(cudaEventCreateWithFlags(&s->order, cudaEventDisableTiming), e);
+    if (!s->lane[lane - 1])
+        CUDA_TRY(cudaStreamCreateWithFlags(&s->lane[lane - 1], cudaStreamNonBlocking), e);
+    *out = s->lane[lane - 1];
+    return OK;
+}
+
+static err_code cuda_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e)
+{
+    cudaStream_t q;
+    TRY(lane_of(d, lane, &q, e));
+    CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault, q), e);
+    return OK;
+}
+
+static err_code cuda_order(device *d, dev_lane first, dev_lane then, err *e)
+{
+    cudaStream_t a, b;
+    TRY(lane_of(d, first, &a, e));
+    TRY(lane_of(d, then, &b, e));
+    CUDA_TRY(cudaEventRecord(state(d)->order, a), e);
+    CUDA_TRY(cudaStreamWaitEvent(b, state(d)->order, 0), e);
+    return OK;
+}
+
 static const dev_backend cuda_backend = {
-    cuda_alloc, cuda_release,      cuda_copy,       cuda_sync,       cuda_memory,     cuda_upload,
-    cuda_close, cuda_record_begin, cuda_record_end, cuda_record_run, cuda_record_free};
+    cuda_alloc,       cuda_release,    cuda_copy,         cuda_sync,        cuda_memory,
+    cuda_upload,      cuda_close,      cuda_record_begin, cuda_record_end,  cuda_record_run,
+    cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside, cuda_order};
 
 static err_code open_handles(device *d, cuda_state *s, err *e)
 {

@@ -36,6 +36,8 @@ typedef struct {
     int w4_group;        /* of the weight uploaded last: what producers make planes for; 0 none */
     cuda_planes planes;
     int sm, sms;
+    cudaStream_t lane[2]; /* of copies in and out; NULL until used */
+    cudaEvent_t order;    /* recorded on one lane, waited for on another */
 } cuda_state;
 
 static inline cuda_state *cuda_of(const device *d) { return (cuda_state *)d->backend_data; }

@@ -42,6 +42,11 @@ typedef struct dev_backend {
     err_code (*record_end)(device *d, void **graph, err *e);
     err_code (*record_run)(device *d, void *graph, err *e);
     void (*record_free)(device *d, void *graph);
+    /* copies beside the ops; NULL where nothing runs beside anything */
+    err_code (*host_alloc)(void **out, device *d, size_t bytes, const char *what, err *e);
+    void (*host_release)(device *d, void *p);
+    err_code (*copy_beside)(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e);
+    err_code (*order)(device *d, dev_lane first, dev_lane then, err *e);
 } dev_backend;
 
 struct device {

@@ -1,6 +1,8 @@
 /* Dense products through cuBLAS: 16-bit weights, f32 sums; and the f32 products of the search. */
 #include "kernels/device_cuda.cuh"
 
+#define GRAM_PANEL 2048
+
 __global__ void bias_kernel(void *y, bool wide, int64_t ldy, const __half *bias, int64_t n)
 {
     const int64_t row = blockIdx.y, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -65,18 +67,25 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
                        (const __half *)bias->data, (int64_t)n);
 }
 
-/* Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
+/* Columns of h by panels, each from its diagonal down: with panels of a sixth of a wide h that
+ * saves two fifths of the work. Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
 err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
 {
     const float one = 1.f;
-    const int k = (int)x->shape[1], m = (int)x->shape[0];
+    const int k = (int)x->shape[1], m = (int)x->shape[0], ld = (int)x->stride[0],
+              ldh = (int)h->stride[0];
     TRY(cuda_pass_flush(d, e));
-    return cuda_blas(d, "gram",
-                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one,
-                                  x->data, CUDA_R_16F, (int)x->stride[0], x->data, CUDA_R_16F,
-                                  (int)x->stride[0], &one, h->data, CUDA_R_32F, k,
-                                  CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-                     e);
+    for (int at = 0; at < k; at += GRAM_PANEL) {
+        const int n = k - at < GRAM_PANEL ? k - at : GRAM_PANEL;
+        const __half *cols = (const __half *)x->data + at;
+        TRY(cuda_blas(d, "gram",
+                      cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, n, k - at, m, &one,
+                                   cols, CUDA_R_16F, ld, cols, CUDA_R_16F, ld, &one,
+                                   (float *)h->data + (int64_t)at * ldh + at, CUDA_R_32F, ldh,
+                                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                      e));
+    }
+    return OK;
 }
 
 err_code gram_finish_cuda(device *d, tensor *h, err *e)

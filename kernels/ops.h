@@ -143,6 +143,7 @@ typedef struct op_table {
     err_code (*w4_upload)(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
     size_t (*w4_upload_bytes)(int64_t, int64_t, int32_t);
     size_t (*scratch_bytes)(const device *, const op_limits *);
+    const struct search_ops *search; /* kernels/search_ops.h */
 } op_table;
 void ops_init_ref(op_table *t);
 void ops_init_cpu(op_table *t,

@@ -2,6 +2,7 @@
 #include "kernels/device_cuda.cuh"
 
 extern "C" {
+#include "kernels/search_ops.h"
 
 static size_t scratch_cuda(const device *d, const op_limits *lim)
 {
@@ -34,6 +35,7 @@ void ops_init_cuda(op_table *t, int32_t sm)
     t->w4_upload = w4_upload_cuda;
     t->w4_upload_bytes = w4_upload_bytes_cuda;
     t->scratch_bytes = scratch_cuda;
+    t->search = &search_ops_cuda;
 }
 
 } /* extern "C" */

@@ -256,20 +256,35 @@ __global__ void __launch_bounds__(NLL_THREADS)
     }
 }
 
-/* One thread a channel, rows in order. */
-__global__ void absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m,
-                               int64_t k)
+/* 32 channels a block; warp w takes rows w, w + 32, .., whose sums are added in order of the
+ * warps. */
+#define STAT_WARPS 32
+__global__ void __launch_bounds__(32 * STAT_WARPS)
+    absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m, int64_t k)
 {
-    const int64_t c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float tops[STAT_WARPS][32];
+    __shared__ double sums[STAT_WARPS][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int64_t c = (int64_t)blockIdx.x * 32 + lane;
+    float t = 0.f;
+    double s = 0;
     pdl_launch();
     pdl_wait();
-    if (c >= k) return;
-    float t = top[c];
-    double s = sum[c];
-    for (int64_t r = 0; r < m; r++) {
+#pragma unroll 4
+    for (int64_t r = warp; r < m && c < k; r += STAT_WARPS) {
         const float a = fabsf(__half2float(x[r * ld + c]));
         t = fmaxf(t, a);
         s += a;
+    }
+    tops[warp][lane] = t;
+    sums[warp][lane] = s;
+    __syncthreads();
+    if (warp || c >= k) return;
+    t = top[c];
+    s = sum[c];
+    for (int i = 0; i < STAT_WARPS; i++) {
+        t = fmaxf(t, tops[i][lane]);
+        s += sums[i][lane];
     }
     top[c] = t;
     sum[c] = s;
@@ -377,7 +392,7 @@ err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
 err_code absstat_cuda(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)
 {
     return cuda_launch(d, "absstat", absstat_kernel, dim3((unsigned)((x->shape[1] + 31) / 32)),
-                       dim3(32), 0, e, (float *)absmax->data, (double *)abssum->data,
+                       dim3(32 * STAT_WARPS), 0, e, (float *)absmax->data, (double *)abssum->data,
                        (const __half *)x->data, x->stride[0], x->shape[0], x->shape[1]);
 }
 

@@ -463,6 +463,14 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
     return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
 }
 
+err_code block_feed_forward(const block *b, device *d, block_scratch *s, tensor *x, tap_fn tap,
+                            void *tap_ctx, err *e)
+{
+    assert(x->shape[0] <= s->rows && wide_cols(b->m) <= s->wide_cols);
+    const err_code rc = feed_forward(b, d, s, x, tap, tap_ctx, e);
+    return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
+}
+
 /* The picked rows of q|k|v lie in `narrow`, which holds rows of at least q's width. */
 int32_t block_tail_rows(const model_desc *m, int32_t rows)
 {
