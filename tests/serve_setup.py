@@ -284,6 +284,11 @@ def test_tls():
                 expect("kept alive", read_answer(s).status, 200)
         events, done = server.post(CHAT, {**ASK, "stream": True}).events()
         check("streamed", done and len(events) > 3, events)
+        for file, code in ((cert, 0), (key, 6)):  # tm-run client trusts what it is told to
+            p = subprocess.run([TOOL, "client", f"https://localhost:{server.port}", "-p", "What is 17 + 25?", "-t", "0"],
+                               capture_output=True, timeout=60, env={**os.environ, "SSL_CERT_FILE": file}, check=False)
+            expect(f"client ({p.stderr.decode()[-200:]})", p.returncode, code)
+            check("its answer", (RIGHT in p.stdout.decode()) == (code == 0), p.stdout)
         expect("a long body", server.post("/tokenize", {"content": "word " * 100000}).json["count"] > 100000, True)
         expect("too long", server.post(CHAT, b"x" * (5 << 20)).status, 413)
         old = trusting(cert)
