@@ -85,6 +85,7 @@ static void tell(story *s, chat_tools f, const char *text, size_t at, size_t ste
 #define I CHAT_TOOLS_INTERNLM2
 #define L CHAT_TOOLS_LLAMA3
 #define M CHAT_TOOLS_MISTRAL
+#define D CHAT_TOOLS_DEEPSEEK
 #define A "{\"x\": 1, \"s\": \"}{\\\"<\"}"
 static const struct {
     chat_tools f;
@@ -167,6 +168,24 @@ static const struct {
     {M, "[TOOL_CALLS] []", "[TOOL_CALLS] []"},
     {M, "[1, 2] is a list", "[1, 2] is a list"},
     {M, "[TOOL_CALLS] nothing here", "[TOOL_CALLS] nothing here"},
+    {D,
+     "Well.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n" A
+     "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```"
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+     "Well.|f(" A ")|g({})|"},
+    {D,
+     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>" A
+     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+     "<｜tool▁calls▁end｜> bye",
+     "f(" A ")|g({})| bye"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>\n",
+     "f({\"a\": 1})|"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": [", "f({\"a\": [)|"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
+     "<｜tool▁calls▁begin｜>"
+     "<｜tool▁call▁begin｜>f<｜tool▁sep｜>"},
+    {D, "<｜tool▁calls▁begin｜>nothing", "<｜tool▁calls▁begin｜>nothing"},
+    {D, "<｜tool▁calls", "<｜tool▁calls"},
 };
 
 START_TEST(answers_told)
@@ -259,14 +278,14 @@ START_TEST(grammar_parses)
         "\"object\","
         "\"properties\":{\"x\":{\"type\":\"integer\"},\"s\":{\"type\":\"string\"}},\"required\":"
         "[\"x\"]}}},{\"function\":{\"name\":\"now\",\"parameters\":{}}}]";
-    static const chat_tools formats[] = {H, I, L, M};
+    static const chat_tools formats[] = {H, I, L, M, D};
     static story s;
     tokenizer *t;
     uint64_t seed = 99;
     int calls = 0;
     err e;
     ck_assert(tokenizer_open(&t, TMF_SOURCE_DIR "/datasets/demo", &e) == OK);
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 5; k++) {
         grammar *g;
         ck_assert_msg(grammar_tool_calls(&g, t, formats[k], tools, strlen(tools), NULL, true, &e) ==
                           OK,

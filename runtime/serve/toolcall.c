@@ -110,7 +110,8 @@ static const char *opener(chat_tools f, int i)
                                                                    "<|action_start|> <|plugin|>",
                                                                    NULL},
                                          [CHAT_TOOLS_LLAMA3] = {"<|python_tag|>", NULL},
-                                         [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS]", NULL}};
+                                         [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS]", NULL},
+                                         [CHAT_TOOLS_DEEPSEEK] = {"<｜tool▁calls▁begin｜>", NULL}};
     return all[f][i];
 }
 
@@ -546,6 +547,76 @@ static err_code run_name(toolcall *t, bool last, bool *more)
     return call_begin(t);
 }
 
+/* ---- DeepSeek's: name or "function", a mark, perhaps the name and a fence, the object ---- */
+
+static const char deepseek_begin[] = "<｜tool▁call▁begin｜>", deepseek_mark[] = "<｜tool▁sep｜>",
+                  deepseek_end[] = "<｜tool▁call▁end｜>", deepseek_last[] = "<｜tool▁calls▁end｜>";
+
+static err_code run_deepseek_open(toolcall *t, bool last, bool *more)
+{
+    bool wait = false;
+    TRY(skip_spaces(t));
+    if (!t->in.n) return OK;
+    const bool begin = begins(&t->in, deepseek_begin, &wait);
+    if (begin || (t->list && begins(&t->in, deepseek_last, &wait))) {
+        const size_t n = begin ? sizeof deepseek_begin - 1 : sizeof deepseek_last - 1;
+        t->at = begin ? AT_NAME : AT_CONTENT;
+        t->list = begin && t->list;
+        if (begin) TRY(buf_add(&t->back, t->in.p, n, t->e));
+        buf_drop(&t->in, n);
+        if (!begin) t->back.n = 0;
+        return OK;
+    }
+    if (wait && !last) return OK;
+    *more = true;
+    return give_back(t);
+}
+
+static err_code run_deepseek_name(toolcall *t, bool last, bool *more)
+{
+    const char *brace = memchr(t->in.p, '{', t->in.n);
+    const size_t n = brace ? (size_t)(brace - t->in.p) : t->in.n;
+    if (!brace && !last && n <= 2 * MAX_NAME) return OK;
+    const char *mark = n ? memmem(t->in.p, n, deepseek_mark, sizeof deepseek_mark - 1) : NULL;
+    const char *from = t->in.p, *to = mark, *behind = mark ? mark + sizeof deepseek_mark - 1 : NULL;
+    *more = true;
+    while (behind && brace && behind < brace && is_space(*behind)) behind++;
+    if (brace && behind && behind < brace) { /* the name is there, up to the end of its line */
+        from = behind;
+        to = memchr(from, '\n', (size_t)(brace - from));
+    }
+    if (!brace || !to || to == from || to - from > MAX_NAME) return give_back(t);
+    object_begin(t);
+    memcpy(t->name, from, (size_t)(to - from));
+    t->name[to - from] = '\0';
+    t->key = KEY_BARE;
+    buf_drop(&t->in, n);
+    return call_begin(t);
+}
+
+static err_code run_deepseek_close(toolcall *t, bool last, bool *more)
+{
+    bool wait = false;
+    buf_drop(&t->in, spaces(&t->in));
+    if (!t->in.n && !last) return OK;
+    *more = t->in.n > 0;
+    if (t->in.n && begins(&t->in, "```", &wait)) {
+        buf_drop(&t->in, 3);
+        return OK;
+    }
+    const bool closed = t->in.n && begins(&t->in, deepseek_end, &wait);
+    if (!closed && wait && !last) {
+        *more = false;
+        return OK;
+    }
+    if (closed) buf_drop(&t->in, sizeof deepseek_end - 1);
+    if (!closed && wait) t->in.n = 0;
+    t->at = closed ? AT_OPEN : AT_CONTENT;
+    t->list = closed;
+    t->started = true;
+    return OK;
+}
+
 /* Behind a call: its closing tag, or a sign that there is another. */
 static err_code run_close(toolcall *t, bool last, bool *more)
 {
@@ -665,16 +736,21 @@ int toolcall_count(const toolcall *t) { return t->calls; }
 
 static err_code run(toolcall *t, bool last)
 {
+    const bool deepseek = t->format == CHAT_TOOLS_DEEPSEEK;
     for (bool more = true; more;) {
         const place at = t->at;
         const size_t left = t->in.n;
         more = false;
         switch (at) {
         case AT_CONTENT: TRY(run_content(t, last, &more)); break;
-        case AT_OPEN: TRY(run_open(t, &more)); break;
-        case AT_NAME: TRY(run_name(t, last, &more)); break;
+        case AT_OPEN: TRY(deepseek ? run_deepseek_open(t, last, &more) : run_open(t, &more)); break;
+        case AT_NAME:
+            TRY(deepseek ? run_deepseek_name(t, last, &more) : run_name(t, last, &more));
+            break;
         case AT_OBJECT: TRY(run_object(t)); break;
-        case AT_CLOSE: TRY(run_close(t, last, &more)); break;
+        case AT_CLOSE:
+            TRY(deepseek ? run_deepseek_close(t, last, &more) : run_close(t, last, &more));
+            break;
         case AT_FUNCTION: TRY(run_function(t, last, &more)); break;
         case AT_TAGS: TRY(run_tags(t, last, &more)); break;
         case AT_CODE:
@@ -702,6 +778,7 @@ err_code toolcall_end(toolcall *t, toolcall_fn fn, void *ud, err *e)
     t->e = e;
     TRY(buf_add(&t->in, "", 0, e));
     TRY(run(t, true));
+    if (t->at == AT_OPEN && t->list && t->format == CHAT_TOOLS_DEEPSEEK) t->back.n = 0;
     if (t->at == AT_OBJECT || t->at == AT_OPEN) {
         TRY(give_back(t));
         return run(t, true);
