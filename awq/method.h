@@ -26,6 +26,7 @@ typedef struct {
     int32_t group;
     loss_kind loss;
     bool kv_fold; /* k and v have factors already, for the cache, when a method comes to a block */
+    bool turn;    /* they may have other bases too */
 } quant_opts;
 
 typedef struct quant_scratch quant_scratch; /* awq/measure.h */

@@ -15,13 +15,15 @@
 #include "awq/module_loss.h"
 #include "awq/moments.h"
 #include "awq/on_device.h"
+#include "awq/rotate.h"
 #include "runtime/layer_walk.h"
 
 typedef struct {
     const search_opts *o;
     device *d;
     const job *j;
-    weight_src *src;
+    weight_src *base, *src; /* the model, and as it is searched: maybe in other bases */
+    rotated *turned;        /* of src; NULL: src is base */
     const model_desc *m;
     const family *fam;
     calib_file *calib;
@@ -99,6 +101,23 @@ static err_code pick_fold(search *s, err *e)
     return by_gram ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
 }
 
+static err_code pick_rotation(search *s, err *e)
+{
+    static const char *const names[] = {"auto", "none", "vo"};
+    const char *name = s->o->rotate ? s->o->rotate : names[0];
+    int i = 0;
+    while (i < 3 && strcmp(name, names[i]) != 0) i++;
+    if (i == 3) return err_set(e, E_USAGE, "rotation '%s': expected auto, none or vo", name);
+    if (i == 2 && !s->q.kv_fold)
+        return err_set(e, E_USAGE, "rotation 'vo': expected folds of k and v (--kv-fold yes)");
+    s->q.turn = s->q.kv_fold && i != 1;
+    if (!s->q.turn) return OK;
+    TRY(rotated_open(&s->turned, s->base, s->d, &(tensor){0}, e));
+    s->src = rotated_src(s->turned);
+    s->m = weights_desc(s->src);
+    return OK;
+}
+
 /* The other methods cost little and run on the CPU. */
 static err_code check_device(const search *s, err *e)
 {
@@ -126,7 +145,8 @@ static err_code check_groups(const search *s, err *e)
 static err_code open_inputs(search *s, err *e)
 {
     TRY(pick_method(s, e));
-    TRY(weights_open(&s->src, s->o->model_dir, e));
+    TRY(weights_open(&s->base, s->o->model_dir, e));
+    s->src = s->base;
     s->m = weights_desc(s->src);
     s->fam = family_by_name(s->m->family);
     if (s->m->w4_group || !s->fam)
@@ -143,9 +163,11 @@ static err_code open_inputs(search *s, err *e)
     }
     TRY(pick_loss(s, e));
     TRY(pick_fold(s, e));
+    TRY(pick_rotation(s, e));
     TRY(check_device(s, e));
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s}", (int)s->q.group,
-             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "");
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s}", (int)s->q.group,
+             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "",
+             s->q.turn ? ",\"rotate\":\"vo\"" : "");
     return OK;
 }
 
@@ -160,7 +182,8 @@ static void close_all(search *s)
     quant_scratch_free(&s->scratch);
     arena_free(&s->plan_mem);
     calib_close(&s->calib);
-    weights_close(&s->src);
+    rotated_close(&s->turned);
+    weights_close(&s->base);
 }
 
 static bool carries(const search *s) { return s->chain || s->dev_chain; }
@@ -171,7 +194,8 @@ static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss 
 static size_t plan_bytes(const search *s)
 {
     block_plan p = plan_shape(s->m, s->q.group);
-    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes);
+    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes) +
+               (s->q.turn ? kv_turn_bytes(s->m) : 0);
     for (int i = 0; i < p.n_linears; i++)
         n += arena_need(tensor_bytes(&p.linear[i].scale)) +
              arena_need(tensor_bytes(&p.linear[i].zero));
@@ -216,6 +240,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
             memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
         if (s.method->carries) memory_plan_add(p, "prediction", predict_bytes(s.m));
         if (s.q.kv_fold) memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
+        if (s.q.turn) memory_plan_add(p, "turned weights", rotated_bytes(s.m, false));
         if (s.method->carries && on_device(&s))
             memory_plan_add(p, "rounded inputs",
                             dev_chain_bytes(d, s.m, (int64_t)per_pass * c->seqlen) +
@@ -248,6 +273,18 @@ static err_code plan_alloc(search *s, block_plan *p, err *e)
     return OK;
 }
 
+/* Factors and bases for the cache, before anything is known of the layer's inputs; the block is
+ * bound again where its weights have other bases then. */
+static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib_block *stats,
+                           err *e)
+{
+    TRY(kv_fold_factors(b, p, e));
+    if (!p->turn_k.data && !p->turn_v.data) return OK;
+    TRY(rotated_layer(s->turned, b->layer, p, e));
+    TRY(layer_walk_bind(s->walk, b->layer, e));
+    return kv_fold_stats(b, p, stats, e);
+}
+
 static err_code search_layer(search *s, int32_t layer, const walk_progress *p, bool *advanced,
                              err *e)
 {
@@ -274,6 +311,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     }
     if (s->walk) {
         TRY(layer_walk_bind(s->walk, layer, e));
+        TRY(plan_alloc(s, &plan, e));
+        if (s->q.kv_fold) TRY(fold_cache(s, &b, &plan, &stats, e));
         if (s->chain) TRY(chain_layer(s->chain, e));
         if (s->dev_chain) TRY(dev_chain_layer(s->dev_chain, e));
         TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !carries(s), advanced, p,
@@ -282,9 +321,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     if (!s->walk) {
         weights_prefetch(s->src, layer);
         TRY(weights_check_layer(s->src, layer, NULL, NULL, e));
+        TRY(plan_alloc(s, &plan, e));
     }
-    TRY(plan_alloc(s, &plan, e));
-    if (s->q.kv_fold) TRY(kv_fold_factors(&b, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
     if (!carries(s)) TRY(block_losses(&b, &plan, e));
     if (s->chain) TRY(chain_advance(s->chain, p, e));
