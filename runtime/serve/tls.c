@@ -85,7 +85,7 @@ static bool is_expired(const gnutls_pcert_st *cert)
     return end != (time_t)-1 && end < time(NULL);
 }
 
-/* The credentials' own check. They take over what it accepts. */
+/* The credentials' own check. They take over the key and what is in the list, if they accept it. */
 static err_code check_pair(const tls_pair *t, gnutls_pcert_st **certs, unsigned n,
                            gnutls_privkey_t *key, err *e)
 {
@@ -94,6 +94,7 @@ static err_code check_pair(const tls_pair *t, gnutls_pcert_st **certs, unsigned 
         return err_set(e, E_NOMEM, "TLS: out of memory");
     const int rc = gnutls_certificate_set_key(both, NULL, 0, *certs, (int)n, *key);
     if (rc >= 0) {
+        gnutls_free(*certs);
         *certs = NULL;
         *key = NULL;
     }
