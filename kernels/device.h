@@ -30,6 +30,7 @@ typedef struct {
     size_t bytes;
     memspace mem;
     device *dev;
+    struct dev_pack *pack; /* that it is a part of, or NULL */
 } dev_buf;
 
 err_code dev_open(device **out, const dev_opts *o,
@@ -48,9 +49,32 @@ err_code dev_copy(device *d, tensor *dst, const tensor *src,
                   err *e); /* same dtype and shape, contiguous, any space */
 err_code dev_sync(device *d, err *e);
 err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
+/* What the open device takes before anybody allocates. 0 on the CPU. */
+typedef struct {
+    size_t context_bytes; /* in use as soon as it could be asked: the driver's context, and whatever
+                             other programs hold */
+    size_t free_bytes;    /* free then */
+    size_t own_bytes;     /* workspaces of libraries, counters */
+} dev_footprint;
+dev_footprint dev_footprint_of(const device *d);
+/* From begin to end buffers are cut from one piece of `bytes` as long as they fit: devices hand
+ * memory out in pages of 2 MiB, of which a buffer of its own wastes half a one. The piece goes with
+ * the last of its buffers. Nothing happens on the CPU. */
+err_code dev_pack_begin(device *d, size_t bytes, const char *what, err *e);
+void dev_pack_end(device *d);
+#define DEV_PACK_ALIGN 256 /* that each buffer is rounded up to */
 /* A host tensor as the device sees it: on the CPU the same pointer (nothing copied, buf stays
  * empty), on CUDA a copy in `buf`. */
 err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
+size_t dev_upload_bytes(const device *d,
+                        const tensor *host); /* of `buf`; on the CPU: of the tensor,
+                                                                 where it lies */
+/* Host memory, a mapped file's too, as the ops of a device with memory of its own read it: where it
+ * lies, over the bus each time, its pages held until dev_free. For op_embed's tables. */
+bool dev_can_map(const device *d);
+err_code dev_map(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
+/* Behind the last upload for now: waits for it and gives back what uploads travel through. */
+err_code dev_upload_end(device *d, err *e);
 
 /* Host memory that copies may use while ops run: pinned on CUDA. Zeroed. */
 err_code dev_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e);

@@ -85,7 +85,7 @@ static err_code cuda_upload(device *d, dev_buf *buf, tensor *out, const tensor *
     *out = *host;
     out->data = buf->data;
     out->mem = MEM_CUDA;
-    TRY(dev_copy(d, out, host, e));
+    TRY(cuda_load_copy(d, out->data, host->data, tensor_bytes(host), e));
     if (host->dt != DT_BF16) return OK;
     out->dt = DT_F16;
     return rows_bf16_to_f16_cuda(d, out, e);
@@ -95,8 +95,9 @@ static void cuda_close(device *d)
 {
     cuda_state *s = state(d);
     if (s) {
-        if (s->blas) cublasDestroy(s->blas);
-        cudaFree(s->blas_work);
+        err ignored;
+        (void)cuda_load_end(d, &ignored);
+        cuda_blas_close(d);
         cudaFree(s->counters);
         cudaFree(d->shared_scratch);
         for (int i = 0; i < 2; i++)
@@ -205,21 +206,24 @@ static err_code cuda_order(device *d, dev_lane first, dev_lane then, err *e)
 static const dev_backend cuda_backend = {
     cuda_alloc,       cuda_release,    cuda_copy,         cuda_sync,        cuda_memory,
     cuda_upload,      cuda_close,      cuda_record_begin, cuda_record_end,  cuda_record_run,
-    cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside, cuda_order};
+    cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside, cuda_order,
+    cuda_load_end,    cuda_map,        cuda_unmap};
 
-static err_code open_handles(device *d, cuda_state *s, err *e)
+/* Asked as soon as there is a context. */
+static err_code open_footprint(device *d, err *e)
+{
+    size_t total;
+    CUDA_TRY(cudaMemGetInfo(&d->footprint.free_bytes, &total), e);
+    d->footprint.context_bytes = total - d->footprint.free_bytes;
+    return OK;
+}
+
+static err_code open_handles(device *d, cuda_state *s, int index, err *e)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
     CUDA_TRY(cudaMalloc((void **)&s->counters, (CUDA_COUNTERS + 4) * sizeof(int32_t)), e);
     CUDA_TRY(cudaMemsetAsync(s->counters, 0, (CUDA_COUNTERS + 4) * sizeof(int32_t), s->stream), e);
-    if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS ||
-        cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
-        return err_set(e, E_DEVICE, "%s: cublasCreate failed", d->name);
-    /* A workspace of our own: recorded work may not allocate, and its bytes are counted. */
-    CUDA_TRY(cudaMalloc(&s->blas_work, CUDA_BLAS_BYTES), e);
-    if (cublasSetWorkspace(s->blas, s->blas_work, CUDA_BLAS_BYTES) != CUBLAS_STATUS_SUCCESS)
-        return err_set(e, E_DEVICE, "%s: cublasSetWorkspace failed", d->name);
-    return OK;
+    return cuda_blas_open(d, index, e);
 }
 
 err_code device_cuda_open(device *d, const dev_opts *o, err *e)
@@ -255,7 +259,12 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     s->sm = sm;
     s->sms = p.multiProcessorCount;
     s->last_op = "open";
-    TRY(open_handles(d, s, e));
+    TRY(open_footprint(d, e));
+    int maps;
+    CUDA_TRY(cudaDeviceGetAttribute(&maps, cudaDevAttrHostRegisterReadOnlySupported, o->index), e);
+    d->maps = maps;
+    d->footprint.own_bytes = CUDA_BLAS_BYTES + CUDA_COUNTERS * sizeof(int32_t);
+    TRY(open_handles(d, s, o->index, e));
     TRY(cuda_pass_make(d, e));
     ops_init_cuda(&d->ops, sm);
     return OK;

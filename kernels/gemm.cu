@@ -56,7 +56,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
                        dtype_name(w->dt));
     TRY(cuda_pass_flush(d, e));
     TRY(cuda_blas(d, "gemm",
-                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
+                  cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
                                CUDA_R_16F, k, x->data, CUDA_R_16F, (int)x->stride[0], &beta,
                                y->data, y->dt == DT_F32 ? CUDA_R_32F : CUDA_R_16F,
                                (int)y->stride[0], CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
@@ -79,7 +79,7 @@ err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
         const int n = k - at < GRAM_PANEL ? k - at : GRAM_PANEL;
         const __half *cols = (const __half *)x->data + at;
         TRY(cuda_blas(d, "gram",
-                      cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, n, k - at, m, &one,
+                      cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_T, n, k - at, m, &one,
                                    cols, CUDA_R_16F, ld, cols, CUDA_R_16F, ld, &one,
                                    (float *)h->data + (int64_t)at * ldh + at, CUDA_R_32F, ldh,
                                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
@@ -100,7 +100,7 @@ err_code matmul_cuda(device *d, tensor *y, const tensor *a, const tensor *b, err
     const float one = 1.f, zero = 0.f;
     TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "matmul",
-                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
+                     cublasSgemm(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
                                  (int)a->shape[0], (int)a->shape[1], &one, (const float *)b->data,
                                  (int)b->stride[0], (const float *)a->data, (int)a->stride[0],
                                  &zero, (float *)y->data, (int)y->stride[0]),

@@ -10,7 +10,7 @@ extern "C" {
 #define THREADS     256
 #define STREAM_ROWS W4_FEW_MAX /* beyond, unpacking the weight for a dense product is faster */
 #define DENSE_BYTES \
-    ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
+    ((size_t)32 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 
 /* ---- tiling ---- */
 
@@ -21,6 +21,7 @@ typedef struct {
     const __half *scales;
     const void *zeros;
     int n, k, group, first; /* first: row of the fused weight where this part begins */
+    int k0;                 /* input of the weight with which q, scales and zeros begin */
     int paired;             /* 0, or 1 + which half of pairs the part is */
     bool awq;               /* nibble order 0,2,4,6,1,3,5,7 and packed zeros; else TurboMind */
 } disk_w4;
@@ -49,8 +50,8 @@ __global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_byte
     if (i >= (int64_t)s.n * (s.k / 8)) return;
     const int n = (int)(i % s.n), k = (int)(i / s.n) * 8;
     const int2 at = tile_row(s, n);
-    const int tile = at.x, g = at.y & 7, high = at.y >> 3;
-    const int unit = k / 128, step = k % 128 / 32, t = k % 32 / 8;
+    const int tile = at.x, g = at.y & 7, high = at.y >> 3, to = s.k0 + k;
+    const int unit = to / 128, step = to % 128 / 32, t = to % 32 / 8;
     uint32_t *p = (uint32_t *)(data + ((size_t)tile * units + unit) * unit_bytes) +
                   ((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2;
     uint32_t word[2] = {0, 0};
@@ -65,7 +66,7 @@ __global__ void w4_tile_params(uint8_t *data, disk_w4 s, int units, int unit_byt
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int groups = s.k / s.group;
     if (i >= (int64_t)s.n * groups) return;
-    const int n = (int)(i % s.n), gr = (int)(i / s.n), k = gr * s.group;
+    const int n = (int)(i % s.n), gr = (int)(i / s.n), k = s.k0 + gr * s.group;
     const int2 at = tile_row(s, n);
     const __half zero =
         s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
@@ -161,31 +162,49 @@ size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
            (size_t)n * 2;
 }
 
-/* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host
- * first. */
-static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
-                            int units, err *e)
+/* Inputs [w.k0, w.k0 + w.k) of a part to the device, tiled there. */
+static err_code upload_slice(device *d, uint8_t *data, disk_w4 w, const cuda_piece *piece,
+                             int units, err *e)
 {
     const cudaStream_t stream = cuda_of(d)->stream;
-    const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales),
-                 z = tensor_bytes(&src->zeros);
-    uint8_t *raw = NULL;
-    disk_w4 w = {};
-    err_code rc = OK;
-    CUDA_TRY(cudaMalloc((void **)&raw, q + s + z), e);
-    cudaMemcpyAsync(raw, src->q.data, q, cudaMemcpyHostToDevice, stream);
-    cudaMemcpyAsync(raw + q, src->scales.data, s, cudaMemcpyHostToDevice, stream);
-    cudaMemcpyAsync(raw + q + s, src->zeros.data, z, cudaMemcpyHostToDevice, stream);
-    w.q = (const uint32_t *)raw, w.scales = (const __half *)(raw + q), w.zeros = raw + q + s;
-    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.paired = paired,
-    w.awq = src->layout == W4_AWQ;
+    uint8_t *at[3];
+    TRY(cuda_load_raw(d, piece, 3, at, e));
+    w.q = (const uint32_t *)at[0], w.scales = (const __half *)at[1], w.zeros = at[2];
     w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(
         data, w, units, w4_unit_bytes(w.group));
     w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(
         data, w, units, w4_unit_bytes(w.group));
-    rc = cuda_launched(d, "w4_upload", cudaStreamSynchronize(stream), e);
-    cudaFree(raw);
-    return rc;
+    TRY(cuda_launched(d, "w4_upload", cudaSuccess, e));
+    return cuda_load_tiled(d, e);
+}
+
+/* Words as they lie on disk, in slices of whole groups; anything but AWQ and TurboMind words goes
+ * through the host first. */
+static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
+                            int units, err *e)
+{
+    const size_t groups = (size_t)(src->k / src->group);
+    const size_t bytes[3] = {tensor_bytes(&src->q) / groups, tensor_bytes(&src->scales) / groups,
+                             tensor_bytes(&src->zeros) / groups};
+    const void *const from[3] = {src->q.data, src->scales.data, src->zeros.data};
+    const size_t most = (CUDA_LOAD_BYTES - 3 * 256) / (bytes[0] + bytes[1] + bytes[2]);
+    disk_w4 w = {};
+    if (!most)
+        return err_set(e, E_UNSUPPORTED, "w4_upload: %lld outputs: more than a slot holds",
+                       (long long)src->n);
+    w.n = (int)src->n, w.group = src->group, w.first = first, w.paired = paired,
+    w.awq = src->layout == W4_AWQ;
+    for (size_t g = 0; g < groups; g += most) {
+        const size_t n = groups - g < most ? groups - g : most;
+        cuda_piece piece[3];
+        for (int i = 0; i < 3; i++) {
+            piece[i].src = (const uint8_t *)from[i] + g * bytes[i];
+            piece[i].bytes = n * bytes[i];
+        }
+        w.k0 = (int)g * w.group, w.k = (int)n * w.group;
+        TRY(upload_slice(d, data, w, piece, units, e));
+    }
+    return OK;
 }
 
 static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
@@ -216,9 +235,9 @@ static err_code upload_bias(device *d, __half *bias, const w4_weight *const *par
             TRY(mem_alloc(&mem, (size_t)n, 2, "bias", e));
             tensor t = tensor_1d(mem, DT_F16, n);
             tensor_convert(&t, &parts[i]->bias);
-            const cudaError_t rc = cudaMemcpy(bias, mem, (size_t)n * 2, cudaMemcpyHostToDevice);
+            const err_code rc = cuda_load_copy(d, bias, mem, (size_t)n * 2, e);
             mem_free(mem);
-            CUDA_TRY(rc, e);
+            if (rc != OK) return rc;
         }
         bias += n;
     }

@@ -213,7 +213,7 @@ static err_code gram_blocks_cuda(device *d, tensor *h, const tensor *x, err *e)
     const int g = (int)h->shape[1], m = (int)x->shape[0], ld = (int)x->stride[0];
     TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "gram_blocks",
-                     cublasGemmStridedBatchedEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, g, g, m,
+                     cublasGemmStridedBatchedEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_T, g, g, m,
                                                 &one, x->data, CUDA_R_16F, ld, g, x->data,
                                                 CUDA_R_16F, ld, g, &one, h->data, CUDA_R_32F, g,
                                                 (long long)g * g, (int)h->shape[0],
@@ -228,8 +228,8 @@ static err_code cross_cuda(device *d, tensor *y, const tensor *a, const tensor *
     const int n = (int)a->shape[1], k = (int)b->shape[1], m = (int)a->shape[0];
     TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "cross",
-                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, n, m, &one,
-                                  b->data, CUDA_R_16F, (int)b->stride[0], a->data, CUDA_R_16F,
+                     cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_T, k, n, m, &one, b->data,
+                                  CUDA_R_16F, (int)b->stride[0], a->data, CUDA_R_16F,
                                   (int)a->stride[0], &one, y->data, CUDA_R_32F, k,
                                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                      e);
@@ -252,7 +252,7 @@ static err_code form_cuda(device *d, tensor *out, const tensor *x, const tensor 
     const int k = (int)x->shape[1], m = (int)x->shape[0];
     TRY(cuda_pass_flush(d, e));
     TRY(cuda_blas(d, "form",
-                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, k, m, k, &one, h->data,
+                  cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_N, k, m, k, &one, h->data,
                                CUDA_R_32F, (int)h->stride[0], x->data, CUDA_R_32F,
                                (int)x->stride[0], &zero, work->data, CUDA_R_32F,
                                (int)work->stride[0], CUBLAS_COMPUTE_32F_FAST_TF32,

@@ -295,7 +295,7 @@ static err_code spread(device *d, float *x, const float *moves, const float *row
 {
     const float one = 1.f;
     return cuda_blas(d, "spread",
-                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)cols, (int)n,
+                     cublasSgemm(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_N, (int)cols, (int)n,
                                  width, &alpha, rows, (int)k, moves, WIDTH, &one, x, (int)k),
                      e);
 }

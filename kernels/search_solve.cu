@@ -128,7 +128,7 @@ static err_code factor_part(device *d, float *a, int64_t ld, int n, int32_t *fai
     if (n <= BASE) return base_factor(d, a, ld, n, failed, e);
     const int p = split_of(n), q = n - p, l = (int)ld;
     float *low = a + (int64_t)p * ld, *rest = low + p;
-    cublasHandle_t blas = cuda_of(d)->blas;
+    cublasHandle_t blas = cuda_blas_of(d);
     TRY(factor_part(d, a, ld, p, failed, e));
     TRY(cuda_blas(d, "factor",
                   cublasStrsm(blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER, CUBLAS_OP_T,
@@ -148,7 +148,7 @@ static err_code invert_part(device *d, float *a, int64_t ld, int n, err *e)
     if (n <= BASE) return base_invert(d, a, ld, n, e);
     const int p = split_of(n), q = n - p, l = (int)ld;
     float *low = a + (int64_t)p * ld, *rest = low + p;
-    cublasHandle_t blas = cuda_of(d)->blas;
+    cublasHandle_t blas = cuda_blas_of(d);
     TRY(invert_part(d, a, ld, p, e));
     TRY(invert_part(d, rest, ld, q, e));
     TRY(cuda_blas(d, "invert",
@@ -203,7 +203,7 @@ err_code search_solve_cuda(device *d, tensor *x, const tensor *l, err *e)
     TRY(cuda_pass_flush(d, e));
     for (int i = 0; i < 2; i++)
         TRY(cuda_blas(d, "solve",
-                      cublasStrsm(cuda_of(d)->blas, CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER,
+                      cublasStrsm(cuda_blas_of(d), CUBLAS_SIDE_LEFT, CUBLAS_FILL_MODE_UPPER,
                                   turn[i], CUBLAS_DIAG_NON_UNIT, k, n, &one, (const float *)l->data,
                                   k, (float *)x->data, k),
                       e));

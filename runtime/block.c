@@ -243,7 +243,7 @@ static void linear_bytes(const device *d, const linear_view *v, size_t *bound, s
     if (host && tensor_contiguous(&v->dense))
         *mapped += tensor_bytes(&v->dense);
     else
-        *bound += tensor_bytes(&v->dense);
+        *bound += dev_upload_bytes(d, &v->dense);
     if (v->bias.data) *(host ? mapped : bound) += tensor_bytes(&v->bias);
 }
 

@@ -24,9 +24,12 @@ typedef struct {
 /* What opening takes, known before anything is read. */
 typedef struct {
     size_t weights_bytes; /* device memory for weights (tiled W4, turned or copied tensors) */
-    size_t mapped_bytes;  /* weights used where they lie in the page cache */
+    size_t mapped_bytes;  /* weights used where they lie in the page cache: all 16-bit ones on the
+                             CPU, an embedding at most elsewhere */
     size_t kv_bytes;      /* the cache at its fullest; host pages are taken as they are used */
-    size_t scratch_bytes;
+    size_t scratch_bytes; /* on the device */
+    size_t kernel_bytes;  /* of these, what the kernels share: it stays with the device */
+    bool embed_mapped;    /* a device with memory of its own reads the embedding on the host */
     int32_t session_len, kv_blocks, block_tokens, max_seqs, max_rows, logit_rows;
     kv_format kv;
 } model_plan;
