@@ -174,6 +174,8 @@ static void engine_text(const engine_stats *s, const style *y)
     one(y, "generation_tokens_total", "counter", "Tokens of answers.", s->new_tokens);
     one(y, "preemptions_total", "counter", "Requests set back for want of blocks.", s->preemptions);
     one(y, "engine_steps_total", "counter", "Steps of the engine.", s->steps);
+    head(y, "engine_step_seconds", "gauge", "What the step under way has taken; 0: none is.");
+    out_printf(o, "tm_engine_step_seconds %.9g\n", s->step_s);
     head(y, "engine_busy_seconds_total", "counter", "Time spent in steps.");
     out_printf(o, "tm_engine_busy_seconds_total %.9g\n", s->busy_s);
     histogram(y, "time_to_first_token_seconds", "From submission to the first token.", &s->ttft_s);
