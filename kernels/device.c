@@ -71,6 +71,8 @@ void dev_close(device **d)
     *d = NULL;
 }
 
+err_code dev_use(device *d, err *e) { return d->backend->use ? d->backend->use(d, e) : OK; }
+
 dev_kind dev_kind_of(const device *d) { return d->kind; }
 memspace dev_mem(const device *d) { return d->mem; }
 dtype dev_act(const device *d) { return d->act; }

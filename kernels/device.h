@@ -18,8 +18,7 @@ typedef struct {
     const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the
                         kernels used */
     bool deterministic; /* only kernels that round a row in the same way whatever rows are with it:
-                           a sequence's results depend on nothing but its tokens. CUDA:
-                           E_UNSUPPORTED */
+                           a sequence's results depend on nothing but its tokens */
     int32_t
         sm; /* CUDA: kernels for this compute capability (75, 80 ..) where the device has a newer
                    one, to check them; 0: its own */
@@ -36,6 +35,8 @@ typedef struct {
 err_code dev_open(device **out, const dev_opts *o,
                   err *e);  /* E_UNSUPPORTED without that backend or driver */
 void dev_close(device **d); /* NULL accepted */
+/* The calling thread is from now on the one that uses d; needless in the one that opened it. */
+err_code dev_use(device *d, err *e);
 dev_kind dev_kind_of(const device *d);
 memspace dev_mem(const device *d);
 dtype dev_act(const device *d);        /* activations: DT_F32 on the CPU, DT_F16 on CUDA */

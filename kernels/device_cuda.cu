@@ -110,6 +110,13 @@ static void cuda_close(device *d)
     pool_close(&d->workers);
 }
 
+/* Streams belong to a device, which is a thread's own setting. */
+static err_code cuda_use(device *d, err *e)
+{
+    CUDA_TRY(cudaSetDevice(state(d)->index), e);
+    return OK;
+}
+
 /* ---- recorded work ---- */
 static err_code cuda_record_begin(device *d, err *e)
 {
@@ -204,10 +211,10 @@ static err_code cuda_order(device *d, dev_lane first, dev_lane then, err *e)
 }
 
 static const dev_backend cuda_backend = {
-    cuda_alloc,       cuda_release,    cuda_copy,         cuda_sync,        cuda_memory,
-    cuda_upload,      cuda_close,      cuda_record_begin, cuda_record_end,  cuda_record_run,
-    cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside, cuda_order,
-    cuda_load_end,    cuda_map,        cuda_unmap};
+    cuda_alloc,      cuda_release,     cuda_copy,       cuda_sync,         cuda_memory,
+    cuda_upload,     cuda_close,       cuda_use,        cuda_record_begin, cuda_record_end,
+    cuda_record_run, cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside,
+    cuda_order,      cuda_load_end,    cuda_map,        cuda_unmap};
 
 /* Asked as soon as there is a context. */
 static err_code open_footprint(device *d, err *e)
@@ -243,10 +250,6 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
     if (sm < 75)
         return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
-    if (o->deterministic)
-        return err_set(e, E_UNSUPPORTED,
-                       "%s: no deterministic kernels: cuBLAS rounds by the number of rows",
-                       d->name);
     d->backend = &cuda_backend;
     d->mem = MEM_CUDA;
     d->act = DT_F16;
@@ -256,6 +259,7 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     TRY(mem_alloc(&mem, 1, sizeof(cuda_state), "device", e));
     d->backend_data = mem;
     cuda_state *s = (cuda_state *)mem;
+    s->index = o->index;
     s->sm = sm;
     s->sms = p.multiProcessorCount;
     s->last_op = "open";
@@ -265,7 +269,7 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     d->maps = maps;
     d->footprint.own_bytes = CUDA_BLAS_BYTES + CUDA_COUNTERS * sizeof(int32_t);
     TRY(open_handles(d, s, o->index, e));
-    TRY(cuda_pass_make(d, e));
+    if (!d->deterministic) TRY(cuda_pass_make(d, e)); /* its splits follow the batch */
     ops_init_cuda(&d->ops, sm);
     return OK;
 }

@@ -38,7 +38,7 @@ typedef struct {
     const char *last_op;    /* for errors that surface later */
     int w4_group; /* of the weight uploaded last: what producers make planes for; 0 none */
     cuda_planes planes;
-    int sm, sms;
+    int index, sm, sms;
     cudaStream_t lane[2]; /* of copies in and out; NULL until used */
     cudaEvent_t order;    /* recorded on one lane, waited for on another */
 } cuda_state;
@@ -138,6 +138,13 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
                           const batch_rows *rows, float scale, int32_t window,
                           const struct rope_call *rope, err *e);
 
+/* The same on a device opened as deterministic: a row's bits depend on the row alone. */
+err_code gemm_fixed_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
+                         bool add, err *e);
+err_code attn_fixed_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                         const batch_rows *rows, float scale, int32_t window, err *e);
+size_t attn_fixed_scratch_cuda(const op_limits *lim);
+
 /* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
 extern "C" {
 err_code embed_cuda(device *, tensor *, const tensor *, const tensor *, err *);
@@ -162,7 +169,9 @@ err_code gram_cuda(device *, tensor *, const tensor *, err *);
 err_code gram_finish_cuda(device *, tensor *, err *);
 err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);
 err_code matmul_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code sample_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, tensor *, err *);
 err_code rows_bf16_to_f16_cuda(device *, tensor *, err *); /* in place; beyond f16: infinity */
+size_t sample_scratch_cuda(const op_limits *);
 size_t attn_scratch_cuda(const device *, const op_limits *);
 size_t gemm_w4_scratch_cuda(const device *, const op_limits *);
 }

@@ -54,6 +54,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
     if (w->dt != DT_F16) /* dev_upload makes weights f16 */
         return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name,
                        dtype_name(w->dt));
+    if (d->deterministic) return gemm_fixed_cuda(d, y, x, w, bias, add, e);
     TRY(cuda_pass_flush(d, e));
     TRY(cuda_blas(d, "gemm",
                   cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,

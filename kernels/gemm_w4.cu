@@ -210,7 +210,7 @@ static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int 
 static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
                            int units, err *e)
 {
-    w4_weight t;
+    w4_weight t = {};
     size_t q, s, z;
     void *mem;
     if (src->layout == W4_AWQ || src->layout == W4_TM)
@@ -331,10 +331,13 @@ static err_code many_rows(device *d, tensor *y, const tensor *x, const w4_weight
     return OK;
 }
 
+/* Rows of one call of the weight stream. */
+static int64_t few_most(const device *d) { return d->deterministic ? W4_FEW_MAX : STREAM_ROWS; }
+
 /* One row of activations through the kernel that makes their planes itself. */
 static bool one_row(const device *d, const tensor *x, const w4_weight *w)
 {
-    return cuda_of(d)->sm >= 90 && x->shape[0] == 1 && w->k % 128 == 0 &&
+    return cuda_of(d)->sm >= 90 && !d->deterministic && x->shape[0] == 1 && w->k % 128 == 0 &&
            w->k <= W4_ONE_UNITS * 128 && (uintptr_t)x->data % 16 == 0;
 }
 
@@ -358,8 +361,17 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
         c.x = (const __half *)x->data, c.y = y->data, c.add = add, c.wide = y->dt == DT_F32;
         return run_one(d, w, &c, e);
     }
-    if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4)
+    if (cuda_of(d)->sm < 90 || x->stride[0] % 4 || (m > few_most(d) && !d->deterministic))
         return many_rows(d, y, x, w, add, e);
+    if (m > few_most(d)) { /* each weight again for each slice, in the order of few rows */
+        for (int64_t i = 0; i < m; i += few_most(d)) {
+            const int64_t n = m - i < few_most(d) ? m - i : few_most(d);
+            const tensor part = tensor_rows(x, i, n);
+            tensor out = tensor_rows(y, i, n);
+            TRY(gemm_w4_cuda(d, &out, &part, w, add, e));
+        }
+        return OK;
+    }
     w4_call c = {};
     c.x = (const __half *)x->data, c.y = y->data, c.m = (int)m;
     c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];

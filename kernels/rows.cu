@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(NLL_THREADS)
     pdl_launch();
     pdl_wait();
     const float *row = logits + (int64_t)blockIdx.x * ld;
-    const int64_t v4 = (uintptr_t)row % 16 == 0 ? v / 4 : 0;
+    /* the order of the sum is that of all rows, not of the aligned ones */
+    const int64_t v4 = ((uintptr_t)logits | (uintptr_t)(ld * 4)) % 16 == 0 ? v / 4 : 0;
     float top = -INFINITY, sum = 0.f;
     int32_t id = 0;
 #pragma unroll 4

@@ -97,7 +97,8 @@ static void plan_scratch(model_plan *p, device *d, const model_desc *m)
     p->kernel_bytes = r_head > r_block ? r_head : r_block;
     p->scratch_bytes += p->kernel_bytes - r_block;
     p->scratch_bytes += ((size_t)p->max_rows + 2 * (size_t)p->logit_rows) * (size_t)m->hidden * res;
-    p->scratch_bytes += (size_t)p->logit_rows * ((size_t)m->vocab + 2) * 4 + stage_count(p) * 4;
+    p->scratch_bytes += (size_t)p->logit_rows * ((size_t)m->vocab + 2) * 4 + stage_count(p) * 4 +
+                        model_draws_bytes(d, m, p);
 }
 
 /* One piece of device memory for all that the model keeps but the kernels' scratch, which is the
@@ -107,7 +108,7 @@ static size_t pack_bytes(const model_desc *m, const model_plan *p)
     const size_t norms = 4 * ((size_t)m->hidden * 4 + DEV_PACK_ALIGN);
     return p->weights_bytes + p->kv_bytes + p->scratch_bytes - p->kernel_bytes +
            (size_t)m->layers * (norms + 12 * DEV_PACK_ALIGN) + (size_t)m->rope_dims * 2 +
-           32 * DEV_PACK_ALIGN;
+           36 * DEV_PACK_ALIGN;
 }
 
 static size_t block_cost(const model_desc *m, const model_plan *p)
@@ -260,13 +261,13 @@ static err_code open_host_outputs(model *m, err *e)
         m->best_host = m->best_buf.data;
         return OK;
     }
-    TRY(mem_alloc(&p, rows * (size_t)m->m->vocab, sizeof(float), "logits", e));
+    TRY(dev_host_alloc(&p, m->d, rows * (size_t)m->m->vocab * sizeof(float), "logits", e));
     m->logits_host = p;
-    TRY(mem_alloc(&p, rows, sizeof(float), "losses", e));
+    TRY(dev_host_alloc(&p, m->d, rows * sizeof(float), "losses", e));
     m->nll_host = p;
-    TRY(mem_alloc(&p, rows, sizeof(int32_t), "best ids", e));
+    TRY(dev_host_alloc(&p, m->d, rows * sizeof(int32_t), "best ids", e));
     m->best_host = p;
-    return OK;
+    return model_draws_open(m, e);
 }
 
 static err_code open_scratch(model *m, err *e)
@@ -373,11 +374,12 @@ void model_close(model **mp)
     dev_buf *bufs[] = {&m->embed_buf,  &m->norm_buf, &m->head_buf, &m->x_buf,        &m->pick_buf,
                        &m->logits_buf, &m->nll_buf,  &m->best_buf, &m->inv_freq_buf, &m->stage.dev};
     if (dev_mem(m->d) != MEM_HOST) {
-        mem_free(m->nll_host);
-        mem_free(m->best_host);
+        dev_host_free(m->d, m->nll_host);
+        dev_host_free(m->d, m->best_host);
+        dev_host_free(m->d, m->logits_host);
     }
+    model_draws_close(m);
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
-    mem_free(m->logits_host);
     mem_free(m->stage.base);
     mem_free(m->len);
     mem_free(m->rope_len);

@@ -647,8 +647,8 @@ static void add_case(Suite *s, const char *name, const TTest *test)
     suite_add_tcase(s, t);
 }
 
-/* test_cuda [--sm N] [--few]: --sm with the kernels of an older capability, of which the build has
- * PTX. */
+/* test_cuda [--sm N] [--few] [--deterministic]: --sm with the kernels of an older capability, of
+ * which the build has PTX; --deterministic with those of such a device. */
 int main(int argc, char **argv)
 {
     err e;
@@ -656,6 +656,7 @@ int main(int argc, char **argv)
     const dev_opts host = {.kind = DEV_CPU, .threads = 2, .isa = "ref"};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--few") == 0) few = true;
+        if (strcmp(argv[i], "--deterministic") == 0) card.deterministic = true;
         if (strcmp(argv[i], "--sm") == 0 && i + 1 < argc) card.sm = atoi(argv[i + 1]);
     }
     if (dev_open(&gpu, &card, &e) != OK) {

@@ -7,6 +7,7 @@
 
 static struct {
     int64_t prompt_tokens, new_tokens, batch, rounds, probe;
+    bool deterministic;
     run_model_opts model;
 } opt = {.prompt_tokens = 128,
          .new_tokens = 32,
@@ -25,6 +26,8 @@ static const cli_option options[] = {
      .hi = BENCH_MAX_ROUNDS},
     {"probe", 0, CLI_BYTES, &opt.probe, "BYTES",
      "memory read to measure its bandwidth, 0: not at all [512M]", .lo = 0, .hi = 0x1p40},
+    {"deterministic", 0, CLI_FLAG, &opt.deterministic, NULL,
+     "kernels whose answers do not depend on the batch, as serve has it"},
     RUN_MODEL_OPTIONS(opt.model),
 };
 
@@ -125,6 +128,7 @@ static err_code run(tool_ctx *t, err *e)
 {
     const double begin = clock_s();
     run_ctx r = {0};
+    t->device.deterministic = opt.deterministic;
     err_code rc = run_open(&r, t, false, e);
     if (rc == OK) rc = measure(&r, t, begin, e);
     run_close(&r);
