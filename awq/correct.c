@@ -3,13 +3,13 @@
 
 #include <string.h>
 
-#include "awq/lapack.h"
+#include "awq/cholesky.h"
 #include "base/mem.h"
 
 #define ROWS       CORRECT_ROWS
 #define MAX_RAISES 6 /* of the ridge, each tenfold */
 
-/* ---- solving ---- */
+/* ---- the factor ---- */
 
 static double mean_diagonal(const tensor *h)
 {
@@ -19,28 +19,20 @@ static double mean_diagonal(const tensor *h)
     return sum > 0 ? sum / (double)k : 1;
 }
 
-/* LAPACK reads columns where we have rows: its right-hand sides are our rows, and a symmetric
- * matrix is its own transpose. */
-err_code correct_solve(const quant_block *b, tensor_role r, chain_moments *m, float *factor,
-                       const correct_opts *o, err *e)
+err_code correct_factor(const quant_block *b, tensor_role r, const chain_moments *m, float *factor,
+                        const correct_opts *o, err *e)
 {
-    const int n = (int)m->h.shape[0], hidden = (int)b->m->hidden;
+    const int64_t k = m->h.shape[0];
     const double mean = mean_diagonal(&m->h);
     double ridge = o->ridge;
-    int info = 1;
-    openblas_set_num_threads(1); /* more would change the order of its sums */
-    for (int i = 0; i < MAX_RAISES && info != 0; i++, ridge *= 10) {
-        memcpy(factor, m->h.data, (size_t)n * (size_t)n * sizeof *factor);
-        for (int64_t j = 0; j < n; j++) factor[j * n + j] += (float)(ridge * mean);
-        spotrf_("U", &n, factor, &n, &info);
+    for (int i = 0; i < MAX_RAISES; i++, ridge *= 10) {
+        memcpy(factor, m->h.data, (size_t)(k * k) * sizeof *factor);
+        for (int64_t j = 0; j < k; j++) factor[j * k + j] += (float)(ridge * mean);
+        if (cholesky_factor(dev_pool(b->d), factor, k)) return OK;
     }
-    if (info != 0)
-        return err_set(e, E_INPUT,
-                       "layer %d: %s: second moments cannot be factored, whatever the ridge",
-                       (int)b->layer, role_name(r));
-    spotrs_("U", &n, &n, factor, &n, m->cross.data, &n, &info);
-    if (m->resid.data) spotrs_("U", &n, &hidden, factor, &n, m->resid.data, &n, &info);
-    return OK;
+    return err_set(e, E_INPUT,
+                   "layer %d: %s: second moments cannot be factored, whatever the ridge",
+                   (int)b->layer, role_name(r));
 }
 
 /* ---- rows ---- */
@@ -59,7 +51,7 @@ static err_code pull(const quant_block *b, const chain_moments *m, const correct
 }
 
 err_code correct_weights(const quant_block *b, tensor_role r, const chain_moments *m,
-                         const correct_opts *o, tensor *out, err *e)
+                         const float *factor, const correct_opts *o, tensor *out, err *e)
 {
     const int64_t k = out->shape[1];
     linear_view v;
@@ -73,6 +65,7 @@ err_code correct_weights(const quant_block *b, tensor_role r, const chain_moment
         if ((rc = job_check(b->j, e)) != OK) break;
         if ((rc = fold_rows(&w, &v.dense, NULL, at, n, b->layer, r, e)) != OK) break;
         if ((rc = pull(b, m, o, &w, at, &y, e)) != OK) break;
+        cholesky_solve(dev_pool(b->d), factor, k, mem, n);
         for (int64_t i = 0; i < n * k; i++) ((float *)w.data)[i] += ((float *)mem)[i];
     }
     mem_free(mem);

@@ -12,18 +12,17 @@ typedef struct {
     double resid; /* share of the residual stream's error that o and down take upon themselves */
 } correct_opts;
 
-/* m->cross becomes cross (H + ridge)^-1, m->resid likewise: what correct_weights adds. H stays.
- * factor f32 [k,k]: scratch. */
-err_code correct_solve(const quant_block *b, tensor_role r, chain_moments *m, float *factor,
-                       const correct_opts *o, err *e);
-/* w f32 [n,k] = W + W cross + resid * o->resid, of the model's W, from a solved m. */
+/* The Cholesky factor of H + ridge into factor f32 [k,k], for correct_weights. */
+err_code correct_factor(const quant_block *b, tensor_role r, const chain_moments *m, float *factor,
+                        const correct_opts *o, err *e);
+/* w f32 [n,k] = W + (W cross + o->resid * resid) (H + ridge)^-1, of the model's W. */
 err_code correct_weights(const quant_block *b, tensor_role r, const chain_moments *m,
-                         const correct_opts *o, tensor *w, err *e);
+                         const float *factor, const correct_opts *o, tensor *w, err *e);
 
-/* The squared error of rounded weights over the windows of m (not solved), less what no weights
+/* The squared error of rounded weights over the windows of m, less what no weights
  * change: tr(E H E^T) - 2 tr(E (W cross + o->resid * resid)^T), E = rounded - W. `rounded` gives
  * rows of the weights as they act on the unscaled input. */
-#define CORRECT_ROWS 256 /* at most so many rows at a time */
+#define CORRECT_ROWS 512 /* at most so many rows at a time */
 typedef err_code (*rounded_rows)(void *ctx, int64_t from, int64_t n, tensor *x, err *e);
 err_code correct_loss(const quant_block *b, tensor_role r, const chain_moments *m,
                       const correct_opts *o, rounded_rows rounded, void *ctx, double *loss, err *e);

@@ -6,28 +6,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "awq/lapack.h"
+#include "awq/cholesky.h"
 #include "base/half.h"
 
-#define BLOCK      128 /* columns between two products with the rest */
-#define TILE       256 /* rows rounded together */
-#define ROW_CHUNK  8   /* rows of a pool item */
-#define MAX_RAISES 6   /* of the damping, each tenfold */
+#define BLOCK      128  /* columns between two products with the rest */
+#define TILE       1024 /* rows rounded together */
+#define ROW_CHUNK  8    /* rows of a pool item */
+#define MAX_RAISES 6    /* of the damping, each tenfold */
 
 typedef struct {
     const quant_block *b;
     plan_linear *out;
     int64_t n, k, groups;
-    float *h;            /* [k,k] H of the scaled input, columns and rows in rounding order */
-    float *u;            /* [k,k] upper factor of its damped inverse */
-    int32_t *order;      /* [k] input of each place */
-    int32_t *place;      /* [k] place of each input */
-    float *w, *x;        /* [TILE,k] weights in rounding order; products */
-    float *spread;       /* [TILE,BLOCK] error over the pivot */
+    float *h;            /* [k,k] H of the scaled input */
+    float *u;            /* [k,k] upper factor of its damped inverse, in rounding order */
+    int32_t *order;      /* [k] input of each place in rounding order */
+    float *w, *x;        /* [TILE,k] weights; products */
+    float *spread;       /* [TILE,BLOCK] errors over the pivot; what weights moved by */
+    float *square;       /* [BLOCK,BLOCK] of h, at the block */
     float *scale, *zero; /* [TILE,groups] */
-    uint8_t *codes;      /* [TILE,k] in rounding order */
+    uint8_t *codes;      /* [TILE,k] */
     int64_t from, rows;  /* the tile */
-    int64_t at, width;   /* the block of columns */
+    int64_t at, width;   /* the block of columns: in rounding order to round, of inputs to sweep */
     int64_t changed[TILE / ROW_CHUNK];
     bool refit;
 } feedback;
@@ -35,7 +35,7 @@ typedef struct {
 size_t feedback_bytes(int64_t k)
 {
     const size_t n = (size_t)k;
-    return 2 * n * n * sizeof(float) + 2 * n * sizeof(int32_t) +
+    return (2 * n * n + BLOCK * BLOCK) * sizeof(float) + n * sizeof(int32_t) +
            TILE * (2 * n * sizeof(float) + BLOCK * sizeof(float) + n + 2 * n / 32 * sizeof(float));
 }
 
@@ -63,10 +63,7 @@ static err_code sort_inputs(feedback *s, const tensor *h, const float *col, err 
         p[i] = (ranked){((const float *)h->data)[i * s->k + i] / (c * c), (int32_t)i};
     }
     qsort(p, (size_t)s->k, sizeof *p, by_diagonal);
-    for (int64_t i = 0; i < s->k; i++) {
-        s->order[i] = p[i].at;
-        s->place[p[i].at] = (int32_t)i;
-    }
+    for (int64_t i = 0; i < s->k; i++) s->order[i] = p[i].at;
     mem_free(mem);
     return OK;
 }
@@ -74,32 +71,38 @@ static err_code sort_inputs(feedback *s, const tensor *h, const float *col, err 
 typedef struct {
     feedback *s;
     const float *h, *col;
-} gather_job;
+} scale_job;
 
 /* The scaled input is x / col, so its H is H / (col col^T). */
-static void gather_row(void *ctx, int64_t i, int worker)
+static void scale_row(void *ctx, int64_t i, int worker)
 {
-    const gather_job *j = ctx;
-    const feedback *s = j->s;
-    const float *row = j->h + s->order[i] * s->k;
-    const float c = j->col ? j->col[s->order[i]] : 1.f;
+    const scale_job *j = ctx;
+    const int64_t k = j->s->k;
+    const float *from = j->h + i * k, c = j->col ? j->col[i] : 1.f;
+    float *to = j->s->h + i * k;
     (void)worker;
-    for (int64_t q = 0; q < s->k; q++)
-        s->h[i * s->k + q] = row[s->order[q]] / (c * (j->col ? j->col[s->order[q]] : 1.f));
+    for (int64_t q = 0; q < k; q++) to[q] = from[q] / (c * (j->col ? j->col[q] : 1.f));
 }
 
-/* With the order reversed, H = L L^T; the inverse of L, read from its end, is the upper factor of
+/* With the rounding order reversed. */
+static void gather_row(void *ctx, int64_t i, int worker)
+{
+    const feedback *s = ctx;
+    const int64_t k = s->k;
+    const float *from = s->h + s->order[k - 1 - i] * k;
+    float *to = s->u + i * k;
+    (void)worker;
+    for (int64_t q = 0; q < k; q++) to[q] = from[s->order[k - 1 - q]];
+}
+
+/* In that order H = L L^T; the inverse of L, read from its end, is the upper factor of
  * H's inverse in rounding order. */
 static bool factor(feedback *s, float add)
 {
-    const int n = (int)s->k;
-    int info;
-    for (int64_t i = 0; i < s->k; i++)
-        for (int64_t j = 0; j < s->k; j++)
-            s->u[i * s->k + j] = s->h[(s->k - 1 - i) * s->k + s->k - 1 - j] + (i == j ? add : 0.f);
-    spotrf_("U", &n, s->u, &n, &info);
-    if (info == 0) strtri_("U", "N", &n, s->u, &n, &info);
-    if (info != 0) return false;
+    pool *p = dev_pool(s->b->d);
+    pool_run(p, gather_row, s, s->k);
+    for (int64_t i = 0; i < s->k; i++) s->u[i * s->k + i] += add;
+    if (!cholesky_factor(p, s->u, s->k) || !cholesky_invert(p, s->u, s->k)) return false;
     for (int64_t a = 0, z = s->k * s->k - 1; a < z; a++, z--) {
         const float t = s->u[a];
         s->u[a] = s->u[z];
@@ -141,7 +144,7 @@ static void round_row(feedback *s, int64_t r)
         const float *u = s->u + j * s->k;
         const int code = code_of(w[j], s->scale[g], s->zero[g]);
         const float miss = (w[j] - ((float)code - s->zero[g]) * s->scale[g]) / u[j];
-        s->codes[r * s->k + j] = (uint8_t)code;
+        s->codes[r * s->k + s->order[j]] = (uint8_t)code;
         spread[c] = miss;
         for (int64_t q = j + 1; q < s->at + s->width; q++) w[q] -= miss * u[q];
     }
@@ -184,64 +187,124 @@ static err_code round_tile(feedback *s, err *e)
     return OK;
 }
 
-/* ---- coordinate descent ---- */
+/* ---- coordinate descent ----
+ * x holds (w' - w) H. Block by block of inputs: against the block's own square of H its codes and
+ * scales move to where the loss, with all else fixed, is least; one product then carries what the
+ * weights moved by to the other inputs. */
 
-/* x holds the row's (w' - w) H. A code moves to where the loss, with all others fixed, is least. */
-static int64_t sweep_row(feedback *s, int64_t r)
+/* One row at its block. */
+typedef struct {
+    const float *square; /* [BLOCK,BLOCK] of H */
+    uint8_t *codes;
+    float *scale;
+    const float *zero;
+    float grad[BLOCK]; /* of x */
+    float *moved;      /* [BLOCK] */
+    int64_t width;
+    int32_t group;
+} descent;
+
+static void add_scaled(float *to, float a, const float *x, int64_t n)
 {
-    float *g = s->x + r * s->k;
-    uint8_t *codes = s->codes + r * s->k;
+    for (int64_t i = 0; i < n; i++) to[i] += a * x[i];
+}
+
+static int64_t move_codes(descent *c)
+{
     int64_t changed = 0;
-    for (int64_t j = 0; j < s->k; j++) {
-        const float *h = s->h + j * s->k,
-                    step = s->scale[r * s->groups + s->order[j] / s->b->o->group];
+    for (int64_t j = 0; j < c->width; j++) {
+        const float *h = c->square + j * BLOCK, step = c->scale[j / c->group];
         if (!(h[j] > 0.f)) continue;
-        float q = (float)codes[j] + nearbyintf(-g[j] / (h[j] * step));
+        float q = (float)c->codes[j] + nearbyintf(-c->grad[j] / (h[j] * step));
         q = q < 0.f ? 0.f : q > 15.f ? 15.f : q;
-        const float move = (q - (float)codes[j]) * step;
+        const float move = (q - (float)c->codes[j]) * step;
         if (move == 0.f) continue;
-        codes[j] = (uint8_t)q;
+        c->codes[j] = (uint8_t)q;
+        c->moved[j] += move;
         changed++;
-        for (int64_t i = 0; i < s->k; i++) g[i] += move * h[i];
+        add_scaled(c->grad, move, h, c->width);
     }
     return changed;
 }
 
-/* The scale of a group goes to where the loss, with all codes and other scales fixed, is least:
- * along u, the steps of its codes, that is scale - u.g / u H u. */
-static void refit_group(feedback *s, int64_t r, int64_t group)
+/* Along u, the steps of the group's codes: scale - u.g / u H u. */
+static void refit_group(descent *c, int64_t group)
 {
-    float *g = s->x + r * s->k, *uh = s->w + r * s->k, *scale = s->scale + r * s->groups + group;
-    const uint8_t *codes = s->codes + r * s->k;
-    const float zero = s->zero[r * s->groups + group];
-    const int32_t *place = s->place + group * s->b->o->group;
+    const int64_t from = group * c->group, end = from + c->group;
+    const float zero = c->zero[group];
+    float uh[BLOCK] = {0};
     double slope = 0, bend = 0;
-    memset(uh, 0, (size_t)s->k * sizeof *uh);
-    for (int32_t i = 0; i < s->b->o->group; i++) {
-        const float u = (float)codes[place[i]] - zero, *h = s->h + place[i] * s->k;
+    for (int64_t i = from; i < end; i++) {
+        const float u = (float)c->codes[i] - zero;
         if (u == 0.f) continue;
-        slope += (double)u * g[place[i]];
-        for (int64_t j = 0; j < s->k; j++) uh[j] += u * h[j];
+        slope += (double)u * c->grad[i];
+        add_scaled(uh, u, c->square + i * BLOCK, c->width);
     }
-    for (int32_t i = 0; i < s->b->o->group; i++)
-        bend += ((double)codes[place[i]] - zero) * uh[place[i]];
+    for (int64_t i = from; i < end; i++) bend += ((double)c->codes[i] - zero) * uh[i];
     if (!(bend > 0)) return;
-    const float next = f16_to_f32(f32_to_f16(*scale - (float)(slope / bend))), move = next - *scale;
+    const float next = f16_to_f32(f32_to_f16(c->scale[group] - (float)(slope / bend))),
+                move = next - c->scale[group];
     if (!(next > 0.f && next <= 65504.f) || 2 * move * slope + (double)move * move * bend >= 0)
         return;
-    *scale = next;
-    for (int64_t j = 0; j < s->k; j++) g[j] += move * uh[j];
+    c->scale[group] = next;
+    add_scaled(c->grad, move, uh, c->width);
+    for (int64_t i = from; i < end; i++) c->moved[i] += move * ((float)c->codes[i] - zero);
 }
 
 static void sweep_rows(void *ctx, int64_t item, int worker)
 {
     feedback *s = ctx;
+    const int64_t first = s->at / s->b->o->group, groups = s->width / s->b->o->group;
     (void)worker;
-    s->changed[item] = 0;
     for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++) {
-        s->changed[item] += sweep_row(s, r);
-        for (int64_t g = 0; s->refit && g < s->groups; g++) refit_group(s, r, g);
+        descent c = {.square = s->square,
+                     .codes = s->codes + r * s->k + s->at,
+                     .scale = s->scale + r * s->groups + first,
+                     .zero = s->zero + r * s->groups + first,
+                     .moved = s->spread + r * BLOCK,
+                     .width = s->width,
+                     .group = s->b->o->group};
+        memcpy(c.grad, s->x + r * s->k + s->at, (size_t)s->width * sizeof *c.grad);
+        memset(c.moved, 0, (size_t)s->width * sizeof *c.moved);
+        s->changed[item] += move_codes(&c);
+        for (int64_t g = 0; s->refit && g < groups; g++) refit_group(&c, g);
     }
+}
+
+static void add_rows(void *ctx, int64_t item, int worker)
+{
+    feedback *s = ctx;
+    (void)worker;
+    for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++)
+        add_scaled(s->x + r * s->k, 1.f, s->w + r * s->k, s->k);
+}
+
+static err_code sweep_block(feedback *s, err *e)
+{
+    for (int64_t i = 0; i < s->width; i++)
+        memcpy(s->square + i * BLOCK, s->h + (s->at + i) * s->k + s->at,
+               (size_t)s->width * sizeof *s->square);
+    pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
+    tensor moved = tensor_2d(s->spread, DT_F32, s->rows, s->width),
+           h = tensor_2d(s->h + s->at * s->k, DT_F32, s->width, s->k),
+           y = tensor_2d(s->w, DT_F32, s->rows, s->k);
+    moved.stride[0] = BLOCK;
+    TRY(op_matmul(s->b->d, &y, &moved, &h, e));
+    pool_run(dev_pool(s->b->d), add_rows, s, chunks(s));
+    return OK;
+}
+
+/* Whether any code changed into *any. */
+static err_code sweep(feedback *s, bool *any, err *e)
+{
+    *any = false;
+    memset(s->changed, 0, sizeof s->changed);
+    for (s->at = 0; s->at < s->k; s->at += s->width) {
+        s->width = s->k - s->at < BLOCK ? s->k - s->at : BLOCK;
+        TRY(sweep_block(s, e));
+    }
+    for (int64_t c = 0; c < chunks(s); c++) *any |= s->changed[c] > 0;
+    return OK;
 }
 
 /* w holds the weights again; errors into it. */
@@ -251,39 +314,38 @@ static void error_rows(void *ctx, int64_t item, int worker)
     (void)worker;
     for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++)
         for (int64_t j = 0; j < s->k; j++) {
-            const int64_t g = r * s->groups + s->order[j] / s->b->o->group, i = r * s->k + j;
+            const int64_t g = r * s->groups + j / s->b->o->group, i = r * s->k + j;
             s->w[i] = ((float)s->codes[i] - s->zero[g]) * s->scale[g] - s->w[i];
         }
 }
 
 static err_code sweep_tile(feedback *s, const feedback_opts *o, err *e)
 {
-    if (!o->sweeps) return OK;
+    bool any = true;
     pool_run(dev_pool(s->b->d), error_rows, s, chunks(s));
     tensor w = tensor_2d(s->w, DT_F32, s->rows, s->k), h = tensor_2d(s->h, DT_F32, s->k, s->k),
            x = tensor_2d(s->x, DT_F32, s->rows, s->k);
     TRY(op_matmul(s->b->d, &x, &w, &h, e));
     s->refit = o->refit;
-    for (int i = 0; i < o->sweeps; i++) {
-        int64_t changed = 0;
-        pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
-        for (int64_t c = 0; c < chunks(s); c++) changed += s->changed[c];
-        if (!changed) break;
-    }
+    for (int i = 0; i < o->sweeps && any; i++) TRY(sweep(s, &any, e));
     s->refit = false; /* the last sweep is for the codes */
-    if (o->refit) pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
-    return OK;
+    return o->refit ? sweep(s, &any, e) : OK;
 }
 
 /* ---- a linear ---- */
 
-static err_code load_tile(feedback *s, const tensor *dense, const fold_linear *f, err *e)
+/* The tile's weights into `to`. */
+static err_code load_tile(const feedback *s, float *to, const tensor *dense, const fold_linear *f,
+                          err *e)
 {
-    tensor w = {.data = s->x};
-    TRY(fold_rows(&w, dense, f, s->from, s->rows, s->b->layer, s->out->role, e));
+    tensor w = {.data = to};
+    return fold_rows(&w, dense, f, s->from, s->rows, s->b->layer, s->out->role, e);
+}
+
+static void order_tile(feedback *s)
+{
     for (int64_t r = 0; r < s->rows; r++)
         for (int64_t j = 0; j < s->k; j++) s->w[r * s->k + j] = s->x[r * s->k + s->order[j]];
-    return OK;
 }
 
 static void load_params(feedback *s)
@@ -299,14 +361,10 @@ static void load_params(feedback *s)
 static void store_codes(feedback *s)
 {
     uint8_t *out = (uint8_t *)s->out->codes.data + s->from * s->k / 2;
-    memset(out, 0, (size_t)(s->rows * s->k / 2));
     f16 *scale = (f16 *)s->out->scale.data + s->from * s->groups;
     for (int64_t i = 0; i < s->rows * s->groups; i++) scale[i] = f32_to_f16(s->scale[i]);
-    for (int64_t r = 0; r < s->rows; r++)
-        for (int64_t j = 0; j < s->k; j++) {
-            const int64_t at = r * s->k + s->order[j];
-            out[at / 2] |= (uint8_t)(s->codes[r * s->k + j] << 4 * (at & 1));
-        }
+    for (int64_t i = 0; i < s->rows * s->k / 2; i++)
+        out[i] = (uint8_t)(s->codes[2 * i] | s->codes[2 * i + 1] << 4);
 }
 
 static err_code room(feedback *s, arena *a, err *e)
@@ -318,10 +376,10 @@ static err_code room(feedback *s, arena *a, err *e)
     } part[] = {{(void **)&s->h, k * k * f},
                 {(void **)&s->u, k * k * f},
                 {(void **)&s->order, k * sizeof(int32_t)},
-                {(void **)&s->place, k * sizeof(int32_t)},
                 {(void **)&s->w, TILE * k * f},
                 {(void **)&s->x, TILE * k * f},
                 {(void **)&s->spread, TILE * BLOCK * f},
+                {(void **)&s->square, BLOCK * BLOCK * f},
                 {(void **)&s->scale, TILE * g * f},
                 {(void **)&s->zero, TILE * g * f},
                 {(void **)&s->codes, TILE * k}};
@@ -338,10 +396,9 @@ static err_code prepare(feedback *s, const float *col, const feedback_opts *o, e
     second_moment m;
     TRY(moment_of(s->b, s->out->role, &m, e));
     if (!m.full.data) return err_set(e, E_UNSUPPORTED, "error feedback needs --loss gram");
-    gather_job g = {s, m.full.data, col};
+    scale_job g = {s, m.full.data, col};
     TRY(sort_inputs(s, &m.full, col, e));
-    pool_run(dev_pool(s->b->d), gather_row, &g, s->k);
-    openblas_set_num_threads(1); /* more would change the order of its sums */
+    pool_run(dev_pool(s->b->d), scale_row, &g, s->k);
     return factor_damped(s, o->damping, e);
 }
 
@@ -362,11 +419,14 @@ err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
     for (s.from = 0; s.from < s.n && rc == OK; s.from += s.rows) {
         s.rows = s.n - s.from < TILE ? s.n - s.from : TILE;
         if ((rc = job_check(b->j, e)) != OK) break;
-        if ((rc = load_tile(&s, &dense, fl, e)) != OK) break;
+        if ((rc = load_tile(&s, s.x, &dense, fl, e)) != OK) break;
+        order_tile(&s);
         load_params(&s);
         if ((rc = round_tile(&s, e)) != OK) break;
-        if (o->sweeps && (rc = load_tile(&s, &dense, fl, e)) != OK) break;
-        if ((rc = sweep_tile(&s, o, e)) != OK) break;
+        if (o->sweeps) {
+            if ((rc = load_tile(&s, s.w, &dense, fl, e)) != OK) break;
+            if ((rc = sweep_tile(&s, o, e)) != OK) break;
+        }
         store_codes(&s);
     }
 done:

@@ -40,9 +40,14 @@ static err_code scale_cols(fold *f, const model_desc *m, tensor_role r, const fl
     return OK;
 }
 
-/* Where head `h` of a part (0: first Q head of its group, then K, V) begins among the rows of the
- * fused projection, or of its own linear when split. */
-static int64_t head_row(const model_desc *m, tensor_role part, int32_t h)
+void fold_rope_pair(const model_desc *m, int64_t i, int64_t *a, int64_t *b)
+{
+    const int64_t half = m->rope_dims / 2;
+    *a = m->rope_interleaved ? 2 * i : i;
+    *b = m->rope_interleaved ? 2 * i + 1 : i + half;
+}
+
+int64_t fold_head_row(const model_desc *m, tensor_role part, int32_t h)
 {
     const int64_t hd = m->head_dim, share = m->heads / m->kv_heads;
     if (m->qkv == QKV_SPLIT) return h * hd;
@@ -68,7 +73,7 @@ static err_code scale_heads(fold *f, const model_desc *m, tensor_role part, cons
                        role_name(part));
     TRY(need(&l->row, model_linear_n(m, r), e));
     for (int32_t h = 0; h < heads; h++) {
-        float *row = l->row + head_row(m, part, h);
+        float *row = l->row + fold_head_row(m, part, h);
         const float *factor = s + (int64_t)(h / share) * m->head_dim;
         for (int32_t i = 0; i < m->head_dim; i++)
             row[i] = divide ? row[i] * factor[i] : row[i] / factor[i]; /* row is a divisor */
@@ -95,10 +100,10 @@ static err_code check_k(const model_desc *m, const float *s, err *e)
 {
     const int32_t half = m->rope_dims / 2;
     if (m->qk_norm) return err_set(e, E_UNSUPPORTED, "fold of k: this model has a norm on q and k");
+    int64_t a, b;
     for (int32_t h = 0; h < m->kv_heads; h++)
         for (int32_t i = 0; i < half; i++) {
-            const int32_t a = m->rope_interleaved ? 2 * i : i,
-                          b = m->rope_interleaved ? 2 * i + 1 : i + half;
+            fold_rope_pair(m, i, &a, &b);
             const float *v = s + (int64_t)h * m->head_dim;
             if (v[a] != v[b])
                 return err_set(e, E_INPUT,

@@ -25,6 +25,12 @@ err_code fold_init(fold *f, const model_desc *m, const block_plan *p, err *e);
 void fold_free(fold *f);
 const fold_linear *fold_find(const fold *f, tensor_role r);
 
+/* Where head h of a part (ROLE_Q, ROLE_K, ROLE_V) begins among the rows of the fused projection, or
+ * of its own linear. */
+int64_t fold_head_row(const model_desc *m, tensor_role part, int32_t h);
+/* The two dims of a head that RoPE turns into each other. */
+void fold_rope_pair(const model_desc *m, int64_t i, int64_t *a, int64_t *b);
+
 /* Rows [from, from+n) of a dense linear as f32 [n,k], contiguous, with its factors (l NULL:
  * without). E_INPUT "layer 3: gate: row 5 column 7: ..." when a result is not finite. */
 err_code fold_rows(tensor *out, const tensor *dense, const fold_linear *l, int64_t from, int64_t n,

@@ -6,6 +6,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "awq/kv_turn.h"
+#include "awq/lapack.h"
 #include "base/half.h"
 #include "base/mem.h"
 #include "runtime/layer_walk.h"
@@ -13,6 +15,7 @@
 #define SAMPLES 2048  /* tokens */
 #define POINTS  5     /* exponents 0, 1/4 .. 1 */
 #define MUCH    0.6   /* of the error of v without factors */
+#define TURN    0.85  /* of the least error of v without turning it */
 #define LEVELS  15.f  /* of 4 bits */
 #define FLOOR   1e-3f /* of the largest rms: channels that never fire */
 
@@ -30,6 +33,11 @@ typedef struct {
     float *w;                         /* [hidden,heads*hd] o */
     double *rms, *cost;               /* [hd], [cap] */
     float *inv_freq, mscale;          /* [rope_dims/2] */
+    float *square;                    /* [hd,hd] sum v v^T */
+    float *turns, *back;              /* [kv_heads,hd,hd], [hd,hd]: M of v and its inverse */
+    float *angles;                    /* [rope_dims/2] */
+    float *ones;                      /* [hd] */
+    double *work;                     /* of kv_turn_matrix */
     arena mem;
 } kv_job;
 
@@ -45,7 +53,7 @@ typedef struct {
     int64_t count;
     size_t size;
 } kv_part;
-enum { PARTS = 10 };
+enum { PARTS = 16 };
 
 static int parts_of(kv_job *j, const model_desc *m, kv_part p[PARTS])
 {
@@ -61,6 +69,12 @@ static int parts_of(kv_job *j, const model_desc *m, kv_part p[PARTS])
     p[n++] = (kv_part){(void **)&j->cost, SAMPLES, sizeof(double)};
     p[n++] = (kv_part){(void **)&j->values, m->kv_heads * hd, sizeof(float)};
     p[n++] = (kv_part){(void **)&j->inv_freq, hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->square, hd * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->turns, m->kv_heads * hd * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->back, hd * hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->angles, hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->ones, hd, sizeof(float)};
+    p[n++] = (kv_part){(void **)&j->work, kv_turn_work(hd), sizeof(double)};
     return n;
 }
 
@@ -146,14 +160,6 @@ static int64_t column(const kv_job *j, tensor_role part, int32_t h)
     return (before + h) * j->hd;
 }
 
-/* The two dims that turn together; b < 0: dim a is not turned. */
-static void pair_of(const model_desc *m, int64_t i, int64_t *a, int64_t *b)
-{
-    const int64_t half = m->rope_dims / 2;
-    *a = m->rope_interleaved ? 2 * i : i;
-    *b = m->rope_interleaved ? 2 * i + 1 : i + half;
-}
-
 /* Head `h` of a part into j->head, turned to its position unless it is v's. */
 static void take_head(kv_job *j, tensor_role part, int32_t h)
 {
@@ -165,7 +171,7 @@ static void take_head(kv_job *j, tensor_role part, int32_t h)
             const double angle = (double)j->pos[t] * j->inv_freq[i];
             const float c = (float)cos(angle) * j->mscale, s = (float)sin(angle) * j->mscale;
             int64_t a, b;
-            pair_of(j->m, i, &a, &b);
+            fold_rope_pair(j->m, i, &a, &b);
             const float x = to[a], y = to[b];
             to[a] = x * c - y * s;
             to[b] = y * c + x * s;
@@ -185,7 +191,7 @@ static void measure_rms(kv_job *j, bool pairs)
     }
     for (int64_t i = 0; pairs && i < j->m->rope_dims / 2; i++) {
         int64_t a, b;
-        pair_of(j->m, i, &a, &b);
+        fold_rope_pair(j->m, i, &a, &b);
         j->rms[a] = j->rms[b] = sqrt((j->rms[a] * j->rms[a] + j->rms[b] * j->rms[b]) / 2);
     }
     for (int64_t i = 0; i < j->hd; i++) most = fmax(most, j->rms[i]);
@@ -202,18 +208,32 @@ static void factors_of(const kv_job *j, double a, float *s)
 
 typedef struct {
     const kv_job *j;
-    const float *s;
-    float *out; /* [n,hd] */
+    const float *s;           /* [hd] */
+    const float *turn, *back; /* [hd,hd] M and its inverse; NULL: none */
+    float *out;               /* [n,hd] */
 } error_job;
 
-/* What the cache's rule (kernels/ops.h) makes of head / s, times s, less the head. */
+/* y = x a, a [hd,hd]. */
+static void times(float *y, const float *x, const float *a, int64_t hd)
+{
+    memset(y, 0, (size_t)hd * sizeof *y);
+    for (int64_t i = 0; i < hd; i++)
+        for (int64_t k = 0; k < hd; k++) y[k] += x[i] * a[i * hd + k];
+}
+
+/* What the cache's rule (kernels/ops.h) makes of head M / s, times s M^-1, less the head. */
 static void token_error(void *ctx, int64_t t, int worker)
 {
     const error_job *c = ctx;
     const int64_t hd = c->j->hd;
-    const float *x = c->j->head + t * hd;
-    float *y = c->out + t * hd, lo = x[0] / c->s[0], hi = lo;
+    const float *own = c->j->head + t * hd, *x = own;
+    float *y = c->out + t * hd, turned[MODEL_MAX_HEAD_DIM];
     (void)worker;
+    if (c->turn) {
+        times(turned, own, c->turn, hd);
+        x = turned;
+    }
+    float lo = x[0] / c->s[0], hi = lo;
     for (int64_t i = 0; i < hd; i++) {
         y[i] = x[i] / c->s[i];
         lo = fminf(lo, y[i]);
@@ -225,23 +245,36 @@ static void token_error(void *ctx, int64_t t, int worker)
         const float q = step > 0 ? fminf(fmaxf(nearbyintf((y[i] - zero) / step), 0.f), LEVELS) : 0;
         y[i] = (q * step + zero) * c->s[i] - x[i];
     }
+    if (c->back) {
+        memcpy(turned, y, (size_t)hd * sizeof *y);
+        times(y, turned, c->back, hd);
+    }
+}
+
+/* The errors of all samples under c, by the metric. */
+static err_code error_sum(kv_job *j, error_job *c, double *sum, err *e)
+{
+    const tensor metric = tensor_2d(j->metric, DT_F32, j->hd, j->hd),
+                 rows = tensor_2d(j->x, DT_F32, j->n, j->hd);
+    tensor cost = tensor_1d(j->cost, DT_F64, j->n);
+    c->j = j;
+    c->out = j->x; /* the samples themselves are no longer needed */
+    pool_run(dev_pool(j->b->d), token_error, c, j->n);
+    TRY(op_quad(j->b->d, &cost, &rows, &metric, e));
+    *sum = 0;
+    for (int64_t t = 0; t < j->n; t++) *sum += j->cost[t];
+    return OK;
 }
 
 static err_code best_factors(kv_job *j, float *s, double *plain, double *folded, err *e)
 {
-    float *errors = j->x; /* no longer needed */
     double least = INFINITY;
     int best = 0;
-    const tensor metric = tensor_2d(j->metric, DT_F32, j->hd, j->hd),
-                 rows = tensor_2d(errors, DT_F32, j->n, j->hd);
-    tensor cost = tensor_1d(j->cost, DT_F64, j->n);
     for (int p = 0; p < POINTS; p++) {
-        error_job c = {j, s, errors};
-        double sum = 0;
+        error_job c = {.s = s};
+        double sum;
         factors_of(j, (double)p / (POINTS - 1), s);
-        pool_run(dev_pool(j->b->d), token_error, &c, j->n);
-        TRY(op_quad(j->b->d, &cost, &rows, &metric, e));
-        for (int64_t t = 0; t < j->n; t++) sum += j->cost[t];
+        TRY(error_sum(j, &c, &sum, e));
         if (p == 0) *plain += sum;
         if (sum < least) {
             least = sum;
@@ -269,27 +302,50 @@ static err_code finish_gram(kv_job *j, err *e)
     return op_gram_finish(j->b->d, &h, e);
 }
 
+typedef struct {
+    double plain, folded, turned; /* errors of all heads */
+} kv_errors;
+
 static void clear_gram(kv_job *j) { memset(j->metric, 0, (size_t)(j->hd * j->hd) * sizeof(float)); }
 
-/* Errors of k reach the scores through q, of all heads that read it. */
-static err_code k_head(kv_job *j, int32_t h, float *s, err *e)
+/* Errors of k reach the scores through q, of all heads that read it. turn: by j->angles. */
+static err_code k_errors(kv_job *j, int32_t h, bool turn, float *s, double *plain, double *folded,
+                         err *e)
 {
     const int32_t share = j->m->heads / j->m->kv_heads;
-    double plain = 0,
-           folded = 0; /* k's factors cost the weights nothing: whatever helps is taken */
     clear_gram(j);
     for (int32_t i = 0; i < share; i++) {
         take_head(j, ROLE_Q, h * share + i);
+        if (turn) kv_turn_pairs(j->m, j->head, j->n, j->angles);
         TRY(add_gram(j, j->head, j->n, j->hd, e));
     }
     TRY(finish_gram(j, e));
     take_head(j, ROLE_K, h);
+    if (turn) kv_turn_pairs(j->m, j->head, j->n, j->angles);
     measure_rms(j, true);
-    return best_factors(j, s, &plain, &folded, e);
+    return best_factors(j, s, plain, folded, e);
+}
+
+/* Neither k's factors nor its angles cost the weights anything: whatever helps is taken. */
+static err_code k_head(kv_job *j, int32_t h, float *s, float *angles, kv_errors *sum, err *e)
+{
+    double still = 0, turned = 0, ignored = 0;
+    TRY(k_errors(j, h, false, s, &sum->plain, &still, e));
+    if (angles) {
+        kv_turn_angles(j->m, j->head, j->n, j->angles);
+        TRY(k_errors(j, h, true, j->values, &ignored, &turned, e));
+    }
+    if (angles && turned < still) {
+        memcpy(s, j->values, (size_t)j->hd * sizeof *s);
+        memcpy(angles, j->angles, (size_t)(j->m->rope_dims / 2) * sizeof *angles);
+        still = turned;
+    }
+    sum->folded += still;
+    return OK;
 }
 
 /* Errors of v reach the residual stream through o's columns. */
-static err_code v_head(kv_job *j, int32_t h, float *s, double *plain, double *folded, err *e)
+static err_code v_head(kv_job *j, int32_t h, float *s, kv_errors *sum, err *e)
 {
     const int32_t share = j->m->heads / j->m->kv_heads;
     const int64_t k = j->m->heads * j->hd;
@@ -299,7 +355,45 @@ static err_code v_head(kv_job *j, int32_t h, float *s, double *plain, double *fo
     TRY(finish_gram(j, e));
     take_head(j, ROLE_V, h);
     measure_rms(j, false);
-    return best_factors(j, s, plain, folded, e);
+    return best_factors(j, s, &sum->plain, &sum->folded, e);
+}
+
+/* The head of v_head in another basis, which every other sample chooses. */
+static err_code v_turn(kv_job *j, int32_t h, kv_errors *sum, err *e)
+{
+    tensor c = tensor_2d(j->square, DT_F32, j->hd, j->hd),
+           half = tensor_2d(j->head, DT_F32, (j->n + 1) / 2, j->hd);
+    float *m = j->turns + h * j->hd * j->hd;
+    error_job errors = {.s = j->ones, .turn = m, .back = j->back};
+    double turned;
+    half.stride[0] = 2 * j->hd;
+    memset(j->square, 0, tensor_bytes(&c));
+    TRY(op_gram(j->b->d, &c, &half, e));
+    TRY(op_gram_finish(j->b->d, &c, e));
+    openblas_set_num_threads(1); /* more would change the order of its sums */
+    sum->turned = kv_turn_matrix(j->square, j->metric, j->hd, m, j->back, j->work) ? sum->turned
+                                                                                   : INFINITY;
+    if (sum->turned == INFINITY) return OK; /* some head has no such basis: none is turned */
+    TRY(error_sum(j, &errors, &turned, e));
+    sum->turned += turned;
+    return OK;
+}
+
+/* Whether v's channels can be mixed: the blocks of H that the calib file has of o's input must go
+ * along, so they hold whole heads. */
+static bool may_turn_v(const kv_job *j)
+{
+    const calib_tap *t = j->b->stats ? calib_find(j->b->stats, ROLE_O) : NULL;
+    return j->b->o->turn && (!t || t->g % j->hd == 0);
+}
+
+static err_code take_turns(kv_job *j, block_plan *out, float *factors, err *e)
+{
+    out->turn_v = tensor_2d(NULL, DT_F32, j->m->kv_heads * j->hd, j->hd);
+    TRY(arena_get(j->b->mem, &out->turn_v.data, tensor_bytes(&out->turn_v), e));
+    memcpy(out->turn_v.data, j->turns, tensor_bytes(&out->turn_v));
+    for (int64_t i = 0; i < j->m->kv_heads * j->hd; i++) factors[i] = 1.f;
+    return OK;
 }
 
 /* Factors of v also scale o's inputs, which then are no longer free to suit o's weights: they are
@@ -307,36 +401,114 @@ static err_code v_head(kv_job *j, int32_t h, float *s, double *plain, double *fo
 static err_code all_values(kv_job *j, block_plan *out, err *e)
 {
     const int64_t n = j->m->kv_heads * j->hd;
-    double plain = 0, folded = 0;
+    const bool may_turn = may_turn_v(j);
+    kv_errors sum = {0};
     float *v;
     linear_view o;
     tensor w = {.data = j->w};
     TRY(weights_linear(j->b->src, ROLE_O, j->b->layer, -1, &o, e));
     TRY(fold_rows(&w, &o.dense, NULL, 0, j->hidden, j->b->layer, ROLE_O, e));
+    for (int64_t i = 0; i < j->hd; i++) j->ones[i] = 1.f;
     for (int32_t h = 0; h < j->m->kv_heads; h++) {
         TRY(job_check(j->b->j, e));
-        TRY(v_head(j, h, j->values + h * j->hd, &plain, &folded, e));
+        TRY(v_head(j, h, j->values + h * j->hd, &sum, e));
+        if (may_turn) TRY(v_turn(j, h, &sum, e));
     }
-    job_log(j->b->j, LOG_DEBUG, "layer %d: 4-bit values: error %.4g, with factors %.4g",
-            (int)j->b->layer, plain, folded);
-    if (folded > MUCH * plain) return OK;
+    job_log(j->b->j, LOG_DEBUG,
+            "layer %d: 4-bit values: error %.4g, with factors %.4g, turned %.4g", (int)j->b->layer,
+            sum.plain, sum.folded, may_turn ? sum.turned : NAN);
+    const bool scaled = sum.folded <= MUCH * sum.plain,
+               turn = may_turn && sum.turned < TURN * (scaled ? sum.folded : sum.plain);
+    if (!scaled && !turn) return OK;
     TRY(plan_factors(j->b, out, ROLE_V, &v, e));
+    if (turn) return take_turns(j, out, v, e);
     memcpy(v, j->values, (size_t)n * sizeof *v);
     return OK;
 }
 
 static err_code all_keys(kv_job *j, block_plan *out, err *e)
 {
-    float *k;
+    const int64_t half = j->m->rope_dims / 2;
+    kv_errors sum = {0};
+    bool turned = false;
+    float *k, *angles = NULL;
     if (j->m->qk_norm) return OK;
     TRY(plan_factors(j->b, out, ROLE_K, &k, e));
+    if (j->b->o->turn) {
+        out->turn_k = tensor_2d(NULL, DT_F32, j->m->kv_heads, half);
+        TRY(arena_get(j->b->mem, &out->turn_k.data, tensor_bytes(&out->turn_k), e));
+        angles = out->turn_k.data;
+        memset(angles, 0, tensor_bytes(&out->turn_k));
+    }
     model_inv_freq(j->m, j->m->max_tokens, j->inv_freq, &j->mscale);
     for (int32_t h = 0; h < j->m->kv_heads; h++) {
         TRY(job_check(j->b->j, e));
-        TRY(k_head(j, h, k + h * j->hd, e));
+        TRY(k_head(j, h, k + h * j->hd, angles ? angles + h * half : NULL, &sum, e));
+    }
+    for (int64_t i = 0; angles && i < j->m->kv_heads * half; i++) turned |= angles[i] != 0;
+    if (!turned) out->turn_k.data = NULL;
+    job_log(j->b->j, LOG_DEBUG, "layer %d: 4-bit keys: error %.4g, with factors%s %.4g",
+            (int)j->b->layer, sum.plain, turned ? " and turned" : "", sum.folded);
+    return OK;
+}
+
+/* ---- statistics in the plan's bases ---- */
+
+size_t kv_turn_bytes(const model_desc *m)
+{
+    const calib_block shape = calib_shape(m);
+    const calib_tap *o = calib_find(&shape, ROLE_O);
+    const size_t hd = (size_t)m->head_dim, kv = (size_t)m->kv_heads;
+    return arena_need(kv * hd * hd * sizeof(float)) +
+           arena_need(kv * (size_t)(m->rope_dims / 2) * sizeof(float)) +
+           arena_need((size_t)(o->k * calib_block_size(o->k)) * sizeof(float));
+}
+
+/* One block of H becomes T^T H T, T having the M of its heads on the diagonal. half [g,g]: H T. */
+static void turn_block(const model_desc *m, const float *turn, const float *from, float *to,
+                       int64_t at, int64_t g, double *half)
+{
+    const int64_t hd = m->head_dim, share = m->heads / m->kv_heads;
+    for (int64_t h = 0; h < g; h += hd) {
+        const float *own = turn + (at + h) / hd / share * hd * hd;
+        for (int64_t i = 0; i < g; i++)
+            for (int64_t k = 0; k < hd; k++) {
+                double sum = 0;
+                for (int64_t v = 0; v < hd; v++)
+                    sum += (double)from[i * g + h + v] * own[v * hd + k];
+                half[i * g + h + k] = sum;
+            }
+    }
+    for (int64_t i = 0; i < g; i++) {
+        const float *own = turn + (at + i) / hd / share * hd * hd;
+        for (int64_t k = 0; k < g; k++) {
+            double sum = 0;
+            for (int64_t u = 0; u < hd; u++)
+                sum += own[u * hd + i % hd] * half[(i / hd * hd + u) * g + k];
+            to[i * g + k] = (float)sum;
+        }
+    }
+}
+
+err_code kv_fold_stats(const quant_block *b, const block_plan *p, calib_block *stats, err *e)
+{
+    void *mem;
+    double *half;
+    for (int i = 0; p->turn_v.data && i < stats->n_taps; i++) {
+        calib_tap *t = &stats->tap[i];
+        if (t->tap != ROLE_O) continue;
+        TRY(arena_get(b->mem, &mem, tensor_bytes(&t->blocks), e));
+        TRY(mem_alloc((void **)&half, (size_t)t->g * (size_t)t->g, sizeof *half, "blocks", e));
+        for (int64_t at = 0; at < t->k; at += t->g)
+            turn_block(b->m, p->turn_v.data, (const float *)t->blocks.data + at * t->g,
+                       (float *)mem + at * t->g, at, t->g, half);
+        mem_free(half);
+        t->blocks.data = mem;
     }
     return OK;
 }
+
+/* ---- all of it ---- */
 
 err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e)
 {

@@ -11,5 +11,13 @@
  * little. One pass over the windows of b->walk. E_UNSUPPORTED without it. */
 err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e);
 size_t kv_fold_bytes(const model_desc *m);
+/* Of b->mem, with quant_opts.turn: what kv_fold_factors and kv_fold_stats add to a plan. */
+size_t kv_turn_bytes(const model_desc *m);
+
+/* With quant_opts.turn kv_fold_factors also turns the pairs of k, and v with all of its channels,
+ * where that saves the cache more: plan.turn_k, turn_v. Its other entries, and everything
+ * behind, are then about weights in these bases (awq/rotate.h). *stats: what the layer's inputs are
+ * in them, from those in the model's own; parts of it come from b->mem. */
+err_code kv_fold_stats(const quant_block *b, const block_plan *p, calib_block *stats, err *e);
 
 #endif

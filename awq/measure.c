@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "awq/moments.h"
+#include "awq/on_device.h"
 #include "base/half.h"
 #include "kernels/quant_group.h"
 
@@ -239,6 +240,10 @@ err_code block_losses(const quant_block *b, block_plan *p, err *e)
     TRY(fold_init(&f, b->m, p, e));
     for (int i = 0; i < p->n_linears && rc == OK; i++) {
         plan_linear *l = &p->linear[i];
+        if (b->dev) {
+            rc = dev_block_losses(b, &f, p, e);
+            break;
+        }
         rc = linear_loss(b, l->role, NULL, NULL, &l->loss_before, e);
         if (rc == OK) rc = linear_loss(b, l->role, &f, l, &l->loss_after, e);
     }

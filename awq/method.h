@@ -26,12 +26,15 @@ typedef struct {
     int32_t group;
     loss_kind loss;
     bool kv_fold; /* k and v have factors already, for the cache, when a method comes to a block */
+    bool turn;    /* they may have other bases too */
 } quant_opts;
 
 typedef struct quant_scratch quant_scratch; /* awq/measure.h */
 typedef struct moment_source moment_source; /* awq/moments.h */
 typedef struct layer_walk layer_walk;       /* runtime/layer_walk.h */
 typedef struct chain chain;                 /* awq/chain.h */
+typedef struct dev_scratch dev_scratch;     /* awq/on_device.h */
+typedef struct dev_chain dev_chain;         /* awq/dev_chain.h */
 
 /* What a linear is to become where that is not its own weights: corrected for the error of its
  * inputs, f32 [n,k]; and H of the input that it will have, f32 [k,k]. */
@@ -54,7 +57,8 @@ typedef struct {
     chain *chain;                /* NULL unless the method carries rounded inputs on */
     const linear_target *target; /* of one linear; NULL: none */
     quant_scratch *scratch;
-    arena *mem; /* what the plan points to: factors and codes */
+    dev_scratch *dev; /* NULL: the device's memory is the host's, and the steps run there */
+    arena *mem;       /* what the plan points to: factors and codes */
     const job *j;
 } quant_block;
 
@@ -67,6 +71,7 @@ typedef struct {
     bool searches;    /* compares candidates: LOSS_MODULE means something */
     bool fixes_codes; /* fills plan_linear.codes */
     bool folds;       /* lets a plan's factors count: quant_opts.kv_fold means something */
+    bool on_device;   /* runs on devices whose memory the host cannot read, with LOSS_GRAM */
     bool carries; /* rounds a layer with the inputs that the rounded layers before it leave: walks
                          through b->chain, fills in the losses, and moves the states on itself */
     /* out comes from plan_shape with scale and zero allocated; factors come from b->mem

@@ -29,4 +29,5 @@ const quant_method method_awq = {.name = "awq",
                                  .loss = LOSS_GRAM,
                                  .searches = true,
                                  .folds = true,
+                                 .on_device = true,
                                  .plan_block = plan_block};

@@ -6,6 +6,7 @@
 
 #include "awq/chain.h"
 #include "awq/correct.h"
+#include "awq/dev_best.h"
 #include "awq/factors.h"
 #include "awq/feedback.h"
 #include "awq/range.h"
@@ -147,11 +148,12 @@ static err_code round_tap(const quant_block *b, const fold *f, block_plan *out,
 {
     chain_moments train, held;
     TRY(chain_gather(b->chain, tap->role[0], b->j, &train, &held, e));
-    TRY(correct_solve(b, tap->role[0], &train, chain_scratch(b->chain), &correction, e));
+    float *factor = chain_scratch(b->chain);
+    TRY(correct_factor(b, tap->role[0], &train, factor, &correction, e));
     for (int i = 0; i < tap->n; i++) {
         judged j = {b, f, plan_find_linear(out, tap->role[i]), &held, tile};
         tensor w = chain_room(b->chain, tap->role[i]);
-        TRY(correct_weights(b, tap->role[i], &train, &correction, &w, e));
+        TRY(correct_weights(b, tap->role[i], &train, factor, &correction, &w, e));
         TRY(round_linear(&j, &train, &w, e));
         TRY(hand_on(&j, &train, &w, e));
     }
@@ -176,7 +178,8 @@ static err_code plan_best(const quant_block *b, block_plan *out, err *e)
     fold f;
     for (int i = 0; i < groups.n; i++) TRY(factors_search(b, &groups.g[i], out, e));
     TRY(fold_init(&f, b->m, out, e));
-    const err_code rc = round_block(b, &f, out, e);
+    const best_opts o = {correction, feeding, ends, limits};
+    const err_code rc = b->dev ? dev_best_block(b, &f, out, &o, e) : round_block(b, &f, out, e);
     fold_free(&f);
     return rc;
 }

@@ -7,6 +7,7 @@
 
 #include "base/mem.h"
 #include "formats/calib_file.h"
+#include "kernels/search_ops.h"
 
 typedef struct {
     tensor_role tap;
@@ -22,7 +23,9 @@ struct moment_source {
     bool all;
     int only; /* the one being gathered, -1: all */
     int32_t layer;
-    dev_buf buf;
+    dev_buf buf, diagonal_buf;
+    void *at;        /* the squares: in buf or in what was lent */
+    float *diagonal; /* host, [widest k] */
     walk_progress progress;
 };
 
@@ -47,24 +50,42 @@ size_t moments_bytes(const model_desc *m, bool all)
     return all ? sum : most;
 }
 
+static err_code take_room(moment_source *s, device *d, const model_desc *m, const dev_buf *lent,
+                          err *e)
+{
+    int64_t widest = 0;
+    void *mem;
+    for (int i = 0; i < CALIB_TAPS; i++)
+        if (s->m[i].k > widest) widest = s->m[i].k;
+    TRY(mem_alloc(&mem, (size_t)widest, sizeof(float), "second moments", e));
+    s->diagonal = mem;
+    TRY(dev_alloc(&s->diagonal_buf, d, (size_t)widest * sizeof(float), "second moments", e));
+    s->at = lent ? lent->data : NULL;
+    if (lent) return OK;
+    TRY(dev_alloc(&s->buf, d, moments_bytes(m, s->all), "second moments", e));
+    s->at = s->buf.data;
+    return OK;
+}
+
 err_code moments_open(moment_source **out, device *d, layer_walk *w, const model_desc *m,
-                      size_t budget, err *e)
+                      size_t budget, const dev_buf *lent, err *e)
 {
     void *mem;
     TRY(mem_alloc(&mem, 1, sizeof(moment_source), "second moments", e));
     moment_source *s = mem;
     s->d = d;
     s->walk = w;
+    if (lent && lent->bytes < budget) budget = lent->bytes;
     s->all = moments_bytes(m, true) <= budget;
     taps_of(m, s->m);
-    const err_code rc = dev_alloc(&s->buf, d, moments_bytes(m, s->all), "second moments", e);
+    const err_code rc = take_room(s, d, m, lent, e);
     if (rc != OK) {
         moments_close(&s);
         return rc;
     }
     size_t at = 0;
     for (int i = 0; i < CALIB_TAPS; i++) {
-        s->m[i].h = tensor_2d((uint8_t *)s->buf.data + at, DT_F32, s->m[i].k, s->m[i].k);
+        s->m[i].h = tensor_2d((uint8_t *)s->at + at, DT_F32, s->m[i].k, s->m[i].k);
         s->m[i].h.mem = dev_mem(d);
         if (s->all) at += square_bytes(s->m[i].k);
     }
@@ -76,6 +97,8 @@ void moments_close(moment_source **s)
 {
     if (!*s) return;
     dev_free(&(*s)->buf);
+    dev_free(&(*s)->diagonal_buf);
+    mem_free((*s)->diagonal);
     mem_free(*s);
     *s = NULL;
 }
@@ -93,9 +116,14 @@ static err_code gather_tap(void *ctx, tensor_role role, int32_t layer, const ten
 /* A NaN in any activation is in the diagonal of its channel. */
 static err_code check_finite(const moment_source *s, const moment *m, err *e)
 {
-    if (dev_mem(s->d) != MEM_HOST) return OK;
+    tensor dev = tensor_1d(s->diagonal_buf.data, DT_F32, m->k),
+           host = tensor_1d(s->diagonal, DT_F32, m->k);
+    dev.mem = dev_mem(s->d);
+    TRY(op_diagonal(s->d, &dev, &m->h, e));
+    TRY(dev_copy(s->d, &host, &dev, e));
+    TRY(dev_sync(s->d, e));
     for (int64_t i = 0; i < m->k; i++) {
-        const float v = ((const float *)m->h.data)[i * m->k + i];
+        const float v = s->diagonal[i];
         if (!isfinite(v))
             return err_set(e, E_INPUT,
                            "layer %d: tap %s: channel %" PRId64
@@ -107,18 +135,13 @@ static err_code check_finite(const moment_source *s, const moment *m, err *e)
 
 static err_code zero(moment_source *s, moment *m, err *e)
 {
-    if (dev_mem(s->d) != MEM_HOST)
-        return err_set(e, E_UNSUPPORTED, "second moments: expected the CPU device, got %s",
-                       dev_name(s->d));
-    memset(m->h.data, 0, square_bytes(m->k));
     m->ready = false;
-    return OK;
+    return op_zero(s->d, &m->h, e);
 }
 
 static err_code finish(moment_source *s, moment *m, err *e)
 {
     TRY(op_gram_finish(s->d, &m->h, e));
-    TRY(dev_sync(s->d, e));
     TRY(check_finite(s, m, e));
     m->ready = true;
     return OK;

@@ -11,9 +11,11 @@ typedef struct moment_source moment_source;
 
 /* Bytes that the four H of a block take: all, or the largest when `all` is false. */
 size_t moments_bytes(const model_desc *m, bool all);
-/* Everything at once when moments_bytes(m, true) <= budget. */
+/* Everything at once when moments_bytes(m, true) <= budget. lent: device memory to use, of the
+ * largest H at least, whose owner takes it back for each layer when no H is asked for any more;
+ * NULL: its own. */
 err_code moments_open(moment_source **out, device *d, layer_walk *w, const model_desc *m,
-                      size_t budget, err *e);
+                      size_t budget, const dev_buf *lent, err *e);
 void moments_close(moment_source **s);
 
 /* A new layer is bound. Where all fit, they are gathered now; `advance` lets this pass replace the

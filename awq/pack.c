@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "awq/fold.h"
+#include "awq/rotate.h"
 #include "base/half.h"
 #include "base/mem.h"
 #include "formats/family.h"
@@ -20,7 +21,8 @@ typedef struct {
     const pack_opts *o;
     device *d;
     const job *j;
-    weight_src *src;
+    weight_src *base, *src; /* the model; it in the plan's bases */
+    rotated *turned;
     const model_desc *m;
     plan_file *plan;
     const plan_info *info;
@@ -39,17 +41,17 @@ typedef struct {
 
 static err_code open_inputs(pack *p, err *e)
 {
-    TRY(weights_open(&p->src, p->o->model_dir, e));
-    p->m = weights_desc(p->src);
+    TRY(weights_open(&p->base, p->o->model_dir, e));
+    p->m = weights_desc(p->base);
     if (p->m->w4_group)
         return err_set(e, E_UNSUPPORTED, "%s: expected 16-bit weights, found 4-bit ones",
                        p->o->model_dir);
     TRY(plan_open(&p->plan, p->o->plan_path, e));
     p->info = plan_info_of(p->plan);
-    TRY(plan_check_model(p->plan, p->m, weights_digest(p->src), e));
-    if (plan_rotation_count(p->plan))
-        return err_set(e, E_UNSUPPORTED, "%s: holds rotations, which this version does not apply",
-                       p->o->plan_path);
+    TRY(plan_check_model(p->plan, p->m, weights_digest(p->base), e));
+    TRY(rotated_by_plan(&p->turned, p->base, p->d, p->plan, e));
+    p->src = rotated_src(p->turned);
+    p->m = weights_desc(p->src);
     p->digest = plan_digest(p->plan);
     snprintf(p->options, sizeof p->options,
              "{\"method\":\"%.32s\",\"group\":%d,\"clamp\":%s,\"shard_bytes\":%" PRId64 "%s}",
@@ -65,7 +67,8 @@ static void close_all(pack *p)
     mem_free(p->tile);
     mem_free(p->line);
     plan_close(&p->plan);
-    weights_close(&p->src);
+    rotated_close(&p->turned);
+    weights_close(&p->base);
 }
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -139,6 +142,7 @@ static err_code take_block(pack *p, int32_t layer, err *e)
     fold_free(&p->fold);
     p->layer = layer;
     TRY(plan_layer(p->plan, layer, &p->block, e));
+    TRY(rotated_layer(p->turned, layer, &p->block, e));
     return fold_init(&p->fold, p->m, &p->block, e);
 }
 

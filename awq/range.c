@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "awq/on_device.h"
 #include "kernels/quant_group.h"
 
 typedef struct {
@@ -33,6 +34,7 @@ err_code range_plain(const quant_block *b, const fold *f, plan_linear *out, err 
 {
     const fold_linear *fl = f ? fold_find(f, out->role) : NULL;
     tensor dense;
+    if (b->dev) return dev_range(b, f, out, 1, 0, e);
     TRY(linear_weights(b, out->role, &dense, e));
     const int64_t n = dense.shape[0], step = tile_rows(b->scratch, dense.shape[1]);
     for (int64_t at = 0; at < n; at += step) {
@@ -169,6 +171,7 @@ err_code range_search(const quant_block *b, const fold *f, plan_linear *out, con
                       err *e)
 {
     range_tile t = {.tap = b->stats ? calib_find(b->stats, out->role) : NULL};
+    if (b->dev) return dev_range(b, f, out, grid->points, grid->shrink, e);
     TRY(check_tap(b, out->role, t.tap, e));
     return search_tiles(b, f, out, grid, &t, search_tile, e);
 }

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "awq/fold.h"
+#include "awq/rotate.h"
 #include "base/half.h"
 #include "base/mem.h"
 #include "kernels/quant_group.h"
@@ -16,7 +17,8 @@
 typedef struct {
     report *out;
     device *d;
-    weight_src *src;
+    weight_src *base, *src; /* the model; it in the plan's bases */
+    rotated *turned;
     const model_desc *m;
     calib_file *calib;
     plan_file *plan;
@@ -147,6 +149,7 @@ static err_code read_layer(reading *r, int32_t layer, err *e)
     block_plan p;
     fold f;
     TRY(plan_layer(r->plan, layer, &p, e));
+    TRY(rotated_layer(r->turned, layer, &p, e));
     if (r->calib) TRY(calib_layer(r->calib, layer, &stats, e));
     read_factors(r, r->calib ? &stats : NULL, &p, out);
     for (int i = 0; r->calib && i < stats.n_taps; i++)
@@ -170,11 +173,13 @@ static err_code read_layer(reading *r, int32_t layer, err *e)
 
 static err_code read_all(reading *r, const search_opts *o, const job *j, err *e)
 {
-    TRY(weights_open(&r->src, o->model_dir, e));
-    r->m = weights_desc(r->src);
+    TRY(weights_open(&r->base, o->model_dir, e));
     if (o->calib_path) TRY(calib_open(&r->calib, o->calib_path, e));
     TRY(plan_open(&r->plan, o->out_path, e));
-    TRY(plan_check_model(r->plan, r->m, weights_digest(r->src), e));
+    TRY(plan_check_model(r->plan, weights_desc(r->base), weights_digest(r->base), e));
+    TRY(rotated_by_plan(&r->turned, r->base, r->d, r->plan, e));
+    r->src = rotated_src(r->turned);
+    r->m = weights_desc(r->src);
     const plan_info *info = plan_info_of(r->plan);
     r->out->layers = info->layers;
     r->out->group = info->group;
@@ -199,7 +204,8 @@ err_code report_make(report *out, device *d, const search_opts *o, const search_
     mem_free(r.room);
     plan_close(&r.plan);
     calib_close(&r.calib);
-    weights_close(&r.src);
+    rotated_close(&r.turned);
+    weights_close(&r.base);
     if (rc != OK) report_free(out);
     return rc;
 }

@@ -8,18 +8,22 @@
 #include <time.h>
 
 #include "awq/chain.h"
+#include "awq/dev_chain.h"
 #include "awq/feedback.h"
 #include "awq/kv_fold.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
 #include "awq/moments.h"
+#include "awq/on_device.h"
+#include "awq/rotate.h"
 #include "runtime/layer_walk.h"
 
 typedef struct {
     const search_opts *o;
     device *d;
     const job *j;
-    weight_src *src;
+    weight_src *base, *src; /* the model, and as it is searched: maybe in other bases */
+    rotated *turned;        /* of src; NULL: src is base */
     const model_desc *m;
     const family *fam;
     calib_file *calib;
@@ -29,7 +33,9 @@ typedef struct {
     moment_source *moments;
     chain *chain; /* NULL unless the method carries rounded inputs on */
     quant_scratch scratch;
-    arena plan_mem; /* scales and zeros of a block, then what the method adds */
+    dev_scratch *dev;     /* NULL: the device's memory is the host's */
+    dev_chain *dev_chain; /* there in place of chain */
+    arena plan_mem;       /* scales and zeros of a block, then what the method adds */
     spool *spool;
     double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
     char options[160];
@@ -81,16 +87,45 @@ static err_code pick_loss(search *s, err *e)
     return OK;
 }
 
-/* "best" does it unasked: it costs next to nothing. */
+static bool on_device(const search *s) { return s->o->on_device || dev_mem(s->d) != MEM_HOST; }
+
+/* "best" does it unasked where it can: on the CPU. */
 static err_code pick_fold(search *s, err *e)
 {
     const bool by_gram = s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE;
-    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries : s->o->kv_fold > 0;
+    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries && !on_device(s) : s->o->kv_fold > 0;
     if (!s->q.kv_fold) return OK;
     if (!s->method->folds)
         return err_set(e, E_USAGE, "folds of k and v: method '%s' takes no factors",
                        s->method->name);
     return by_gram ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
+}
+
+static err_code pick_rotation(search *s, err *e)
+{
+    static const char *const names[] = {"auto", "none", "vo"};
+    const char *name = s->o->rotate ? s->o->rotate : names[0];
+    int i = 0;
+    while (i < 3 && strcmp(name, names[i]) != 0) i++;
+    if (i == 3) return err_set(e, E_USAGE, "rotation '%s': expected auto, none or vo", name);
+    if (i == 2 && !s->q.kv_fold)
+        return err_set(e, E_USAGE, "rotation 'vo': expected folds of k and v (--kv-fold yes)");
+    s->q.turn = s->q.kv_fold && i != 1;
+    if (!s->q.turn) return OK;
+    TRY(rotated_open(&s->turned, s->base, s->d, &(tensor){0}, e));
+    s->src = rotated_src(s->turned);
+    s->m = weights_desc(s->src);
+    return OK;
+}
+
+/* The other methods cost little and run on the CPU. */
+static err_code check_device(const search *s, err *e)
+{
+    if (!on_device(s)) return OK;
+    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.kv_fold) return OK;
+    return err_set(e, E_UNSUPPORTED, "method '%s' with loss '%s'%s: expected the CPU, got %s",
+                   s->method->name, loss_name(s->q.loss),
+                   s->q.kv_fold ? " and folds for the cache" : "", dev_name(s->d));
 }
 
 static err_code check_groups(const search *s, err *e)
@@ -110,7 +145,8 @@ static err_code check_groups(const search *s, err *e)
 static err_code open_inputs(search *s, err *e)
 {
     TRY(pick_method(s, e));
-    TRY(weights_open(&s->src, s->o->model_dir, e));
+    TRY(weights_open(&s->base, s->o->model_dir, e));
+    s->src = s->base;
     s->m = weights_desc(s->src);
     s->fam = family_by_name(s->m->family);
     if (s->m->w4_group || !s->fam)
@@ -127,8 +163,11 @@ static err_code open_inputs(search *s, err *e)
     }
     TRY(pick_loss(s, e));
     TRY(pick_fold(s, e));
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s}", (int)s->q.group,
-             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "");
+    TRY(pick_rotation(s, e));
+    TRY(check_device(s, e));
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s}", (int)s->q.group,
+             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "",
+             s->q.turn ? ",\"rotate\":\"vo\"" : "");
     return OK;
 }
 
@@ -138,12 +177,16 @@ static void close_all(search *s)
     moments_close(&s->moments);
     chain_close(&s->chain);
     layer_walk_close(&s->walk);
+    dev_scratch_close(&s->dev);
+    dev_chain_close(&s->dev_chain);
     quant_scratch_free(&s->scratch);
     arena_free(&s->plan_mem);
     calib_close(&s->calib);
-    weights_close(&s->src);
+    rotated_close(&s->turned);
+    weights_close(&s->base);
 }
 
+static bool carries(const search *s) { return s->chain || s->dev_chain; }
 static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE; }
 
 /* ---- memory ---- */
@@ -151,7 +194,8 @@ static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss 
 static size_t plan_bytes(const search *s)
 {
     block_plan p = plan_shape(s->m, s->q.group);
-    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes);
+    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes) +
+               (s->q.turn ? kv_turn_bytes(s->m) : 0);
     for (int i = 0; i < p.n_linears; i++)
         n += arena_need(tensor_bytes(&p.linear[i].scale)) +
              arena_need(tensor_bytes(&p.linear[i].zero));
@@ -183,6 +227,8 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "program", memory_plan_process_bytes());
         memory_plan_add(p, "search scratch",
                         quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
+        if (on_device(&s))
+            memory_plan_add(p, "tiles", dev_scratch_bytes(s.m, s.q.group, s.method->carries));
         memory_plan_add(p, "plan of a block", plan_bytes(&s));
     }
     if (rc == OK && walks(&s)) {
@@ -190,14 +236,20 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         const int32_t per_pass = c->seqlen < 2048 ? 2048 / c->seqlen : 1;
         memory_plan_add(p, "hidden states and forward pass",
                         layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
-        memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
+        if (!on_device(&s) || !s.method->carries)
+            memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
         if (s.method->carries) memory_plan_add(p, "prediction", predict_bytes(s.m));
         if (s.q.kv_fold) memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
-        if (s.method->carries)
+        if (s.q.turn) memory_plan_add(p, "turned weights", rotated_bytes(s.m, false));
+        if (s.method->carries && on_device(&s))
+            memory_plan_add(p, "rounded inputs",
+                            dev_chain_bytes(d, s.m, (int64_t)per_pass * c->seqlen) +
+                                chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
+        else if (s.method->carries)
             memory_plan_add(p, "rounded inputs",
                             chain_bytes(s.m, (int64_t)per_pass * c->seqlen, c->seqlen) +
                                 chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
-        if (s.method->fixes_codes)
+        if (s.method->fixes_codes && !on_device(&s))
             memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
         if (s.q.loss == LOSS_MODULE)
             memory_plan_add(p, "module loss",
@@ -221,6 +273,18 @@ static err_code plan_alloc(search *s, block_plan *p, err *e)
     return OK;
 }
 
+/* Factors and bases for the cache, before anything is known of the layer's inputs; the block is
+ * bound again where its weights have other bases then. */
+static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib_block *stats,
+                           err *e)
+{
+    TRY(kv_fold_factors(b, p, e));
+    if (!p->turn_k.data && !p->turn_v.data) return OK;
+    TRY(rotated_layer(s->turned, b->layer, p, e));
+    TRY(layer_walk_bind(s->walk, b->layer, e));
+    return kv_fold_stats(b, p, stats, e);
+}
+
 static err_code search_layer(search *s, int32_t layer, const walk_progress *p, bool *advanced,
                              err *e)
 {
@@ -237,6 +301,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
                      .walk = s->walk,
                      .chain = s->chain,
                      .scratch = &s->scratch,
+                     .dev = s->dev,
                      .mem = &s->plan_mem,
                      .j = s->j};
     *advanced = false;
@@ -246,19 +311,23 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     }
     if (s->walk) {
         TRY(layer_walk_bind(s->walk, layer, e));
+        TRY(plan_alloc(s, &plan, e));
+        if (s->q.kv_fold) TRY(fold_cache(s, &b, &plan, &stats, e));
         if (s->chain) TRY(chain_layer(s->chain, e));
-        TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !s->chain, advanced, p, e));
+        if (s->dev_chain) TRY(dev_chain_layer(s->dev_chain, e));
+        TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !carries(s), advanced, p,
+                          e));
     }
     if (!s->walk) {
         weights_prefetch(s->src, layer);
         TRY(weights_check_layer(s->src, layer, NULL, NULL, e));
+        TRY(plan_alloc(s, &plan, e));
     }
-    TRY(plan_alloc(s, &plan, e));
-    if (s->q.kv_fold) TRY(kv_fold_factors(&b, &plan, e));
     TRY(s->method->plan_block(&b, &plan, e));
-    if (!s->chain) TRY(block_losses(&b, &plan, e));
+    if (!carries(s)) TRY(block_losses(&b, &plan, e));
     if (s->chain) TRY(chain_advance(s->chain, p, e));
-    *advanced = *advanced || s->chain;
+    if (s->dev_chain) TRY(dev_chain_advance(s->dev_chain, p, e));
+    *advanced = *advanced || carries(s);
     TRY(plan_put_layer(s->spool, layer, &plan, e));
     if (!s->walk) weights_release(s->src, layer);
     for (int i = 0; i < plan.n_linears; i++) {
@@ -282,6 +351,7 @@ static err_code save_states(search *s, int32_t next, err *e)
     const double start = now_s(),
                  pause = 20 * s->save_cost > s->o->save_s ? 20 * s->save_cost : s->o->save_s;
     if (next >= s->m->layers || start - s->saved_at < pause) return OK;
+    if (!layer_walk_saves(s->walk)) return OK;
     const tensor states = layer_walk_saved(s->walk);
     TRY(spool_put_state(s->spool, next, &states, e));
     s->saved_at = now_s();
@@ -292,7 +362,7 @@ static err_code save_states(search *s, int32_t next, err *e)
 static err_code first_layer(search *s, int32_t *first, err *e)
 {
     *first = 0;
-    if (!s->walk) return OK;
+    if (!s->walk || !layer_walk_saves(s->walk)) return OK;
     tensor states = layer_walk_saved(s->walk);
     TRY(spool_get_state(s->spool, first, &states, e));
     for (int32_t i = 0; i < *first; i++)
@@ -307,7 +377,7 @@ static err_code first_layer(search *s, int32_t *first, err *e)
 /* A plan that was finished already, or up to its last file, has no states to tell from. */
 static err_code predict(search *s, search_summary *out, bool walked, err *e)
 {
-    if (!s->chain || !walked) return OK;
+    if (!carries(s) || !walked) return OK;
     const tensor tokens = calib_tokens(s->calib), held_out = calib_held_out(s->calib);
     TRY(predict_losses(&out->predicted, s->d, s->src, s->walk, &tokens, &held_out, s->j, e));
     const prediction *p = &out->predicted;
@@ -331,7 +401,7 @@ static err_code run_layers(search *s, search_summary *out, err *e)
         const walk_progress p = {s->j, "search", l * per_layer, total};
         TRY(job_check(s->j, e));
         if (!spool_has(s->spool, l) ||
-            s->chain) /* the next layer's inputs need this one's rounding */
+            carries(s)) /* the next layer's inputs need this one's rounding */
             TRY(search_layer(s, l, &p, &advanced, e));
         else if (s->walk)
             TRY(layer_walk_bind(s->walk, l, e));
@@ -366,6 +436,19 @@ static err_code open_spool(search *s, search_summary *out, err *e)
     return OK;
 }
 
+/* The moments of a layer lie where the chain's will, which come when they are done with. */
+static err_code open_on_device(search *s, const tensor *held_out, err *e)
+{
+    dev_buf room;
+    if (s->method->carries) {
+        TRY(dev_chain_open(&s->dev_chain, s->d, s->walk, s->m, held_out, e));
+        room = dev_chain_room(s->dev_chain);
+    }
+    TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, s->dev_chain, e));
+    return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes,
+                        s->dev_chain ? &room : NULL, e);
+}
+
 static err_code open_work(search *s, err *e)
 {
     TRY(arena_init(&s->plan_mem, plan_bytes(s), "plan of a block", e));
@@ -375,11 +458,10 @@ static err_code open_work(search *s, err *e)
     if (!walks(s)) return OK;
     const tensor tokens = calib_tokens(s->calib);
     TRY(layer_walk_open(&s->walk, s->d, s->src, &tokens, e));
-    if (s->method->carries) {
-        const tensor held_out = calib_held_out(s->calib);
-        TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, e));
-    }
-    return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, e);
+    const tensor held_out = calib_held_out(s->calib);
+    if (on_device(s)) return open_on_device(s, &held_out, e);
+    if (s->method->carries) TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, e));
+    return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, NULL, e);
 }
 
 static err_code finish(search *s, search_summary *out, err *e)

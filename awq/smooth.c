@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "awq/on_device.h"
 #include "base/half.h"
 #include "kernels/quant_group.h"
 
@@ -53,6 +54,7 @@ err_code smooth_weight_mean(const quant_block *b, const smooth_group *g, double 
 {
     const int64_t k = model_linear_k(b->m, g->targets[0]);
     int64_t rows = 0;
+    if (b->dev) return dev_weight_mean(b, g, eps, mean, e);
     memset(mean, 0, (size_t)k * sizeof *mean);
     for (int t = 0; t < g->n_targets; t++) {
         linear_view v;
@@ -150,6 +152,7 @@ err_code smooth_losses(const quant_block *b, const smooth_group *g, const float 
 {
     const int64_t k = model_linear_k(b->m, g->targets[0]), step = tile_rows(b->scratch, k);
     second_moment h;
+    if (b->dev) return dev_losses(b, g, s, n, loss, e);
     memset(loss, 0, (size_t)n * sizeof *loss);
     TRY(moment_of(b, g->targets[0], &h, e)); /* targets share their input */
     for (int t = 0; t < g->n_targets; t++) {

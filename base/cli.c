@@ -1,10 +1,13 @@
 /* Option tables: the parser. Help and completion are in cli_text.c. */
 #include "base/cli.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define CLI_MAX_SEEN 128 /* later options have no environment variable */
 
 /* What the parser knows besides the table. */
 typedef struct {
@@ -13,6 +16,7 @@ typedef struct {
     char **argv;
     bool *want_help, *want_version;
     err *e;
+    bool seen[CLI_MAX_SEEN]; /* on the command line */
 } cli_state;
 
 static bool cli_name_is(const char *name, const char *arg, size_t n)
@@ -137,6 +141,12 @@ static bool *cli_special(const cli_state *c, const char *name, size_t n)
     return cli_name_is("version", name, n) ? c->want_version : NULL;
 }
 
+static void cli_see(cli_state *c, const cli_option *o)
+{
+    const ptrdiff_t i = o - c->s->options;
+    if (i < CLI_MAX_SEEN) c->seen[i] = true;
+}
+
 static err_code cli_store(const cli_option *o, const char *v, err *e)
 {
     cli_list *l;
@@ -180,6 +190,7 @@ static err_code cli_long(cli_state *c, const char *name)
         return OK;
     }
     if (!v && o->kind != CLI_FLAG) TRY(cli_value(c, o, &v));
+    cli_see(c, o);
     return cli_store(o, v, c->e);
 }
 
@@ -196,6 +207,7 @@ static err_code cli_short(cli_state *c, const char *letters)
             continue;
         }
         if (!o) return err_set(c->e, E_USAGE, "unknown option '-%c'", *l);
+        cli_see(c, o);
         if (o->kind == CLI_FLAG) {
             TRY(cli_store(o, NULL, c->e));
             continue;
@@ -207,10 +219,66 @@ static err_code cli_short(cli_state *c, const char *letters)
     return OK;
 }
 
+/* ---- environment ---- */
+
+static bool cli_env_is(const char *name, const char *env, size_t n)
+{
+    if (!name || strlen(name) != n) return false;
+    for (size_t i = 0; i < n; i++)
+        if (env[i] != (name[i] == '-' ? '_' : toupper((unsigned char)name[i]))) return false;
+    return true;
+}
+
+/* The option of "PREFIX_NAME=...", NULL when there is none. --help, --version and the like are
+ * asked for, not set. */
+static const cli_option *cli_env_option(const cli_spec *s, const char *entry)
+{
+    const size_t skip = strlen(s->env_prefix), n = strcspn(entry, "=");
+    if (strncmp(entry, s->env_prefix, skip) != 0 || n <= skip) return NULL;
+    for (int i = 0; i < s->n_options && i < CLI_MAX_SEEN; i++) {
+        const cli_option *o = &s->options[i];
+        if (o->target && (cli_env_is(o->name, entry + skip, n - skip) ||
+                          cli_env_is(o->alias, entry + skip, n - skip)))
+            return o;
+    }
+    return NULL;
+}
+
+bool cli_env_known(const cli_spec *s, const char *entry)
+{
+    return cli_env_option(s, entry) != NULL;
+}
+
+static err_code cli_env_flag(const cli_option *o, const char *v, err *e)
+{
+    static const char *const words[] = {"0", "1", "no", "yes", "false", "true", "off", "on"};
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+        if (strcmp(v, words[i]) == 0) {
+            *(bool *)o->target = i & 1;
+            return OK;
+        }
+    return err_set(e, E_USAGE, "option '--%s': expected 1 or 0, got '%s'", o->name, v);
+}
+
+/* A variable without a value says nothing. */
+static err_code cli_environment(const cli_state *c)
+{
+    const cli_spec *s = c->s;
+    for (char *const *p = s->env; s->env_prefix && p && *p; p++) {
+        const cli_option *o = cli_env_option(s, *p);
+        const char *v = strchr(*p, '=');
+        if (!o || !v || !v[1] || c->seen[o - s->options]) continue;
+        const err_code rc = o->kind == CLI_FLAG ? cli_env_flag(o, v + 1, c->e)
+                                                : cli_store(o, v + 1, c->e);
+        if (rc != OK) return err_wrap(c->e, "environment: %.*s", (int)(v - *p), *p);
+    }
+    return OK;
+}
+
 err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap,
                    int *n_args, bool *want_help, bool *want_version, err *e)
 {
-    cli_state c = {s, argc, 1, argv, want_help, want_version, e};
+    cli_state c = {s, argc, 1, argv, want_help, want_version, e, {false}};
     bool options = true;
     *n_args = 0;
     *want_help = *want_version = false;
@@ -228,6 +296,7 @@ err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, 
             args[(*n_args)++] = a;
         }
     }
+    if (!*want_help && !*want_version) TRY(cli_environment(&c));
     if (*n_args < s->min_args && !*want_help && !*want_version)
         return err_set(e, E_USAGE, "missing argument: usage is %s %s", s->tool, s->usage);
     return OK;

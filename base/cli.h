@@ -45,13 +45,20 @@ typedef struct {
     int n_options;
     int min_args, max_args; /* positionals */
     const char *examples;   /* lines, or NULL */
+    /* "TM_RUN_": what the command line does not say is taken from `env` (as environ), where the
+     * option's name is in capitals with '_' for '-'. NULL: nothing is. */
+    const char *env_prefix;
+    char *const *env;
 } cli_spec;
 
 /* Fills targets and the positionals (args, at most cap; *n_args counts). E_USAGE with one line
- * naming the option. --help and --version are the caller's: the parser sets *want_help /
- * *want_version; rows of those names (target NULL) are for the help text and completion. */
+ * naming the option (or the variable). --help and --version are the caller's: the parser sets
+ * *want_help / *want_version; rows of those names (target NULL) are for the help text and
+ * completion. */
 err_code cli_parse(const cli_spec *s, int argc, char **argv, const char **args, int cap,
                    int *n_args, bool *want_help, bool *want_version, err *e);
+/* entry: "NAME=value" of an environment. NAME stands for one of the options. */
+bool cli_env_known(const cli_spec *s, const char *entry);
 void cli_help(const cli_spec *s, FILE *out);                          /* at most 100 columns */
 void cli_completion(const cli_spec *s, const char *shell, FILE *out); /* bash, zsh or fish */
 

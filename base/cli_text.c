@@ -60,6 +60,11 @@ void cli_help(const cli_spec *s, FILE *out)
     cli_wrap(out, s->summary, 0, 0);
     (void)fputs("\noptions:\n", out);
     for (int i = 0; i < s->n_options; i++) cli_help_option(&s->options[i], out);
+    if (s->env_prefix)
+        (void)fprintf(out,
+                      "\nEach option has an environment variable, %sNAME in capitals with _ for -; "
+                      "the option wins.\n",
+                      s->env_prefix);
     if (s->examples)
         (void)fprintf(out, "\nexamples:\n%s%s", s->examples,
                       *s->examples && s->examples[strlen(s->examples) - 1] == '\n' ? "" : "\n");

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "kernels/search_ops.h"
 
 /* One block of device memory, and its copy where the host cannot read the device's. */
 struct observer {
@@ -98,12 +99,7 @@ err_code observer_tap(void *ctx, tensor_role role, int32_t layer, const tensor *
         return err_set(e, E_SHAPE, "layer %d: tap %s: expected %" PRId64 " channels, got %" PRId64,
                        (int)layer, role_name(role), t ? t->k : 0, x->shape[1]);
     TRY(op_absstat(o->d, &t->absmax, &t->abssum, x, e));
-    for (int64_t b = 0; b < t->k / t->g; b++) {
-        const tensor cols = tensor_cols(x, b * t->g, t->g);
-        tensor h = tensor_2d((float *)t->blocks.data + b * t->g * t->g, DT_F32, t->g, t->g);
-        h.mem = t->blocks.mem;
-        TRY(op_gram(o->d, &h, &cols, e));
-    }
+    TRY(op_gram_blocks(o->d, &t->blocks, x, e));
     counted->count += x->shape[0];
     return OK;
 }
@@ -130,14 +126,6 @@ static err_code check_finite(const calib_tap *t, int32_t layer, err *e)
 
 err_code observer_finish(observer *o, int32_t layer, calib_block *b, err *e)
 {
-    for (int i = 0; i < o->dev.n_taps; i++) {
-        const calib_tap *t = &o->dev.tap[i];
-        for (int64_t j = 0; j < t->k / t->g; j++) {
-            tensor h = tensor_2d((float *)t->blocks.data + j * t->g * t->g, DT_F32, t->g, t->g);
-            h.mem = t->blocks.mem;
-            TRY(op_gram_finish(o->d, &h, e));
-        }
-    }
     TRY(dev_sync(o->d, e));
     TRY(copy_all(o, true, e));
     for (int i = 0; i < o->host.n_taps; i++) TRY(check_finite(&o->host.tap[i], layer, e));

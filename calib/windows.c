@@ -53,17 +53,52 @@ done:
 
 err_code windows_memory(memory_plan *p, device *d, weight_src *src, const windows_opts *o, err *e)
 {
+    if (o->corpus.shares)
+        memory_plan_add(p, "windows of one source",
+                        (size_t)o->corpus.samples * (size_t)o->corpus.seqlen * sizeof(int32_t));
     if (windows_self(o)) return self_memory(p, d, src, o->corpus.samples, o->corpus.seqlen, e);
     return OK;
 }
 
-void windows_describe(char *buf, size_t cap, const windows_opts *o)
+/* `, "sources":[{"share":0.25,"windows":32},...]` */
+static err_code describe_shares(cJSON *to, const corpus_opts *o, err *e)
 {
-    snprintf(buf, cap,
-             "{\"dataset\":\"%.32s\",\"pick\":\"%s\",\"samples\":%d,\"seed\":%llu,\"seqlen\":%d}",
-             o->corpus.dataset ? o->corpus.dataset : "",
-             o->corpus.pick == PICK_FIRST ? "first" : "random", (int)o->corpus.samples,
-             (unsigned long long)o->corpus.seed, (int)o->corpus.seqlen);
+    int32_t *counts = NULL;
+    cJSON *list = cJSON_AddArrayToObject(to, "sources");
+    TRY(mem_alloc((void **)&counts, (size_t)o->n_paths, sizeof *counts, "data files", e));
+    corpus_mix(NULL, counts, o->shares, o->n_paths, o->samples);
+    bool ok = list != NULL;
+    for (int i = 0; i < o->n_paths && ok; i++) {
+        cJSON *s = cJSON_CreateObject();
+        char share[32];
+        snprintf(share, sizeof share, "%.6g", o->shares[i]);
+        ok = cJSON_AddRawToObject(s, "share", share) &&
+             cJSON_AddNumberToObject(s, "windows", counts[i]) && cJSON_AddItemToArray(list, s);
+        if (!ok) cJSON_Delete(s);
+    }
+    mem_free(counts);
+    return ok ? OK : err_set(e, E_NOMEM, "data files: out of memory");
+}
+
+err_code windows_describe(char **out, const windows_opts *o, err *e)
+{
+    const corpus_opts *c = &o->corpus;
+    cJSON *j = cJSON_CreateObject();
+    char seed[24];
+    snprintf(seed, sizeof seed, "%llu", (unsigned long long)c->seed);
+    bool ok = cJSON_AddStringToObject(j, "dataset", c->dataset ? c->dataset : "") &&
+              cJSON_AddStringToObject(j, "pick", c->pick == PICK_FIRST ? "first" : "random") &&
+              cJSON_AddNumberToObject(j, "samples", c->samples) &&
+              cJSON_AddRawToObject(j, "seed", seed) &&
+              cJSON_AddNumberToObject(j, "seqlen", c->seqlen);
+    err_code rc = ok ? OK : err_set(e, E_NOMEM, "options: out of memory");
+    if (rc == OK && c->shares) rc = describe_shares(j, c, e);
+    char *text = rc == OK ? cJSON_PrintUnformatted(j) : NULL;
+    if (rc == OK)
+        rc = text ? mem_strdup(out, text, e) : err_set(e, E_NOMEM, "options: out of memory");
+    cJSON_free(text);
+    cJSON_Delete(j);
+    return rc;
 }
 
 err_code windows_tokenizer_digest(hash128 *out, const char *dir, err *e)

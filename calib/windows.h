@@ -21,8 +21,8 @@ err_code windows_make(int32_t *ids, device *d, weight_src *src, const windows_op
                       err *e);
 /* What windows_make holds beside the ids. */
 err_code windows_memory(memory_plan *p, device *d, weight_src *src, const windows_opts *o, err *e);
-/* How the windows were chosen, as JSON: no paths. */
-void windows_describe(char *buf, size_t cap, const windows_opts *o);
+/* How the windows were chosen, as JSON: no paths. Free with mem_free. */
+err_code windows_describe(char **out, const windows_opts *o, err *e);
 /* Names the tokenizer by the bytes of its files. */
 err_code windows_tokenizer_digest(hash128 *out, const char *tokenizer_dir, err *e);
 

@@ -272,6 +272,7 @@ err_code corpus_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, 
     if (o->samples < 1 || o->seqlen < 1)
         return err_set(e, E_USAGE, "expected positive samples and seqlen, got %d and %d",
                        o->samples, o->seqlen);
+    if (o->shares) return corpus_mixed_windows(ids, o, t, c, j, e);
     if (join == JOIN_DOCS) return corpus_document_windows(ids, o, t, c, j, e);
     return o->pick == PICK_FIRST ? windows_first(ids, o, t, c, j, e)
                                  : windows_random(ids, o, t, c, j, e);

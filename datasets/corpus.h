@@ -40,6 +40,9 @@ typedef enum {
 typedef struct {
     const char *const *paths; /* [n_paths] */
     int n_paths;
+    /* [n_paths] of the windows, adding up to 1: each file gives so many, as if it were alone, spread
+     * over all of them. NULL: all files are one text, of which the longer has more. */
+    const double *shares;
     const char *dataset; /* NULL: none */
     corpus_pick pick;
     uint64_t seed;
@@ -55,6 +58,21 @@ bool corpus_dataset_known(const char *name);
  * are E_UNSUPPORTED. */
 err_code corpus_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c,
                         const job *j, err *e);
+
+/* Data files as users name them, "FILE" or "FILE:WEIGHT". Weights are normalised; beside others, a
+ * file without one counts 1. A colon with anything but a number behind it, and a file that has the
+ * whole name, are names. */
+typedef struct {
+    char **paths;   /* [n] */
+    double *shares; /* [n], adding up to 1 */
+    int n;
+    bool weighted; /* some file has a weight */
+} corpus_sources;
+err_code corpus_sources_parse(corpus_sources *out, const char *const *texts, int n, err *e);
+void corpus_sources_free(corpus_sources *s);
+/* How `samples` windows are given out: counts [n], each within 1 of its share; whose [samples]
+ * which file each one is of (NULL: not wanted). Nothing is drawn. */
+void corpus_mix(int32_t *whose, int32_t *counts, const double *shares, int n, int32_t samples);
 
 /* The whole stream of one file, appended to out. */
 typedef struct {

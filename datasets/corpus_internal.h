@@ -67,6 +67,10 @@ err_code corpus_document(token_list *out, const corpus_row *row, const corpus_re
 /* splitmix64's finaliser over seed and counter. */
 uint64_t corpus_random(uint64_t seed, uint64_t counter);
 
+/* Windows of files with shares. */
+err_code corpus_mixed_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t, const chat *c,
+                              const job *j, err *e);
+
 /* Windows of c4 and pileval. */
 err_code corpus_document_windows(int32_t *ids, const corpus_opts *o, const tokenizer *t,
                                  const chat *c, const job *j, err *e);

@@ -218,6 +218,7 @@ static chat_tools format_of(const char *text)
 {
     if (strstr(text, "<|action_start|>")) return CHAT_TOOLS_INTERNLM2;
     if (strstr(text, "[TOOL_CALLS]")) return CHAT_TOOLS_MISTRAL;
+    if (strstr(text, "<｜tool▁calls▁begin｜>")) return CHAT_TOOLS_DEEPSEEK;
     if (strstr(text, "<tool_call>")) return CHAT_TOOLS_HERMES;
     if (strstr(text, "<|python_tag|>") || strstr(text, "\"parameters\": "))
         return CHAT_TOOLS_LLAMA3;

@@ -46,6 +46,8 @@ block_plan plan_shape(const model_desc *m, int32_t group)
         b.linear[i].zero = tensor_2d(NULL, DT_U8, n, k / group);
         b.linear[i].codes = tensor_2d(NULL, DT_U8, n, k / 2);
     }
+    b.turn_k = tensor_2d(NULL, DT_F32, m->kv_heads, m->rope_dims / 2);
+    b.turn_v = tensor_2d(NULL, DT_F32, (int64_t)m->kv_heads * m->head_dim, m->head_dim);
     return b;
 }
 
@@ -99,6 +101,19 @@ static err_code get_linear(const plan_file *f, int32_t layer, plan_linear *l, er
     return OK;
 }
 
+static err_code get_turns(const plan_file *f, int32_t layer, block_plan *b, err *e)
+{
+    char name[ARTIFACT_NAME_MAX];
+    tensor found;
+    part_name(name, layer, "turn", "k");
+    if (st_find(f->st, name, &found))
+        TRY(artifact_get(f->st, name, DT_F32, 2, (const int64_t[]){-1, -1}, &b->turn_k, e));
+    part_name(name, layer, "turn", "v");
+    if (st_find(f->st, name, &found))
+        TRY(artifact_get(f->st, name, DT_F32, 2, (const int64_t[]){-1, -1}, &b->turn_v, e));
+    return OK;
+}
+
 static err_code get_layer(const plan_file *f, int32_t layer, block_plan *b, err *e)
 {
     static const tensor_role all[] = {ROLE_QKV, ROLE_Q,    ROLE_K,  ROLE_V,
@@ -115,6 +130,7 @@ static err_code get_layer(const plan_file *f, int32_t layer, block_plan *b, err 
         if (st_find(f->st, name, &found))
             TRY(artifact_get(f->st, name, DT_F32, 1, (const int64_t[]){-1}, &d->s, e));
     }
+    TRY(get_turns(f, layer, b, e));
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         part_name(name, layer, role_name(all[i]), "scale");
         if (!st_find(f->st, name, &found)) continue;
@@ -142,6 +158,19 @@ static err_code check_fold(const plan_file *f, int32_t layer, const plan_fold *d
     return OK;
 }
 
+static err_code check_turn(const plan_file *f, int32_t layer, const char *what, const tensor *t,
+                           err *e)
+{
+    const float *v = t->data;
+    for (int64_t i = 0; v && i < tensor_count(t); i++)
+        if (!isfinite(v[i]))
+            return err_set(e, E_INPUT,
+                           "%s: layer %d: turn of %s: element %" PRId64
+                           ": expected a finite number, found %g",
+                           st_path(f->st), (int)layer, what, i, (double)v[i]);
+    return OK;
+}
+
 static err_code check_linear(const plan_file *f, int32_t layer, const plan_linear *l, err *e)
 {
     const f16 *scale = l->scale.data;
@@ -166,7 +195,8 @@ err_code plan_layer(const plan_file *f, int32_t layer, block_plan *view, err *e)
     TRY(get_layer(f, layer, view, e));
     for (int i = 0; i < PLAN_FOLDS; i++) TRY(check_fold(f, layer, &view->fold[i], e));
     for (int i = 0; i < view->n_linears; i++) TRY(check_linear(f, layer, &view->linear[i], e));
-    return OK;
+    TRY(check_turn(f, layer, "k", &view->turn_k, e));
+    return check_turn(f, layer, "v", &view->turn_v, e);
 }
 
 static err_code get_number(const plan_file *f, const char *key, int lo, int hi, int32_t *out,
@@ -191,6 +221,7 @@ static err_code check_names(plan_file *f, err *e)
     for (int32_t i = 0; i < f->info.layers; i++) {
         TRY(get_layer(f, i, &b, e));
         for (int d = 0; d < PLAN_FOLDS; d++) known += b.fold[d].s.data != NULL;
+        known += (b.turn_k.data != NULL) + (b.turn_v.data != NULL);
         for (int l = 0; l < b.n_linears; l++) known += 3 + (b.linear[l].codes.data != NULL);
     }
     for (int64_t i = 0; i < st_count(f->st); i++) {
@@ -270,6 +301,19 @@ bool plan_rotation(const plan_file *f, const char *name, tensor *view)
     return st_find(f->st, full, view);
 }
 
+static err_code check_shape(const plan_file *f, int32_t layer, const char *what, const tensor *have,
+                            const tensor *want, err *e)
+{
+    char name[64];
+    if (!have->data) return OK;
+    snprintf(name, sizeof name, "layers.%d.turn.%s", (int)layer, what);
+    for (int i = 0; i < want->ndim; i++)
+        if (have->shape[i] != want->shape[i])
+            return err_set(e, E_INPUT, "%s: %s: dimension %d: expected %" PRId64 ", found %" PRId64,
+                           st_path(f->st), name, i, want->shape[i], have->shape[i]);
+    return OK;
+}
+
 static err_code check_block(const plan_file *f, const model_desc *m, int32_t layer, err *e)
 {
     block_plan want = plan_shape(m, f->info.group), have;
@@ -293,7 +337,8 @@ static err_code check_block(const plan_file *f, const model_desc *m, int32_t lay
                            " channels, found %" PRId64,
                            st_path(f->st), (int)layer, role_name(want.fold[i].source),
                            want.fold[i].s.shape[0], have.fold[i].s.shape[0]);
-    return OK;
+    TRY(check_shape(f, layer, "k", &have.turn_k, &want.turn_k, e));
+    return check_shape(f, layer, "v", &have.turn_v, &want.turn_v, e);
 }
 
 err_code plan_check_model(const plan_file *f, const model_desc *m, const char *digest, err *e)
@@ -310,7 +355,7 @@ err_code plan_check_model(const plan_file *f, const model_desc *m, const char *d
 
 err_code plan_put_layer(spool *s, int32_t layer, const block_plan *b, err *e)
 {
-    artifact_part parts[PLAN_FOLDS + 4 * PLAN_LINEARS];
+    artifact_part parts[PLAN_FOLDS + 4 * PLAN_LINEARS + 2];
     double loss[PLAN_LINEARS][2];
     int n = 0;
     for (int i = 0; i < PLAN_FOLDS; i++) {
@@ -333,6 +378,12 @@ err_code plan_put_layer(spool *s, int32_t layer, const block_plan *b, err *e)
         if (!l->codes.data) continue;
         part_name(parts[n].name, layer, what, "codes");
         parts[n++].t = l->codes;
+    }
+    const tensor turns[] = {b->turn_k, b->turn_v};
+    for (int i = 0; i < 2; i++) {
+        if (!turns[i].data) continue;
+        part_name(parts[n].name, layer, "turn", i ? "v" : "k");
+        parts[n++].t = turns[i];
     }
     return spool_put(s, layer, parts, n, e);
 }

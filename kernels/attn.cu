@@ -23,7 +23,9 @@ size_t attn_scratch_cuda(const device *d, const op_limits *lim)
     const int sms = cuda_of(d)->sms;
     const size_t parts = (size_t)lim->seqs * (size_t)lim->heads +
                          3 * (size_t)ATTN_MAX_WAVES * (size_t)sms;
-    return parts * 8 * (size_t)(lim->head_dim + 2) * sizeof(float);
+    const size_t bytes = parts * 8 * (size_t)(lim->head_dim + 2) * sizeof(float),
+                 fixed = d->deterministic ? attn_fixed_scratch_cuda(lim) : 0;
+    return bytes > fixed ? bytes : fixed;
 }
 
 } /* extern "C" */
@@ -78,6 +80,7 @@ err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
     const cuda_state *s = cuda_of(d);
     const int bits = kv->format == KV_16 ? 16 : (int)kv->format;
     const bool fast = fast_dim(kv->head_dim) && kv->block_tokens % 32 == 0;
+    if (fast && d->deterministic) return attn_fixed_cuda(d, y, q, kv, rows, scale, window, e);
     if (attn_decodes(rows, kv)) return attn_decode_cuda(d, y, q, kv, rows, scale, window, NULL, e);
     attn_prefill_call c = {};
     c.q = (const __half *)q->data, c.y = (__half *)y->data;

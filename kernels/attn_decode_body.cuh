@@ -216,10 +216,11 @@ template <int D, int BITS> struct softmax_state {
     float o[geom<D, BITS>::F / 2][4];
 };
 
-template <int D, int BITS, int U>
-__device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
-                                        const uint32_t q[D / 16][2], const float sumq[2],
-                                        float scale_log2, int pos, int from, int to, int g)
+/* seen(u, i, h): whether head 2t + h sees token g + 8 * i of tile u. */
+template <int D, int BITS, int U, typename S>
+__device__ __forceinline__ void
+consume_where(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
+              const uint32_t q[D / 16][2], const float sumq[2], float scale_log2, S seen)
 {
     float s[U][4], top[2] = {st->max[0], st->max[1]};
 #pragma unroll
@@ -227,13 +228,11 @@ __device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_r
         tile_scores<D, BITS>(s[u], r[u], q);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const int at = pos + u * TILE + g + 8 * i;
-            const bool seen = at >= from && at < to;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float v = s[u][2 * i + h];
                 if (BITS < 16) v = __low2float(r[u].kp[i]) * v + __high2float(r[u].kp[i]) * sumq[h];
-                v = seen ? v * scale_log2 : -INFINITY;
+                v = seen(u, i, h) ? v * scale_log2 : -INFINITY;
                 s[u][2 * i + h] = v;
                 top[h] = fmaxf(top[h], v);
             }
@@ -277,6 +276,16 @@ __device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_r
         }
         tile_values<D, BITS>(st->o, r[u], b[0], b[1]);
     }
+}
+template <int D, int BITS, int U>
+__device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
+                                        const uint32_t q[D / 16][2], const float sumq[2],
+                                        float scale_log2, int pos, int from, int to, int g)
+{
+    consume_where<D, BITS, U>(st, r, q, sumq, scale_log2, [&](int u, int i, int) {
+        const int at = pos + u * TILE + g + 8 * i;
+        return at >= from && at < to;
+    });
 }
 
 /* Channel f (0..F-1) that lane g holds; D or more when it is padding. */

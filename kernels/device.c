@@ -71,6 +71,8 @@ void dev_close(device **d)
     *d = NULL;
 }
 
+err_code dev_use(device *d, err *e) { return d->backend->use ? d->backend->use(d, e) : OK; }
+
 dev_kind dev_kind_of(const device *d) { return d->kind; }
 memspace dev_mem(const device *d) { return d->mem; }
 dtype dev_act(const device *d) { return d->act; }
@@ -78,10 +80,54 @@ dtype dev_resid(const device *d) { return d->resid; }
 pool *dev_pool(device *d) { return d->workers; }
 const char *dev_name(const device *d) { return d->name; }
 
+/* ---- memory ---- */
+
+err_code dev_pack_begin(device *d, size_t bytes, const char *what, err *e)
+{
+    void *p, *data;
+    assert(!d->pack);
+    if (d->mem == MEM_HOST || bytes == 0) return OK;
+    TRY(d->backend->alloc(&data, d, bytes, what, e));
+    const err_code rc = mem_alloc(&p, 1, sizeof(dev_pack), what, e);
+    if (rc != OK) {
+        d->backend->release(d, data);
+        return rc;
+    }
+    d->pack = p;
+    *d->pack = (dev_pack){data, bytes, 0, 1};
+    return OK;
+}
+
+static void pack_drop(device *d, dev_pack *p)
+{
+    if (--p->live > 0) return;
+    d->backend->release(d, p->data);
+    mem_free(p);
+}
+
+void dev_pack_end(device *d)
+{
+    if (d->pack) pack_drop(d, d->pack);
+    d->pack = NULL;
+}
+
+/* The piece was zeroed, and no part of it is handed out twice. */
+static bool pack_take(dev_buf *out, device *d, size_t bytes)
+{
+    dev_pack *p = d->pack;
+    if (!p || bytes == 0 || bytes > p->bytes - p->used) return false;
+    const size_t whole = (bytes + DEV_PACK_ALIGN - 1) / DEV_PACK_ALIGN * DEV_PACK_ALIGN;
+    out->data = p->data + p->used;
+    out->pack = p;
+    p->used += whole < p->bytes - p->used ? whole : p->bytes - p->used;
+    p->live++;
+    return true;
+}
+
 err_code dev_alloc(dev_buf *out, device *d, size_t bytes, const char *what, err *e)
 {
     memset(out, 0, sizeof *out);
-    TRY(d->backend->alloc(&out->data, d, bytes, what, e));
+    if (!pack_take(out, d, bytes)) TRY(d->backend->alloc(&out->data, d, bytes, what, e));
     out->bytes = bytes;
     out->mem = d->mem;
     out->dev = d;
@@ -93,12 +139,19 @@ void dev_free(dev_buf *b)
     if (!b) return;
     if (b->data) {
         assert(b->dev);
-        b->dev->backend->release(b->dev, b->data);
+        if (b->mem != b->dev->mem)
+            b->dev->backend->unmap(b->dev, b->data);
+        else if (b->pack)
+            pack_drop(b->dev, b->pack);
+        else
+            b->dev->backend->release(b->dev, b->data);
     }
     memset(b, 0, sizeof *b);
 }
 
-err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
+dev_footprint dev_footprint_of(const device *d) { return d->footprint; }
+
+static err_code check_copy(const tensor *dst, const tensor *src, err *e)
 {
     bool same = dst->dt == src->dt && dst->ndim == src->ndim;
     for (int i = 0; same && i < dst->ndim; i++) same = dst->shape[i] == src->shape[i];
@@ -110,7 +163,40 @@ err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
     }
     if (!tensor_contiguous(dst) || !tensor_contiguous(src))
         return err_set(e, E_SHAPE, "dev_copy: expected contiguous tensors");
+    return OK;
+}
+
+err_code dev_copy(device *d, tensor *dst, const tensor *src, err *e)
+{
+    TRY(check_copy(dst, src, e));
     return d->backend->copy(d, dst, src, e);
+}
+
+err_code dev_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e)
+{
+    if (d->backend->host_alloc) return d->backend->host_alloc(out, d, bytes, what, e);
+    return mem_alloc(out, bytes, 1, what, e);
+}
+
+void dev_host_free(device *d, void *p)
+{
+    if (!p) return;
+    if (d->backend->host_release)
+        d->backend->host_release(d, p);
+    else
+        mem_free(p);
+}
+
+err_code dev_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e)
+{
+    TRY(check_copy(dst, src, e));
+    if (!d->backend->copy_beside) return d->backend->copy(d, dst, src, e);
+    return d->backend->copy_beside(d, dst, src, lane, e);
+}
+
+err_code dev_order(device *d, dev_lane first, dev_lane then, err *e)
+{
+    return d->backend->order ? d->backend->order(d, first, then, e) : OK;
 }
 
 err_code dev_sync(device *d, err *e) { return d->backend->sync(d, e); }
@@ -125,6 +211,35 @@ err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, er
     memset(buf, 0, sizeof *buf);
     if (host->mem != MEM_HOST) return err_set(e, E_SHAPE, "dev_upload: expected a host tensor");
     return d->backend->upload(d, buf, out, host, e);
+}
+
+bool dev_can_map(const device *d) { return d->maps; }
+
+err_code dev_map(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e)
+{
+    void *there;
+    memset(buf, 0, sizeof *buf);
+    if (!d->maps) return err_set(e, E_UNSUPPORTED, "%s: cannot read host memory", d->name);
+    if (host->mem != MEM_HOST || !tensor_contiguous(host))
+        return err_set(e, E_SHAPE, "dev_map: expected a contiguous host tensor");
+    TRY(d->backend->map(&there, d, host->data, tensor_bytes(host), e));
+    *buf = (dev_buf){.data = host->data, .bytes = tensor_bytes(host), .mem = MEM_HOST, .dev = d};
+    *out = *host;
+    out->data = there;
+    out->mem = d->mem;
+    return OK;
+}
+
+/* Matrices are 16-bit on CUDA. */
+size_t dev_upload_bytes(const device *d, const tensor *host)
+{
+    const bool halved = d->mem != MEM_HOST && host->ndim == 2 && host->dt == DT_F32;
+    return tensor_bytes(host) / (halved ? 2 : 1);
+}
+
+err_code dev_upload_end(device *d, err *e)
+{
+    return d->backend->upload_end ? d->backend->upload_end(d, e) : OK;
 }
 
 err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e)

@@ -18,8 +18,7 @@ typedef struct {
     const char *isa; /* CPU: NULL or "auto", "ref", "avx2", "avx512", "amx": an upper bound on the
                         kernels used */
     bool deterministic; /* only kernels that round a row in the same way whatever rows are with it:
-                           a sequence's results depend on nothing but its tokens. CUDA:
-                           E_UNSUPPORTED */
+                           a sequence's results depend on nothing but its tokens */
     int32_t
         sm; /* CUDA: kernels for this compute capability (75, 80 ..) where the device has a newer
                    one, to check them; 0: its own */
@@ -30,11 +29,14 @@ typedef struct {
     size_t bytes;
     memspace mem;
     device *dev;
+    struct dev_pack *pack; /* that it is a part of, or NULL */
 } dev_buf;
 
 err_code dev_open(device **out, const dev_opts *o,
                   err *e);  /* E_UNSUPPORTED without that backend or driver */
 void dev_close(device **d); /* NULL accepted */
+/* The calling thread is from now on the one that uses d; needless in the one that opened it. */
+err_code dev_use(device *d, err *e);
 dev_kind dev_kind_of(const device *d);
 memspace dev_mem(const device *d);
 dtype dev_act(const device *d);        /* activations: DT_F32 on the CPU, DT_F16 on CUDA */
@@ -48,9 +50,42 @@ err_code dev_copy(device *d, tensor *dst, const tensor *src,
                   err *e); /* same dtype and shape, contiguous, any space */
 err_code dev_sync(device *d, err *e);
 err_code dev_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
+/* What the open device takes before anybody allocates. 0 on the CPU. */
+typedef struct {
+    size_t context_bytes; /* in use as soon as it could be asked: the driver's context, and whatever
+                             other programs hold */
+    size_t free_bytes;    /* free then */
+    size_t own_bytes;     /* workspaces of libraries, counters */
+} dev_footprint;
+dev_footprint dev_footprint_of(const device *d);
+/* From begin to end buffers are cut from one piece of `bytes` as long as they fit: devices hand
+ * memory out in pages of 2 MiB, of which a buffer of its own wastes half a one. The piece goes with
+ * the last of its buffers. Nothing happens on the CPU. */
+err_code dev_pack_begin(device *d, size_t bytes, const char *what, err *e);
+void dev_pack_end(device *d);
+#define DEV_PACK_ALIGN 256 /* that each buffer is rounded up to */
 /* A host tensor as the device sees it: on the CPU the same pointer (nothing copied, buf stays
  * empty), on CUDA a copy in `buf`. */
 err_code dev_upload(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
+size_t dev_upload_bytes(const device *d,
+                        const tensor *host); /* of `buf`; on the CPU: of the tensor,
+                                                                 where it lies */
+/* Host memory, a mapped file's too, as the ops of a device with memory of its own read it: where it
+ * lies, over the bus each time, its pages held until dev_free. For op_embed's tables. */
+bool dev_can_map(const device *d);
+err_code dev_map(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
+/* Behind the last upload for now: waits for it and gives back what uploads travel through. */
+err_code dev_upload_end(device *d, err *e);
+
+/* Host memory that copies may use while ops run: pinned on CUDA. Zeroed. */
+err_code dev_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e);
+void dev_host_free(device *d, void *p);
+/* Queues of copies beside the queue of ops; on the CPU everything runs at once. */
+typedef enum { LANE_OPS = 0, LANE_IN, LANE_OUT } dev_lane;
+err_code dev_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e);
+/* What is queued on `then` from now on waits for what lies queued on `first`. dev_sync waits for
+ * the ops alone. */
+err_code dev_order(device *d, dev_lane first, dev_lane then, err *e);
 
 /* Recorded work: ops between begin and end are not run but kept, and run again at each
  * dev_graph_run with what their tensors hold then. Only on devices that can; shapes, pointers and

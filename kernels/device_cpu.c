@@ -69,9 +69,13 @@ static void cpu_close(device *d)
     mem_free(d->shared_scratch);
 }
 
-static const dev_backend cpu_backend = {cpu_alloc,  cpu_release, cpu_copy,  cpu_sync,
-                                        cpu_memory, cpu_upload,  cpu_close, NULL,
-                                        NULL,       NULL,        NULL};
+static const dev_backend cpu_backend = {.alloc = cpu_alloc,
+                                        .release = cpu_release,
+                                        .copy = cpu_copy,
+                                        .sync = cpu_sync,
+                                        .memory = cpu_memory,
+                                        .upload = cpu_upload,
+                                        .close = cpu_close};
 
 err_code device_cpu_open(device *d, const dev_opts *o, err *e)
 {

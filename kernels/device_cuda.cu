@@ -85,7 +85,7 @@ static err_code cuda_upload(device *d, dev_buf *buf, tensor *out, const tensor *
     *out = *host;
     out->data = buf->data;
     out->mem = MEM_CUDA;
-    TRY(dev_copy(d, out, host, e));
+    TRY(cuda_load_copy(d, out->data, host->data, tensor_bytes(host), e));
     if (host->dt != DT_BF16) return OK;
     out->dt = DT_F16;
     return rows_bf16_to_f16_cuda(d, out, e);
@@ -95,15 +95,26 @@ static void cuda_close(device *d)
 {
     cuda_state *s = state(d);
     if (s) {
-        if (s->blas) cublasDestroy(s->blas);
-        cudaFree(s->blas_work);
+        err ignored;
+        (void)cuda_load_end(d, &ignored);
+        cuda_blas_close(d);
         cudaFree(s->counters);
         cudaFree(d->shared_scratch);
+        for (int i = 0; i < 2; i++)
+            if (s->lane[i]) cudaStreamDestroy(s->lane[i]);
+        if (s->order) cudaEventDestroy(s->order);
         if (s->stream) cudaStreamDestroy(s->stream);
         mem_free(s->pass);
     }
     mem_free(s);
     pool_close(&d->workers);
+}
+
+/* Streams belong to a device, which is a thread's own setting. */
+static err_code cuda_use(device *d, err *e)
+{
+    CUDA_TRY(cudaSetDevice(state(d)->index), e);
+    return OK;
 }
 
 /* ---- recorded work ---- */
@@ -145,23 +156,81 @@ static void cuda_record_free(device *d, void *graph)
     cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
-static const dev_backend cuda_backend = {
-    cuda_alloc, cuda_release,      cuda_copy,       cuda_sync,       cuda_memory,     cuda_upload,
-    cuda_close, cuda_record_begin, cuda_record_end, cuda_record_run, cuda_record_free};
+/* ---- copies beside the ops ---- */
 
-static err_code open_handles(device *d, cuda_state *s, err *e)
+static err_code cuda_host_alloc(void **out, device *d, size_t bytes, const char *what, err *e)
+{
+    const cudaError_t rc = cudaHostAlloc(out, bytes ? bytes : 1, cudaHostAllocDefault);
+    if (rc == cudaSuccess) {
+        memset(*out, 0, bytes);
+        return OK;
+    }
+    cudaGetLastError();
+    *out = NULL;
+    return err_set(e, rc == cudaErrorMemoryAllocation ? E_NOMEM : E_DEVICE,
+                   "%s: %zu pinned bytes for %s: %s", what, bytes, d->name, cudaGetErrorString(rc));
+}
+
+static void cuda_host_release(device *d, void *p)
+{
+    cuda_state *s = state(d);
+    for (int i = 0; i < 2; i++)
+        if (s->lane[i]) cudaStreamSynchronize(s->lane[i]);
+    cudaStreamSynchronize(s->stream);
+    cudaFreeHost(p);
+}
+
+static err_code lane_of(device *d, dev_lane lane, cudaStream_t *out, err *e)
+{
+    cuda_state *s = state(d);
+    *out = s->stream;
+    if (lane == LANE_OPS) return cuda_pass_flush(d, e);
+    if (!s->order) CUDA_TRY(cudaEventCreateWithFlags(&s->order, cudaEventDisableTiming), e);
+    if (!s->lane[lane - 1])
+        CUDA_TRY(cudaStreamCreateWithFlags(&s->lane[lane - 1], cudaStreamNonBlocking), e);
+    *out = s->lane[lane - 1];
+    return OK;
+}
+
+static err_code cuda_copy_beside(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e)
+{
+    cudaStream_t q;
+    TRY(lane_of(d, lane, &q, e));
+    CUDA_TRY(cudaMemcpyAsync(dst->data, src->data, tensor_bytes(dst), cudaMemcpyDefault, q), e);
+    return OK;
+}
+
+static err_code cuda_order(device *d, dev_lane first, dev_lane then, err *e)
+{
+    cudaStream_t a, b;
+    TRY(lane_of(d, first, &a, e));
+    TRY(lane_of(d, then, &b, e));
+    CUDA_TRY(cudaEventRecord(state(d)->order, a), e);
+    CUDA_TRY(cudaStreamWaitEvent(b, state(d)->order, 0), e);
+    return OK;
+}
+
+static const dev_backend cuda_backend = {
+    cuda_alloc,      cuda_release,     cuda_copy,       cuda_sync,         cuda_memory,
+    cuda_upload,     cuda_close,       cuda_use,        cuda_record_begin, cuda_record_end,
+    cuda_record_run, cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside,
+    cuda_order,      cuda_load_end,    cuda_map,        cuda_unmap};
+
+/* Asked as soon as there is a context. */
+static err_code open_footprint(device *d, err *e)
+{
+    size_t total;
+    CUDA_TRY(cudaMemGetInfo(&d->footprint.free_bytes, &total), e);
+    d->footprint.context_bytes = total - d->footprint.free_bytes;
+    return OK;
+}
+
+static err_code open_handles(device *d, cuda_state *s, int index, err *e)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
     CUDA_TRY(cudaMalloc((void **)&s->counters, (CUDA_COUNTERS + 4) * sizeof(int32_t)), e);
     CUDA_TRY(cudaMemsetAsync(s->counters, 0, (CUDA_COUNTERS + 4) * sizeof(int32_t), s->stream), e);
-    if (cublasCreate(&s->blas) != CUBLAS_STATUS_SUCCESS ||
-        cublasSetStream(s->blas, s->stream) != CUBLAS_STATUS_SUCCESS)
-        return err_set(e, E_DEVICE, "%s: cublasCreate failed", d->name);
-    /* A workspace of our own: recorded work may not allocate, and its bytes are counted. */
-    CUDA_TRY(cudaMalloc(&s->blas_work, CUDA_BLAS_BYTES), e);
-    if (cublasSetWorkspace(s->blas, s->blas_work, CUDA_BLAS_BYTES) != CUBLAS_STATUS_SUCCESS)
-        return err_set(e, E_DEVICE, "%s: cublasSetWorkspace failed", d->name);
-    return OK;
+    return cuda_blas_open(d, index, e);
 }
 
 err_code device_cuda_open(device *d, const dev_opts *o, err *e)
@@ -181,10 +250,6 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     snprintf(d->name, sizeof d->name, "cuda:%d (%.40s, sm_%d)", o->index, p.name, sm);
     if (sm < 75)
         return err_set(e, E_UNSUPPORTED, "%s: needs compute capability 7.5 or newer", d->name);
-    if (o->deterministic)
-        return err_set(e, E_UNSUPPORTED,
-                       "%s: no deterministic kernels: cuBLAS rounds by the number of rows",
-                       d->name);
     d->backend = &cuda_backend;
     d->mem = MEM_CUDA;
     d->act = DT_F16;
@@ -194,11 +259,17 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     TRY(mem_alloc(&mem, 1, sizeof(cuda_state), "device", e));
     d->backend_data = mem;
     cuda_state *s = (cuda_state *)mem;
+    s->index = o->index;
     s->sm = sm;
     s->sms = p.multiProcessorCount;
     s->last_op = "open";
-    TRY(open_handles(d, s, e));
-    TRY(cuda_pass_make(d, e));
+    TRY(open_footprint(d, e));
+    int maps;
+    CUDA_TRY(cudaDeviceGetAttribute(&maps, cudaDevAttrHostRegisterReadOnlySupported, o->index), e);
+    d->maps = maps;
+    d->footprint.own_bytes = CUDA_BLAS_BYTES + CUDA_COUNTERS * sizeof(int32_t);
+    TRY(open_handles(d, s, o->index, e));
+    if (!d->deterministic) TRY(cuda_pass_make(d, e)); /* its splits follow the batch */
     ops_init_cuda(&d->ops, sm);
     return OK;
 }

@@ -25,17 +25,22 @@ typedef struct {
 
 /* Work of a decode pass that is being recorded and not launched yet: device_cuda_pass.cu. */
 typedef struct cuda_pass cuda_pass;
+/* device_cuda_load.cu */
+typedef struct cuda_load cuda_load;
+typedef struct cuda_blas_maker cuda_blas_maker;
 
 typedef struct {
     cudaStream_t stream;
-    cublasHandle_t blas;
-    void *blas_work;
-    int32_t *counters;   /* [CUDA_COUNTERS], then 4 of the decode pass: zero between ops */
-    cuda_pass *pass;     /* NULL below sm_90 */
-    const char *last_op; /* for errors that surface later */
-    int w4_group;        /* of the weight uploaded last: what producers make planes for; 0 none */
+    cuda_blas_maker *maker; /* of the cuBLAS handle */
+    cuda_load *load;        /* NULL while nothing is loaded */
+    int32_t *counters;      /* [CUDA_COUNTERS], then 4 of the decode pass: zero between ops */
+    cuda_pass *pass;        /* NULL below sm_90 */
+    const char *last_op;    /* for errors that surface later */
+    int w4_group; /* of the weight uploaded last: what producers make planes for; 0 none */
     cuda_planes planes;
-    int sm, sms;
+    int index, sm, sms;
+    cudaStream_t lane[2]; /* of copies in and out; NULL until used */
+    cudaEvent_t order;    /* recorded on one lane, waited for on another */
 } cuda_state;
 
 static inline cuda_state *cuda_of(const device *d) { return (cuda_state *)d->backend_data; }
@@ -58,6 +63,29 @@ static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, e
     if (rc == CUBLAS_STATUS_SUCCESS) return OK;
     return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
 }
+
+/* ---- loading ---- */
+#define CUDA_LOAD_BYTES  ((size_t)8 << 20) /* of a slot */
+#define CUDA_LOAD_PIECES 3
+typedef struct {
+    const void *src; /* host */
+    size_t bytes;
+} cuda_piece;
+/* Host memory to dst, queued on the device's stream; src may go when it returns. */
+err_code cuda_load_copy(device *d, void *dst, const void *src, size_t bytes, err *e);
+/* Up to CUDA_LOAD_PIECES pieces, cuda_load_need of them at most CUDA_LOAD_BYTES, into one slot on
+ * the device: at[i] holds piece i for what is queued next, until cuda_load_tiled. */
+size_t cuda_load_need(const cuda_piece *piece, int n);
+err_code cuda_load_raw(device *d, const cuda_piece *piece, int n, uint8_t **at, err *e);
+err_code cuda_load_tiled(device *d, err *e);
+err_code cuda_load_end(device *d, err *e); /* waits, and gives the slots back */
+err_code cuda_map(void **out, device *d, const void *host, size_t bytes, err *e);
+void cuda_unmap(device *d, void *host);
+/* A thread makes the handle; who asks first waits for it. NULL when it could not be made, with which
+ * every call of cuBLAS fails. */
+err_code cuda_blas_open(device *d, int index, err *e);
+cublasHandle_t cuda_blas_of(const device *d);
+void cuda_blas_close(device *d);
 
 /* Launches what is gathered; before anything else is queued. */
 err_code cuda_pass_flush(device *d, err *e);
@@ -110,6 +138,13 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
                           const batch_rows *rows, float scale, int32_t window,
                           const struct rope_call *rope, err *e);
 
+/* The same on a device opened as deterministic: a row's bits depend on the row alone. */
+err_code gemm_fixed_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const tensor *bias,
+                         bool add, err *e);
+err_code attn_fixed_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
+                         const batch_rows *rows, float scale, int32_t window, err *e);
+size_t attn_fixed_scratch_cuda(const op_limits *lim);
+
 /* ---- the ops, one file each; filled into the table by ops_cuda.cu ---- */
 extern "C" {
 err_code embed_cuda(device *, tensor *, const tensor *, const tensor *, err *);
@@ -134,7 +169,9 @@ err_code gram_cuda(device *, tensor *, const tensor *, err *);
 err_code gram_finish_cuda(device *, tensor *, err *);
 err_code quad_cuda(device *, tensor *, const tensor *, const tensor *, err *);
 err_code matmul_cuda(device *, tensor *, const tensor *, const tensor *, err *);
+err_code sample_cuda(device *, tensor *, tensor *, const tensor *, const tensor *, tensor *, err *);
 err_code rows_bf16_to_f16_cuda(device *, tensor *, err *); /* in place; beyond f16: infinity */
+size_t sample_scratch_cuda(const op_limits *);
 size_t attn_scratch_cuda(const device *, const op_limits *);
 size_t gemm_w4_scratch_cuda(const device *, const op_limits *);
 }

@@ -27,6 +27,12 @@ const char *cpu_flags_name(uint32_t flags); /* "amx", "avx512-vnni", "avx512", "
 /* The shared scratch if it has at least `bytes`, else E_LIMIT naming the op: ops_reserve was not
  * told. */
 err_code dev_scratch(device *d, void **out, size_t bytes, const char *op, err *e);
+/* One piece of device memory that buffers are cut from, in order. */
+typedef struct dev_pack {
+    uint8_t *data;
+    size_t bytes, used;
+    int64_t live; /* buffers cut from it, and 1 while it is open */
+} dev_pack;
 static inline size_t dev_align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 typedef struct dev_backend {
@@ -37,11 +43,21 @@ typedef struct dev_backend {
     err_code (*memory)(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
     err_code (*upload)(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
     void (*close)(device *d); /* what dev_open of the backend made, scratch included */
+    err_code (*use)(device *d, err *e); /* NULL: any thread may */
     /* recorded work; NULL where the device cannot */
     err_code (*record_begin)(device *d, err *e);
     err_code (*record_end)(device *d, void **graph, err *e);
     err_code (*record_run)(device *d, void *graph, err *e);
     void (*record_free)(device *d, void *graph);
+    /* copies beside the ops; NULL where nothing runs beside anything */
+    err_code (*host_alloc)(void **out, device *d, size_t bytes, const char *what, err *e);
+    void (*host_release)(device *d, void *p);
+    err_code (*copy_beside)(device *d, tensor *dst, const tensor *src, dev_lane lane, err *e);
+    err_code (*order)(device *d, dev_lane first, dev_lane then, err *e);
+    err_code (*upload_end)(device *d, err *e); /* NULL: nothing to do */
+    /* host memory as ops read it; NULL where the device cannot */
+    err_code (*map)(void **out, device *d, const void *host, size_t bytes, err *e);
+    void (*unmap)(device *d, void *host);
 } dev_backend;
 
 struct device {
@@ -57,6 +73,9 @@ struct device {
     uint8_t *worker_scratch; /* [threads][DEV_WORKER_BYTES] */
     void *shared_scratch;    /* [shared_bytes], NULL until ops_reserve */
     size_t shared_bytes;
+    dev_pack *pack; /* what dev_alloc takes from, or NULL */
+    dev_footprint footprint;
+    bool maps;          /* read-only files too */
     void *backend_data; /* the backend's own */
     char name[64];
 };

@@ -3,6 +3,8 @@
 #include "kernels/device_cuda.cuh"
 #include "kernels/gemm_one.cuh"
 
+#define GRAM_PANEL 2048
+
 __global__ void bias_kernel(void *y, bool wide, int64_t ldy, const __half *bias, int64_t n)
 {
     const int64_t row = blockIdx.y, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -54,6 +56,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
     if (w->dt != DT_F16) /* dev_upload makes weights f16 */
         return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name,
                        dtype_name(w->dt));
+    if (d->deterministic) return gemm_fixed_cuda(d, y, x, w, bias, add, e);
     TRY(cuda_pass_flush(d, e));
     gemm_one_call one_row = {};
     one_row.w = (const __half *)w->data, one_row.x = (const __half *)x->data, one_row.y = y->data;
@@ -65,7 +68,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
                                       cuda_of(d)->stream),
                              e);
     TRY(cuda_blas(d, "gemm",
-                  cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
+                  cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
                                CUDA_R_16F, k, x->data, CUDA_R_16F, (int)x->stride[0], &beta,
                                y->data, y->dt == DT_F32 ? CUDA_R_32F : CUDA_R_16F,
                                (int)y->stride[0], CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
@@ -76,18 +79,25 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
                        (const __half *)bias->data, (int64_t)n);
 }
 
-/* Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
+/* Columns of h by panels, each from its diagonal down: with panels of a sixth of a wide h that
+ * saves two fifths of the work. Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
 err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
 {
     const float one = 1.f;
-    const int k = (int)x->shape[1], m = (int)x->shape[0];
+    const int k = (int)x->shape[1], m = (int)x->shape[0], ld = (int)x->stride[0],
+              ldh = (int)h->stride[0];
     TRY(cuda_pass_flush(d, e));
-    return cuda_blas(d, "gram",
-                     cublasGemmEx(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_T, k, k, m, &one,
-                                  x->data, CUDA_R_16F, (int)x->stride[0], x->data, CUDA_R_16F,
-                                  (int)x->stride[0], &one, h->data, CUDA_R_32F, k,
-                                  CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-                     e);
+    for (int at = 0; at < k; at += GRAM_PANEL) {
+        const int n = k - at < GRAM_PANEL ? k - at : GRAM_PANEL;
+        const __half *cols = (const __half *)x->data + at;
+        TRY(cuda_blas(d, "gram",
+                      cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_T, n, k - at, m, &one,
+                                   cols, CUDA_R_16F, ld, cols, CUDA_R_16F, ld, &one,
+                                   (float *)h->data + (int64_t)at * ldh + at, CUDA_R_32F, ldh,
+                                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                      e));
+    }
+    return OK;
 }
 
 err_code gram_finish_cuda(device *d, tensor *h, err *e)
@@ -102,7 +112,7 @@ err_code matmul_cuda(device *d, tensor *y, const tensor *a, const tensor *b, err
     const float one = 1.f, zero = 0.f;
     TRY(cuda_pass_flush(d, e));
     return cuda_blas(d, "matmul",
-                     cublasSgemm(cuda_of(d)->blas, CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
+                     cublasSgemm(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_N, (int)b->shape[1],
                                  (int)a->shape[0], (int)a->shape[1], &one, (const float *)b->data,
                                  (int)b->stride[0], (const float *)a->data, (int)a->stride[0],
                                  &zero, (float *)y->data, (int)y->stride[0]),

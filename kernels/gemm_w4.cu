@@ -10,7 +10,7 @@ extern "C" {
 #define THREADS     256
 #define STREAM_ROWS 16 /* beyond, wgmma is faster */
 #define DENSE_BYTES \
-    ((size_t)64 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
+    ((size_t)32 << 20) /* an f16 slab of the unpacked weight: stays in L2 on large parts */
 
 /* ---- tiling ---- */
 
@@ -21,6 +21,7 @@ typedef struct {
     const __half *scales;
     const void *zeros;
     int n, k, group, first; /* first: row of the fused weight where this part begins */
+    int k0;                 /* input of the weight with which q, scales and zeros begin */
     int paired;             /* 0, or 1 + which half of pairs the part is */
     bool awq;               /* nibble order 0,2,4,6,1,3,5,7 and packed zeros; else TurboMind */
 } disk_w4;
@@ -55,8 +56,8 @@ __global__ void w4_tile_codes(uint8_t *data, disk_w4 s, int units, int unit_byte
     if (i >= (int64_t)s.n * (s.k / 8)) return;
     const int n = (int)(i % s.n), t = (int)(i / s.n) % 4, k = (int)(i / s.n) / 4 * 32;
     const int2 at = tile_row(s, n);
-    const int tile = at.x, g = at.y & 7, high = at.y >> 3;
-    const int unit = k / 128, step = k % 128 / 32;
+    const int tile = at.x, g = at.y & 7, high = at.y >> 3, to = s.k0 + k;
+    const int unit = to / 128, step = to % 128 / 32;
     uint32_t *p = (uint32_t *)(data + ((size_t)tile * units + unit) * unit_bytes) +
                   ((step >> 1) * 32 + g * 4 + t) * 4 + (step & 1) * 2;
     uint32_t word[2] = {0, 0};
@@ -72,7 +73,7 @@ __global__ void w4_tile_params(uint8_t *data, disk_w4 s, int units, int unit_byt
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int groups = s.k / s.group;
     if (i >= (int64_t)s.n * groups) return;
-    const int n = (int)(i % s.n), gr = (int)(i / s.n), k = gr * s.group;
+    const int n = (int)(i % s.n), gr = (int)(i / s.n), k = s.k0 + gr * s.group;
     const int2 at = tile_row(s, n);
     const __half zero =
         s.awq ? __int2half_rn((int)(((const uint32_t *)s.zeros)[(size_t)gr * (s.n / 8) + n / 8] >>
@@ -168,37 +169,55 @@ size_t w4_upload_bytes_cuda(int64_t k, int64_t n, int32_t group)
            (size_t)n * 2;
 }
 
-/* Raw parts to the device, tiled there; anything but AWQ and TurboMind words goes through the host
- * first. */
-static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
-                            int units, err *e)
+/* Inputs [w.k0, w.k0 + w.k) of a part to the device, tiled there. */
+static err_code upload_slice(device *d, uint8_t *data, disk_w4 w, const cuda_piece *piece,
+                             int units, err *e)
 {
     const cudaStream_t stream = cuda_of(d)->stream;
-    const size_t q = tensor_bytes(&src->q), s = tensor_bytes(&src->scales),
-                 z = tensor_bytes(&src->zeros);
-    uint8_t *raw = NULL;
-    disk_w4 w = {};
-    err_code rc = OK;
-    CUDA_TRY(cudaMalloc((void **)&raw, q + s + z), e);
-    cudaMemcpyAsync(raw, src->q.data, q, cudaMemcpyHostToDevice, stream);
-    cudaMemcpyAsync(raw + q, src->scales.data, s, cudaMemcpyHostToDevice, stream);
-    cudaMemcpyAsync(raw + q + s, src->zeros.data, z, cudaMemcpyHostToDevice, stream);
-    w.q = (const uint32_t *)raw, w.scales = (const __half *)(raw + q), w.zeros = raw + q + s;
-    w.n = (int)src->n, w.k = (int)src->k, w.group = src->group, w.first = first, w.paired = paired,
-    w.awq = src->layout == W4_AWQ;
+    uint8_t *at[3];
+    TRY(cuda_load_raw(d, piece, 3, at, e));
+    w.q = (const uint32_t *)at[0], w.scales = (const __half *)at[1], w.zeros = at[2];
     w4_tile_codes<<<blocks_for((int64_t)w.n * (w.k / 8)), THREADS, 0, stream>>>(
         data, w, units, w4_unit_bytes(w.group));
     w4_tile_params<<<blocks_for((int64_t)w.n * (w.k / w.group)), THREADS, 0, stream>>>(
         data, w, units, w4_unit_bytes(w.group));
-    rc = cuda_launched(d, "w4_upload", cudaStreamSynchronize(stream), e);
-    cudaFree(raw);
-    return rc;
+    TRY(cuda_launched(d, "w4_upload", cudaSuccess, e));
+    return cuda_load_tiled(d, e);
+}
+
+/* Words as they lie on disk, in slices of whole groups; anything but AWQ and TurboMind words goes
+ * through the host first. */
+static err_code upload_part(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
+                            int units, err *e)
+{
+    const size_t groups = (size_t)(src->k / src->group);
+    const size_t bytes[3] = {tensor_bytes(&src->q) / groups, tensor_bytes(&src->scales) / groups,
+                             tensor_bytes(&src->zeros) / groups};
+    const void *const from[3] = {src->q.data, src->scales.data, src->zeros.data};
+    const size_t most = (CUDA_LOAD_BYTES - 3 * 256) / (bytes[0] + bytes[1] + bytes[2]);
+    disk_w4 w = {};
+    if (!most)
+        return err_set(e, E_UNSUPPORTED, "w4_upload: %lld outputs: more than a slot holds",
+                       (long long)src->n);
+    w.n = (int)src->n, w.group = src->group, w.first = first, w.paired = paired,
+    w.awq = src->layout == W4_AWQ;
+    for (size_t g = 0; g < groups; g += most) {
+        const size_t n = groups - g < most ? groups - g : most;
+        cuda_piece piece[3];
+        for (int i = 0; i < 3; i++) {
+            piece[i].src = (const uint8_t *)from[i] + g * bytes[i];
+            piece[i].bytes = n * bytes[i];
+        }
+        w.k0 = (int)g * w.group, w.k = (int)n * w.group;
+        TRY(upload_slice(d, data, w, piece, units, e));
+    }
+    return OK;
 }
 
 static err_code upload_any(device *d, uint8_t *data, const w4_weight *src, int first, int paired,
                            int units, err *e)
 {
-    w4_weight t;
+    w4_weight t = {};
     size_t q, s, z;
     void *mem;
     if (src->layout == W4_AWQ || src->layout == W4_TM)
@@ -223,9 +242,9 @@ static err_code upload_bias(device *d, __half *bias, const w4_weight *const *par
             TRY(mem_alloc(&mem, (size_t)n, 2, "bias", e));
             tensor t = tensor_1d(mem, DT_F16, n);
             tensor_convert(&t, &parts[i]->bias);
-            const cudaError_t rc = cudaMemcpy(bias, mem, (size_t)n * 2, cudaMemcpyHostToDevice);
+            const err_code rc = cuda_load_copy(d, bias, mem, (size_t)n * 2, e);
             mem_free(mem);
-            CUDA_TRY(rc, e);
+            if (rc != OK) return rc;
         }
         bias += n;
     }
@@ -330,17 +349,20 @@ static err_code wide_rows(device *d, tensor *y, const tensor *x, const w4_weight
     c.x = (const __half *)x->data, c.y = y->data, c.arrived = s->counters;
     c.m = (int)x->shape[0], c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
     c.add = add, c.wide = y->dt == DT_F32, c.glu = glu;
-    *taken = s->sm >= 90 && x->shape[0] > STREAM_ROWS && gemm_w4_wide_takes(&t, &c);
+    *taken = s->sm >= 90 && !d->deterministic && x->shape[0] > STREAM_ROWS && gemm_w4_wide_takes(&t, &c);
     if (!*taken) return OK;
     TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(c.m, s->sms), "gemm_w4", e));
     TRY(cuda_pass_flush(d, e));
     return cuda_launched(d, "gemm_w4: wgmma", gemm_w4_wide(&t, &c, s->sms, s->stream), e);
 }
 
+/* Rows of one call of the weight stream. */
+static int64_t few_most(const device *d) { return d->deterministic ? W4_FEW_MAX : STREAM_ROWS; }
+
 /* One row of activations through the kernel that makes their planes itself. */
 static bool one_row(const device *d, const tensor *x, const w4_weight *w)
 {
-    return cuda_of(d)->sm >= 90 && x->shape[0] == 1 && w->k % 128 == 0 &&
+    return cuda_of(d)->sm >= 90 && !d->deterministic && x->shape[0] == 1 && w->k % 128 == 0 &&
            w->k <= W4_ONE_UNITS * 128 && (uintptr_t)x->data % 16 == 0;
 }
 
@@ -367,8 +389,17 @@ err_code gemm_w4_cuda(device *d, tensor *y, const tensor *x, const w4_weight *w,
     bool taken;
     TRY(wide_rows(d, y, x, w, add, false, &taken, e));
     if (taken) return OK;
-    if (cuda_of(d)->sm < 90 || m > STREAM_ROWS || x->stride[0] % 4)
+    if (cuda_of(d)->sm < 90 || x->stride[0] % 4 || (m > few_most(d) && !d->deterministic))
         return many_rows(d, y, x, w, add, e);
+    if (m > few_most(d)) { /* each weight again for each slice, in the order of few rows */
+        for (int64_t i = 0; i < m; i += few_most(d)) {
+            const int64_t n = m - i < few_most(d) ? m - i : few_most(d);
+            const tensor part = tensor_rows(x, i, n);
+            tensor out = tensor_rows(y, i, n);
+            TRY(gemm_w4_cuda(d, &out, &part, w, add, e));
+        }
+        return OK;
+    }
     w4_call c = {};
     c.x = (const __half *)x->data, c.y = y->data, c.m = (int)m;
     c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];

@@ -170,6 +170,25 @@ err_code op_nll(device *d, tensor *nll, tensor *argmax, const tensor *logits, co
     return m ? d->ops.nll(d, nll, argmax, logits, target, e) : OK;
 }
 
+bool dev_samples(const device *d) { return d->ops.sample != NULL; }
+
+err_code op_sample(device *d, tensor *ids, tensor *logits, const tensor *rows, const tensor *bias,
+                   tensor *counts, err *e)
+{
+    TRY(check_tensor(d, logits, "op_sample: logits", DT_F32, 2, SHAPE(-1, -1), e));
+    const int64_t m = logits->shape[0], v = logits->shape[1];
+    TRY(check_tensor(d, ids, "op_sample: ids", DT_I32, 1, &m, e));
+    TRY(check_tensor(d, rows, "op_sample: rows", DT_U8, 2, SHAPE(m, sizeof(sample_row)), e));
+    TRY(check_tensor(d, bias, "op_sample: bias", DT_U8, 2,
+                     SHAPE(m, SAMPLE_MAX_BIAS * sizeof(sample_bias)), e));
+    TRY(check_tensor(d, counts, "op_sample: counts", DT_I32, 3, SHAPE(-1, 2, v), e));
+    if (!dev_samples(d)) return err_set(e, E_UNSUPPORTED, "op_sample: not on %s", d->name);
+    if (v > 1 << 18)
+        return err_set(e, E_UNSUPPORTED, "op_sample: expected up to %d ids, got %" PRId64, 1 << 18,
+                       v);
+    return m ? d->ops.sample(d, ids, logits, rows, bias, counts, e) : OK;
+}
+
 err_code op_absstat(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)
 {
     TRY(check_tensor(d, x, "op_absstat: x", d->act, 2, SHAPE(-1, -1), e));

@@ -3,8 +3,8 @@
  * of right. m rows (tokens), n outputs, k inputs, g group. "act" is dev_act(d), "res" dev_resid(d)
  * or act. Rows of x and y may be strided (stride[ndim-1] == 1). Reductions have a fixed order:
  * results do not depend on threads or on m's split (with AMX some products and attention of
- * up to 4 rows round differently from longer ones, unless the device is deterministic:
- * docs/numerics.md). */
+ * up to 4 rows round differently from longer ones, on CUDA those of few and of many rows, unless
+ * the device is deterministic: docs/numerics.md). */
 #ifndef TMF_KERNELS_OPS_H
 #define TMF_KERNELS_OPS_H
 
@@ -98,6 +98,30 @@ err_code op_quad(device *d, tensor *out, const tensor *x, const tensor *h, err *
 err_code op_matmul(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 /* y f32 [m,n] = a f32 [m,k] * b f32 [k,n]; for the search, not for the forward pass */
 
+/* ---- sampling, where a device does it itself ---- */
+/* How one row is drawn from. What is done, and in which order, is defined by runtime/sampler.h. */
+#define SAMPLE_MAX_BIAS 64
+typedef struct {
+    int32_t id;
+    float bias;
+} sample_bias;
+typedef struct {
+    double temperature, top_p, min_p, presence, frequency;
+    double u; /* the draw: [0,1) */
+    float repetition;
+    int32_t top_k, n_bias;
+    int32_t wanted;     /* 0: the row stays as it is, without an id */
+    int32_t state;      /* its pair of `counts`, -1: no penalties */
+    int32_t last, gone; /* ids that came into the counts and fell out of `seen` since; -1: none */
+} sample_row;
+bool dev_samples(const device *d); /* else the logits go to the host's sampler */
+err_code op_sample(device *d, tensor *ids, tensor *logits, const tensor *rows, const tensor *bias,
+                   tensor *counts, err *e);
+/* ids i32 [m] of logits f32 [m,v], which change; rows u8 [m, sizeof(sample_row)]; bias u8 [m,
+ * SAMPLE_MAX_BIAS * sizeof(sample_bias)]; counts i32 [states, 2, v]: how often an id was seen in
+ * the window, and answered. -1: no logit is above minus infinity. The host's sampler gives the same
+ * id unless its draw is within 1e-9 of the border of two. */
+
 /* ---- weights and scratch, before the loop ---- */
 /* Fuses `n_parts` linears of equal k and group along n (any on-disk layout) into the device's
  * tiling. */
@@ -140,9 +164,12 @@ typedef struct op_table {
                              const w4_weight *, bool, err *);
     err_code (*rope_attn)(device *, tensor *, tensor *, tensor *, const tensor *, const rope_spec *,
                           const batch_rows *, const kv_layer *, float, int32_t, err *);
+    err_code (*sample)(device *, tensor *, tensor *, const tensor *, const tensor *, tensor *,
+                       err *); /* NULL: not here */
     err_code (*w4_upload)(device *, dev_buf *, w4_weight *, const w4_weight *const *, int, err *);
     size_t (*w4_upload_bytes)(int64_t, int64_t, int32_t);
     size_t (*scratch_bytes)(const device *, const op_limits *);
+    const struct search_ops *search; /* kernels/search_ops.h */
 } op_table;
 void ops_init_ref(op_table *t);
 void ops_init_cpu(op_table *t,

@@ -1,6 +1,7 @@
 /* Fills the table with the references: complete, and right on any CPU. */
 #include "kernels/gemm_w4.h"
 #include "kernels/ref.h"
+#include "kernels/search_ops.h"
 
 static size_t scratch_bytes_ref(const device *d, const op_limits *l)
 {
@@ -29,5 +30,6 @@ void ops_init_ref(op_table *t)
         .quad = quad_ref,
         .matmul = matmul_ref,
         .scratch_bytes = scratch_bytes_ref,
+        .search = &search_ops_ref,
     };
 }

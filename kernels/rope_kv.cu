@@ -135,7 +135,7 @@ extern "C" err_code rope_kv_cuda(device *d, tensor *q, tensor *k, const tensor *
                        kv->head_dim);
     const rope_call r = rope_call_of(q, k, v, spec, rows, kv);
     const int warps = r.group + 2 < 8 ? r.group + 2 : 8;
-    if (q->shape[0] > 64 && even_rows(&r))
+    if (q->shape[0] > 64 && !d->deterministic && even_rows(&r)) /* the two may round apart */
         return cuda_launch(d, "rope_kv", rope_kv_rows_kernel, dim3((unsigned)q->shape[0]),
                            dim3(ROW_WARPS * 32), 0, e, r);
     return cuda_launch(d, "rope_kv", rope_kv_kernel,
@@ -147,7 +147,7 @@ extern "C" err_code rope_attn_cuda(device *d, tensor *y, tensor *q, tensor *k, c
                                    const rope_spec *spec, const batch_rows *rows,
                                    const kv_layer *kv, float scale, int32_t window, err *e)
 {
-    if (attn_decodes(rows, kv)) {
+    if (!d->deterministic && attn_decodes(rows, kv)) {
         const rope_call r = rope_call_of(q, k, v, spec, rows, kv);
         return attn_decode_cuda(d, y, q, kv, rows, scale, window, &r, e);
     }

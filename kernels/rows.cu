@@ -43,6 +43,23 @@ __global__ void embed_kernel(void *y, dtype ydt, int64_t ldy, const void *table,
         store_f(y, row * ldy + i, ydt, load_f(table, from + i, dt));
 }
 
+/* 16-bit tables, four values a load: one that lies on the host is read over the bus, where few long
+ * requests matter. */
+__global__ void embed_rows_kernel(float *y, int64_t ldy, const uint2 *table, dtype dt,
+                                  const int32_t *ids, int64_t h4)
+{
+    pdl_launch();
+    pdl_wait();
+    const int64_t row = blockIdx.x;
+    const uint2 *from = table + (int64_t)ids[row] * h4;
+    float4 *to = (float4 *)(y + row * ldy);
+    for (int64_t i = threadIdx.x; i < h4; i += THREADS) {
+        const uint2 v = from[i];
+        to[i] = make_float4(load_f(&v, 0, dt), load_f(&v, 1, dt), load_f(&v, 2, dt),
+                            load_f(&v, 3, dt));
+    }
+}
+
 __global__ void rmsnorm_kernel(void *y, dtype ydt, int64_t ldy, const void *x, dtype xdt,
                                int64_t ldx, const void *w, dtype wdt, float eps, int64_t k)
 {
@@ -223,7 +240,8 @@ __global__ void __launch_bounds__(NLL_THREADS)
     pdl_launch();
     pdl_wait();
     const float *row = logits + (int64_t)blockIdx.x * ld;
-    const int64_t v4 = (uintptr_t)row % 16 == 0 ? v / 4 : 0;
+    /* the order of the sum is that of all rows, not of the aligned ones */
+    const int64_t v4 = ((uintptr_t)logits | (uintptr_t)(ld * 4)) % 16 == 0 ? v / 4 : 0;
     float top = -INFINITY, sum = 0.f;
     int32_t id = 0;
 #pragma unroll 4
@@ -256,20 +274,35 @@ __global__ void __launch_bounds__(NLL_THREADS)
     }
 }
 
-/* One thread a channel, rows in order. */
-__global__ void absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m,
-                               int64_t k)
+/* 32 channels a block; warp w takes rows w, w + 32, .., whose sums are added in order of the
+ * warps. */
+#define STAT_WARPS 32
+__global__ void __launch_bounds__(32 * STAT_WARPS)
+    absstat_kernel(float *top, double *sum, const __half *x, int64_t ld, int64_t m, int64_t k)
 {
-    const int64_t c = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    __shared__ float tops[STAT_WARPS][32];
+    __shared__ double sums[STAT_WARPS][32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int64_t c = (int64_t)blockIdx.x * 32 + lane;
+    float t = 0.f;
+    double s = 0;
     pdl_launch();
     pdl_wait();
-    if (c >= k) return;
-    float t = top[c];
-    double s = sum[c];
-    for (int64_t r = 0; r < m; r++) {
+#pragma unroll 4
+    for (int64_t r = warp; r < m && c < k; r += STAT_WARPS) {
         const float a = fabsf(__half2float(x[r * ld + c]));
         t = fmaxf(t, a);
         s += a;
+    }
+    tops[warp][lane] = t;
+    sums[warp][lane] = s;
+    __syncthreads();
+    if (warp || c >= k) return;
+    t = top[c];
+    s = sum[c];
+    for (int i = 0; i < STAT_WARPS; i++) {
+        t = fmaxf(t, tops[i][lane]);
+        s += sums[i][lane];
     }
     top[c] = t;
     sum[c] = s;
@@ -294,16 +327,23 @@ err_code rows_bf16_to_f16_cuda(device *d, tensor *t, err *e)
                        (uint16_t *)t->data, n);
 }
 
-err_code embed_cuda(device *d, tensor *y, const tensor *table, const tensor *ids, err *e)
-{
-    return cuda_launch(d, "embed", embed_kernel, dim3((unsigned)y->shape[0]), dim3(THREADS), 0, e,
-                       y->data, y->dt, y->stride[0], (const void *)table->data, table->dt,
-                       (const int32_t *)ids->data, y->shape[1]);
-}
-
 static bool aligned4(const void *p, int64_t ld, size_t unit)
 {
     return (uintptr_t)p % (4 * unit) == 0 && ld % 4 == 0;
+}
+
+err_code embed_cuda(device *d, tensor *y, const tensor *table, const tensor *ids, err *e)
+{
+    const int64_t h = y->shape[1];
+    const unsigned rows = (unsigned)y->shape[0];
+    const int32_t *id = (const int32_t *)ids->data;
+    if (dtype_bytes(table->dt) == 2 && y->dt == DT_F32 && aligned4(table->data, h, 2) &&
+        aligned4(y->data, y->stride[0], 4))
+        return cuda_launch(d, "embed", embed_rows_kernel, dim3(rows), dim3(THREADS), 0, e,
+                           (float *)y->data, y->stride[0], (const uint2 *)table->data, table->dt,
+                           id, h / 4);
+    return cuda_launch(d, "embed", embed_kernel, dim3(rows), dim3(THREADS), 0, e, y->data, y->dt,
+                       y->stride[0], (const void *)table->data, table->dt, id, h);
 }
 
 err_code rmsnorm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, float eps, err *e)
@@ -377,7 +417,7 @@ err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
 err_code absstat_cuda(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)
 {
     return cuda_launch(d, "absstat", absstat_kernel, dim3((unsigned)((x->shape[1] + 31) / 32)),
-                       dim3(32), 0, e, (float *)absmax->data, (double *)abssum->data,
+                       dim3(32 * STAT_WARPS), 0, e, (float *)absmax->data, (double *)abssum->data,
                        (const __half *)x->data, x->stride[0], x->shape[0], x->shape[1]);
 }
 

@@ -169,6 +169,12 @@ typedef int (*tmf_piece_fn)(void *ud, const tmf_piece *p);
 TMF_API tmf_status tmf_generate(tmf_model *m, const tmf_prompt *prompts, size_t n, tmf_piece_fn fn,
                                 void *ud, tmf_error *e);
 
+/* How likely prompts are: nll[i] (of [n]) is the mean negative logarithm of the probability of the
+ * i-th one's ids behind its first, whose exponential is the perplexity. Options are not looked at.
+ * The first that fails ends it. */
+TMF_API tmf_status tmf_score(tmf_model *m, const tmf_prompt *prompts, size_t n, double *nll,
+                             tmf_error *e);
+
 #ifdef __cplusplus
 }
 #endif

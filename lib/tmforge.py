@@ -8,6 +8,8 @@
         print(response.text, response.generate_token_len, response.finish_reason)
     for piece in pipe.stream_infer("Tell me a story"):
         print(piece.text, end="", flush=True)
+    session = pipe.chat("What is 17 + 25?")
+    print(pipe.chat("And 3 + 4?", session).response.text)
 
 The library is looked for as TMFORGE_LIBRARY names it, beside this file, then where the system keeps libraries. What
 is computed, is computed there: this file turns Python values into its structs and back.
@@ -19,7 +21,7 @@ import json
 import os
 import typing
 
-__all__ = ["pipeline", "Pipeline", "TurbomindEngineConfig", "GenerationConfig", "ChatTemplateConfig", "Response",
+__all__ = ["pipeline", "Pipeline", "Session", "TurbomindEngineConfig", "GenerationConfig", "ChatTemplateConfig", "Response",
            "TmforgeError", "version"]
 
 
@@ -103,6 +105,7 @@ def _declare(lib):
             ("tmf_gen_options_init", None, [C.POINTER(GenOptions), size]),
             ("tmf_batch_open", C.c_int, [C.POINTER(model), model, C.POINTER(Prompt), size, error]),
             ("tmf_batch_next", C.c_int, [model, C.c_int, C.POINTER(Piece), error]),
+            ("tmf_score", C.c_int, [model, C.POINTER(Prompt), size, C.POINTER(C.c_double), error]),
             ("tmf_batch_cancel", None, [model, C.c_int32]), ("tmf_batch_close", None, [C.POINTER(model)])):
         f = getattr(lib, name)
         f.restype, f.argtypes = result, args
@@ -213,6 +216,33 @@ def _gen_options(g, index):
     return o
 
 
+class Session:
+    """A conversation of Pipeline.chat: what was said, and the last Response."""
+
+    def __init__(self, pipe, session_id):
+        self.id, self.history, self.response, self.generator = session_id, [], None, None
+        self._pipe = pipe
+
+    def messages(self, prompt):
+        """All of it as a conversation, with what is said next."""
+        said = [{"role": role, "content": text} for pair in self.history for role, text in zip(("user", "assistant"), pair)]
+        return said + [{"role": "user", "content": prompt}]
+
+    def close(self):
+        """Forgotten; its id begins a new one."""
+        self.history, self.response, self.generator = [], None, None
+        self._pipe.sessions.pop(self.id, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __repr__(self):
+        return "\n".join(f"USER:\n{user}\nASSISTANT:\n{answer}\n" for user, answer in self.history)
+
+
 class Pipeline:
     def __init__(self, model_path, backend_config=None, chat_template_config=None, log_level=None):
         b = backend_config or TurbomindEngineConfig()
@@ -229,6 +259,7 @@ class Pipeline:
         if callable(log_level):  # called with (level, line)
             self._log = LOG(lambda _, level, line: log_level(level, line.decode("utf-8", "replace")))
             o.log, o.log_level = self._log, 2
+        self.sessions = {}  # by id
         self._model = C.c_void_p()
         _check(_lib.tmf_open(C.byref(self._model), os.fsencode(model_path), C.byref(o), C.byref(error)), error)
         info = Info()
@@ -330,7 +361,46 @@ class Pipeline:
             r.finish_reason, r.cached_token_len, r.error = piece.finish_reason, piece.cached_token_len, piece.error
         return out if batch else out[0]
 
-    infer = __call__
+    infer = batch_infer = __call__
+
+    # ---- conversations ----
+    def session(self, session_id=None):
+        """The conversation with this id, a new one when there is none."""
+        if session_id is None:
+            session_id = max((i for i in self.sessions if isinstance(i, int)), default=0) + 1
+        return self.sessions.setdefault(session_id, Session(self, session_id))
+
+    def _say(self, session, prompt, gen_config):
+        total = Response()
+        for piece in self.stream_infer([session.messages(prompt)], gen_config):
+            total = dataclasses.replace(piece, text=total.text + piece.text, token_ids=total.token_ids + piece.token_ids)
+            yield piece
+        session.response = total
+        if total.finish_reason != "error":
+            session.history.append((prompt, total.text))
+
+    def chat(self, prompt, session=None, gen_config=None, stream_response=False):
+        """The next turn of a session (an id, a Session, or None: a new one), which is returned: the answer is its
+        `response`. stream_response: the pieces are its `generator`, and the turn counts when that is through."""
+        if not isinstance(session, Session):
+            session = self.session(session)
+        session.generator = self._say(session, prompt, gen_config)
+        if not stream_response:
+            for _ in session.generator:
+                pass
+            session.generator = None
+        return session
+
+    # ---- likelihoods ----
+    def get_ppl(self, input_ids):
+        """For one list of ids or several: the mean negative log-likelihood (LMDeploy's get_ppl; its exponential is the
+        perplexity)."""
+        many = [input_ids] if input_ids and isinstance(input_ids[0], int) else input_ids
+        kept = [(C.c_int32 * len(ids))(*ids) for ids in many]
+        rows = (Prompt * max(1, len(many)))(*[Prompt(C.cast(a, C.POINTER(C.c_int32)), len(a)) for a in kept])
+        nll, error = (C.c_double * max(1, len(many)))(), Error()
+        _check(_lib.tmf_score(self._model, rows, len(many), nll, C.byref(error)), error)
+        return nll[:len(many)]
 
 
 def _is_batch(prompts):

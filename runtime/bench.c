@@ -191,6 +191,7 @@ err_code bench_run(bench_result *r, model *m, const bench_opts *o, const job *j,
     for (int32_t i = -1; i < o->rounds && rc == OK; i++) {
         const int32_t at = i < 0 ? 0 : i; /* the first round warms up and is overwritten */
         rc = run_round(m, w, o, &w->prompt_s[at], &w->new_s[at], &r->last_id, j, e);
+        if (i < 0) r->first_s = w->prompt_s[at];
         job_step(j, "bench", "round", i + 1, o->rounds);
     }
     for (int32_t i = 0; i < o->batch; i++) model_seq_end(m, i);

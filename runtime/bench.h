@@ -17,6 +17,7 @@ typedef struct {
 typedef struct {
     double prompt_s, new_s; /* medians over the rounds */
     double prompt_best_s, new_best_s;
+    double first_s; /* the prompt's step of the round that is not timed: the first of this model */
     double prompt_tps, new_tps; /* tokens a second of all sequences together, of the medians */
     size_t token_bytes; /* read for a new token of one sequence, at the middle of the answer */
     int32_t last_id;    /* greedy end of the first: equal over runs, threads and batch sizes */

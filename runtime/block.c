@@ -243,7 +243,7 @@ static void linear_bytes(const device *d, const linear_view *v, size_t *bound, s
     if (host && tensor_contiguous(&v->dense))
         *mapped += tensor_bytes(&v->dense);
     else
-        *bound += tensor_bytes(&v->dense);
+        *bound += dev_upload_bytes(d, &v->dense);
     if (v->bias.data) *(host ? mapped : bound) += tensor_bytes(&v->bias);
 }
 
@@ -460,6 +460,14 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
            wide_cols(b->m) <= s->wide_cols);
     err_code rc = attention(b, d, s, rope, x, kv, rows, tap, tap_ctx, e);
     if (rc == OK) rc = feed_forward(b, d, s, x, tap, tap_ctx, e);
+    return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
+}
+
+err_code block_feed_forward(const block *b, device *d, block_scratch *s, tensor *x, tap_fn tap,
+                            void *tap_ctx, err *e)
+{
+    assert(x->shape[0] <= s->rows && wide_cols(b->m) <= s->wide_cols);
+    const err_code rc = feed_forward(b, d, s, x, tap, tap_ctx, e);
     return rc == OK ? OK : err_wrap(e, "layer %d", b->layer);
 }
 

@@ -54,6 +54,10 @@ err_code block_forward(const block *b, device *d, block_scratch *s, const rope_s
                        tensor *x, const kv_layer *kv, const batch_rows *rows, tap_fn tap,
                        void *tap_ctx, err *e);
 
+/* The second half alone: x is what attention left. */
+err_code block_feed_forward(const block *b, device *d, block_scratch *s, tensor *x, tap_fn tap,
+                            void *tap_ctx, err *e);
+
 /* The last block where few rows are wanted, or none: keys and values of all rows of x go into the
  * cache, the rest runs on the rows `picks` (i32 [n], ascending; n 0: nothing else) alone, into out
  * res [n, hidden]. `picked` describes them as `rows` does x. At most block_tail_rows of them. */

@@ -1,7 +1,6 @@
 /* One sequence, token by token. */
 #include "runtime/generate.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "base/mem.h"
@@ -129,31 +128,19 @@ static err_code check_opts(const generator *g, const gen_opts *o, err *e)
     return OK;
 }
 
-/* The largest logit and nothing else is asked for: a device with memory of its own finds it there,
- * and the logits stay. */
-static bool picked_there(const generator *g, const sample_opts *o)
-{
-    return dev_mem(model_device(g->m)) != MEM_HOST && o->temperature == 0 && o->n_bias == 0 &&
-           o->repetition_penalty == 1 && o->presence_penalty == 0 && o->frequency_penalty == 0;
-}
-
 /* Runs ids [n] and draws the next id. E_CANCELED and a full session end the answer without failing.
  */
 static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int32_t n,
                         int32_t *next, gen_result *r, bool *go, const job *j, err *e)
 {
-    static const int32_t any = 0;
-    const bool there = picked_there(g, &o->sample);
-    int32_t best = -1;
-    float loss = 0; /* of any id: not a number when no logit is finite */
+    const bool there = model_samples(g->m, &o->sample);
     const step_seq s = {.slot = o->slot,
                         .tokens = ids,
                         .n_tokens = n,
                         .n_out = 1,
                         .logits = there ? NULL : g->logits,
-                        .argmax = there ? &best : NULL,
-                        .nll = there ? &loss : NULL,
-                        .targets = &any};
+                        .picked = there ? next : NULL,
+                        .sampler = there ? g->sampler : NULL};
     err step_err;
     const err_code rc = model_step(g->m, &s, 1, j, &step_err);
     *go = rc == OK;
@@ -164,7 +151,7 @@ static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int
         return rc;
     }
     if (!*go) return OK;
-    *next = there ? isnan(loss) ? -1 : best : sampler_next(g->sampler, g->logits);
+    if (!there) *next = sampler_next(g->sampler, g->logits);
     if (*next < 0)
         return err_set(e, E_DEVICE, "generate: no finite logit behind %d tokens",
                        model_seq_len(g->m, o->slot));

@@ -5,21 +5,35 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "kernels/search_ops.h"
 #include "runtime/kv_cache.h"
 
 /* Rows of a pass: enough for the kernels, small beside the states. Fixed, since the order of sums
  * over rows depends on it. */
 #define PASS_ROWS 2048
-#define KV_BLOCK  64
+/* Bytes of pinned states; beyond, the second stream is on the device. */
+#define HOST_STATES ((int64_t)3700 * 1000 * 1000)
+#define KV_BLOCK    64
 
 struct layer_walk {
     device *d;
     weight_src *src;
     const model_desc *m;
     int32_t windows, seqlen, per_pass, seq_blocks;
-    void *states; /* act [streams, windows*seqlen, hidden] */
+    dtype kept;   /* of the states: dev_resid's on the CPU, else f16, half the bytes to copy */
+    void *states; /* [streams, windows*seqlen, hidden]; staged: of stream 0 */
+    /* Staged: stream 1, of which the host holds what the limit leaves and the device the rest. */
+    void *second;
+    dev_buf second_buf;
+    int64_t second_rows; /* on the host */
     int stream, streams;
-    dev_buf x_buf; /* act [per_pass*seqlen, hidden] */
+    dev_buf x_buf; /* resid [per_pass*seqlen, hidden] */
+    dev_buf in_buf,
+        out_buf; /* states on their way; nothing where the device's memory is the host's */
+    struct {
+        int stream;
+        int32_t first, n; /* n 0: nothing is coming */
+    } coming;
     block b;
     bool bound;
     block_scratch *scratch;
@@ -49,14 +63,19 @@ static kv_opts kv_opts_for(const model_desc *m, int32_t per_pass, int32_t seqlen
                      .max_seq_tokens = seqlen};
 }
 
+static dtype kept_as(const device *d) { return dev_mem(d) == MEM_HOST ? dev_resid(d) : DT_F16; }
+
 size_t layer_walk_bytes(const device *d, const model_desc *m, weight_src *src, int32_t windows,
                         int32_t seqlen)
 {
     const int32_t per_pass = per_pass_of(windows, seqlen);
     const kv_opts o = kv_opts_for(m, per_pass, seqlen);
-    const size_t row = (size_t)m->hidden * dtype_bytes(dev_resid(d));
-    return (size_t)windows * (size_t)seqlen * row + (size_t)per_pass * (size_t)seqlen * row +
-           kv_bytes(&o) + block_scratch_bytes(d, m, per_pass * seqlen, per_pass, seqlen) +
+    const size_t row = (size_t)m->hidden * dtype_bytes(dev_resid(d)),
+                 kept = (size_t)m->hidden * dtype_bytes(kept_as(d)),
+                 pass = (size_t)per_pass * (size_t)seqlen;
+    return (size_t)windows * (size_t)seqlen * kept + pass * row +
+           (dev_mem(d) == MEM_HOST ? 0 : 2 * pass * kept) + kv_bytes(&o) +
+           block_scratch_bytes(d, m, per_pass * seqlen, per_pass, seqlen) +
            block_bind_bytes(d, m, src);
 }
 
@@ -108,20 +127,80 @@ static err_code open_rope(layer_walk *w, err *e)
     return dev_upload(w->d, &w->freq_buf, &w->rope.inv_freq, &host, e);
 }
 
-static tensor act_rows(const layer_walk *w, void *base, int64_t first, int64_t rows, memspace mem)
+static bool staged(const layer_walk *w) { return dev_mem(w->d) != MEM_HOST; }
+
+static tensor rows_at(const layer_walk *w, void *base, dtype dt, int64_t first, int64_t rows,
+                      memspace mem)
 {
-    const dtype res = dev_resid(w->d);
-    tensor t = tensor_2d((char *)base + (size_t)(first * w->m->hidden) * dtype_bytes(res), res,
-                         rows, w->m->hidden);
+    tensor t = tensor_2d((char *)base + (size_t)(first * w->m->hidden) * dtype_bytes(dt), dt, rows,
+                         w->m->hidden);
     t.mem = mem;
     return t;
 }
 
-/* Rows of the states of the stream in use. */
-static tensor state_rows(const layer_walk *w, int64_t first, int64_t rows)
+/* The first rows of the residual stream of a pass, or of the states on their way. */
+static tensor pass_rows(const layer_walk *w, const dev_buf *b, dtype dt, int64_t rows)
+{
+    return rows_at(w, b->data, dt, 0, rows, dev_mem(w->d));
+}
+
+static tensor state_rows(const layer_walk *w, int stream, int64_t first, int64_t rows)
 {
     const int64_t all = (int64_t)w->windows * w->seqlen;
-    return act_rows(w, w->states, w->stream * all + first, rows, MEM_HOST);
+    if (!stream || !staged(w))
+        return rows_at(w, w->states, w->kept, stream * all + first, rows, MEM_HOST);
+    if (first < w->second_rows) return rows_at(w, w->second, w->kept, first, rows, MEM_HOST);
+    return rows_at(w, w->second_buf.data, w->kept, first - w->second_rows, rows, dev_mem(w->d));
+}
+
+/* ---- states in and out ---- */
+
+err_code layer_walk_prefetch(layer_walk *w, int stream, int32_t first, int32_t n, err *e)
+{
+    const int64_t rows = (int64_t)n * w->seqlen;
+    if (!staged(w) || n < 1) return OK;
+    const tensor from = state_rows(w, stream, (int64_t)first * w->seqlen, rows);
+    tensor to = pass_rows(w, &w->in_buf, w->kept, rows);
+    TRY(dev_order(w->d, LANE_OPS, LANE_IN, e)); /* what lay there has been taken */
+    TRY(dev_order(w->d, LANE_OUT, LANE_IN, e)); /* what was stored has arrived */
+    TRY(dev_copy_beside(w->d, &to, &from, LANE_IN, e));
+    w->coming.stream = stream;
+    w->coming.first = first;
+    w->coming.n = n;
+    return OK;
+}
+
+err_code layer_walk_load(layer_walk *w, int stream, int32_t first, int32_t n, tensor *x, err *e)
+{
+    const int64_t rows = (int64_t)n * w->seqlen;
+    *x = pass_rows(w, &w->x_buf, dev_resid(w->d), rows);
+    if (!staged(w)) {
+        const tensor from = state_rows(w, stream, (int64_t)first * w->seqlen, rows);
+        return dev_copy(w->d, x, &from, e);
+    }
+    if (w->coming.n != n || w->coming.first != first || w->coming.stream != stream)
+        TRY(layer_walk_prefetch(w, stream, first, n, e));
+    w->coming.n = 0;
+    const tensor in = pass_rows(w, &w->in_buf, w->kept, rows);
+    TRY(dev_order(w->d, LANE_IN, LANE_OPS, e));
+    return op_mix(w->d, x, 1.f, &in, 0.f, NULL, e);
+}
+
+err_code layer_walk_store(layer_walk *w, int stream, int32_t first, const tensor *x, err *e)
+{
+    tensor to = state_rows(w, stream, (int64_t)first * w->seqlen, x->shape[0]);
+    if (!staged(w)) return dev_copy(w->d, &to, x, e);
+    tensor out = pass_rows(w, &w->out_buf, w->kept, x->shape[0]);
+    TRY(dev_order(w->d, LANE_OUT, LANE_OPS, e)); /* what lay there has been copied */
+    TRY(op_mix(w->d, &out, 1.f, x, 0.f, NULL, e));
+    TRY(dev_order(w->d, LANE_OPS, LANE_OUT, e));
+    return dev_copy_beside(w->d, &to, &out, LANE_OUT, e);
+}
+
+err_code layer_walk_settle(layer_walk *w, err *e)
+{
+    TRY(dev_order(w->d, LANE_OUT, LANE_OPS, e));
+    return dev_sync(w->d, e);
 }
 
 static err_code embed(layer_walk *w, const tensor *tokens, err *e)
@@ -136,14 +215,13 @@ static err_code embed(layer_walk *w, const tensor *tokens, err *e)
         const int32_t n = w->windows - at < w->per_pass ? w->windows - at : w->per_pass;
         const int64_t first = (int64_t)at * w->seqlen, rows = (int64_t)n * w->seqlen;
         const tensor part = tensor_1d((int32_t *)tokens->data + first, DT_I32, rows);
-        tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d)),
-               y = state_rows(w, first, rows);
+        tensor x = pass_rows(w, &w->x_buf, dev_resid(w->d), rows);
         dev_free(&ids_buf);
         if ((rc = dev_upload(w->d, &ids_buf, &ids, &part, e)) != OK) goto done;
         if ((rc = op_embed(w->d, &x, &table, &ids, e)) != OK) goto done;
-        if ((rc = dev_copy(w->d, &y, &x, e)) != OK) goto done;
-        if ((rc = dev_sync(w->d, e)) != OK) goto done;
+        if ((rc = layer_walk_store(w, 0, at, &x, e)) != OK) goto done;
     }
+    rc = layer_walk_settle(w, e);
 done:
     dev_free(&ids_buf);
     dev_free(&table_buf);
@@ -151,43 +229,61 @@ done:
 }
 
 /* Streams begin equal. */
-static void copy_stream(layer_walk *w)
+static err_code copy_stream(layer_walk *w, err *e)
 {
-    const size_t n = (size_t)w->windows * (size_t)w->seqlen * (size_t)w->m->hidden *
-                     dtype_bytes(dev_resid(w->d));
-    if (w->streams > 1) memcpy((char *)w->states + n, w->states, n);
+    if (w->streams < 2) return OK;
+    for (int32_t at = 0; at < w->windows; at += w->per_pass) {
+        const int32_t n = w->windows - at < w->per_pass ? w->windows - at : w->per_pass;
+        const int64_t first = (int64_t)at * w->seqlen, rows = (int64_t)n * w->seqlen;
+        const tensor from = state_rows(w, 0, first, rows);
+        tensor to = state_rows(w, 1, first, rows);
+        TRY(dev_copy(w->d, &to, &from, e));
+    }
+    return dev_sync(w->d, e);
 }
 
 err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e)
 {
-    const int used = w->stream;
-    w->stream = 0;
-    const err_code rc = embed(w, tokens, e);
-    w->stream = used;
-    if (rc == OK) copy_stream(w);
-    return rc;
+    TRY(embed(w, tokens, e));
+    return copy_stream(w, e);
+}
+
+/* Both streams beside each other on the host would need more than its share: whole passes of the
+ * second go to the device. */
+static err_code split_staged(layer_walk *w, err *e)
+{
+    const int64_t row = w->m->hidden * (int64_t)dtype_bytes(w->kept),
+                  all = (int64_t)w->windows * w->seqlen, pass = (int64_t)w->per_pass * w->seqlen,
+                  left = HOST_STATES / row - all;
+    w->second_rows = left >= all ? all : left > 0 ? left / pass * pass : 0;
+    TRY(dev_host_alloc(&w->second, w->d, (size_t)(w->second_rows * row), "hidden states", e));
+    return dev_alloc(&w->second_buf, w->d, (size_t)((all - w->second_rows) * row), "hidden states",
+                     e);
 }
 
 err_code layer_walk_split(layer_walk *w, err *e)
 {
-    const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_resid(w->d));
-    const size_t rows = (size_t)w->windows * (size_t)w->seqlen;
+    const tensor one = layer_walk_states(w);
+    const size_t bytes = tensor_bytes(&one);
     void *both;
     if (w->streams > 1) return OK;
-    TRY(mem_alloc(&both, 2 * rows, row, "hidden states", e));
-    memcpy(both, w->states, rows * row);
-    mem_free(w->states);
-    w->states = both;
+    if (staged(w)) {
+        TRY(split_staged(w, e));
+    } else {
+        TRY(mem_alloc(&both, 2, bytes, "hidden states", e));
+        memcpy(both, w->states, bytes);
+        mem_free(w->states);
+        w->states = both;
+    }
     w->streams = 2;
-    copy_stream(w);
-    return OK;
+    return copy_stream(w, e);
 }
 
 void layer_walk_use(layer_walk *w, int stream) { w->stream = stream; }
 
 tensor layer_walk_residual(const layer_walk *w, int64_t rows)
 {
-    return act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d));
+    return pass_rows(w, &w->x_buf, dev_resid(w->d), rows);
 }
 
 static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
@@ -195,8 +291,15 @@ static err_code open_all(layer_walk *w, const tensor *tokens, err *e)
     const int32_t rows = w->per_pass * w->seqlen;
     const size_t row = (size_t)w->m->hidden * dtype_bytes(dev_resid(w->d));
     const kv_opts o = kv_opts_for(w->m, w->per_pass, w->seqlen);
-    TRY(mem_alloc(&w->states, (size_t)w->windows * (size_t)w->seqlen, row, "hidden states", e));
+    const size_t kept = (size_t)w->m->hidden * dtype_bytes(w->kept);
+    size_t bytes;
+    TRY(mem_mul(&bytes, (size_t)w->windows * (size_t)w->seqlen, kept, "hidden states", e));
+    TRY(dev_host_alloc(&w->states, w->d, bytes, "hidden states", e));
     TRY(dev_alloc(&w->x_buf, w->d, (size_t)rows * row, "rows of a pass", e));
+    if (staged(w)) {
+        TRY(dev_alloc(&w->in_buf, w->d, (size_t)rows * kept, "rows of a pass", e));
+        TRY(dev_alloc(&w->out_buf, w->d, (size_t)rows * kept, "rows of a pass", e));
+    }
     TRY(block_scratch_open(&w->scratch, w->d, w->m, rows, w->per_pass, w->seqlen, e));
     TRY(kv_open(&w->kv, w->d, &o, e));
     TRY(open_rows(w, e));
@@ -219,6 +322,7 @@ err_code layer_walk_open(layer_walk **out, device *d, weight_src *src, const ten
     w->windows = (int32_t)windows;
     w->seqlen = (int32_t)seqlen;
     w->streams = 1;
+    w->kept = kept_as(d);
     w->per_pass = per_pass_of(w->windows, w->seqlen);
     w->seq_blocks = (w->seqlen + KV_BLOCK - 1) / KV_BLOCK;
     const err_code rc = open_all(w, tokens, e);
@@ -234,27 +338,30 @@ void layer_walk_close(layer_walk **out)
 {
     layer_walk *w = *out;
     if (!w) return;
-    dev_buf *const bufs[] = {&w->x_buf,   &w->pos_buf,   &w->start_buf,
-                             &w->len_buf, &w->table_buf, &w->freq_buf};
+    dev_buf *const bufs[] = {&w->x_buf,   &w->in_buf,    &w->out_buf,  &w->pos_buf,   &w->start_buf,
+                             &w->len_buf, &w->table_buf, &w->freq_buf, &w->second_buf};
     if (w->bound) block_free(&w->b);
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
     block_scratch_close(&w->scratch);
     kv_close(&w->kv);
     mem_free(w->ints);
     mem_free(w->inv_freq);
-    mem_free(w->states);
+    dev_host_free(w->d, w->states);
+    dev_host_free(w->d, w->second);
     mem_free(w);
     *out = NULL;
 }
 
 tensor layer_walk_states(layer_walk *w)
 {
-    return state_rows(w, 0, (int64_t)w->windows * w->seqlen);
+    return state_rows(w, w->stream, 0, (int64_t)w->windows * w->seqlen);
 }
+
+bool layer_walk_saves(const layer_walk *w) { return !staged(w) || w->streams == 1; }
 
 tensor layer_walk_saved(layer_walk *w)
 {
-    return act_rows(w, w->states, 0, (int64_t)w->streams * w->windows * w->seqlen, MEM_HOST);
+    return state_rows(w, 0, 0, (int64_t)w->streams * w->windows * w->seqlen);
 }
 
 int32_t layer_walk_windows(const layer_walk *w) { return w->windows; }
@@ -279,12 +386,12 @@ err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
 
 /* ---- running ---- */
 
-/* x act [n*seqlen, hidden] on the device, in place. */
-static err_code forward(layer_walk *w, const block *b, int32_t n, tensor *x, tap_fn tap,
-                        void *tap_ctx, err *e)
+err_code layer_walk_forward(layer_walk *w, const block *b, tensor *x, tap_fn tap, void *tap_ctx,
+                            err *e)
 {
     batch_rows rows = w->full;
     const kv_layer kv = kv_layer_view(w->kv, 0);
+    const int32_t n = (int32_t)(x->shape[0] / w->seqlen);
     rows.seqs = n;
     rows.pos.shape[0] = (int64_t)n * w->seqlen;
     rows.seq_start.shape[0] = n + 1;
@@ -293,15 +400,19 @@ static err_code forward(layer_walk *w, const block *b, int32_t n, tensor *x, tap
     return block_forward(b, w->d, w->scratch, &w->rope, x, &kv, &rows, tap, tap_ctx, e);
 }
 
+err_code layer_walk_feed_forward(layer_walk *w, const block *b, tensor *x, tap_fn tap,
+                                 void *tap_ctx, err *e)
+{
+    return block_feed_forward(b, w->d, w->scratch, x, tap, tap_ctx, e);
+}
+
 err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n, tap_fn tap,
                          void *tap_ctx, tensor *y, err *e)
 {
-    const int64_t rows = (int64_t)n * w->seqlen;
-    const tensor from = state_rows(w, (int64_t)first * w->seqlen, rows);
-    tensor x = act_rows(w, w->x_buf.data, 0, rows, dev_mem(w->d));
-    TRY(dev_copy(w->d, &x, &from, e));
+    tensor x;
+    TRY(layer_walk_load(w, w->stream, first, n, &x, e));
     err failure = {0};
-    const err_code rc = forward(w, b, n, &x, tap, tap_ctx, &failure);
+    const err_code rc = layer_walk_forward(w, b, &x, tap, tap_ctx, &failure);
     if (rc != OK && !(rc == E_CANCELED && tap)) {
         *e = failure;
         return rc;
@@ -310,15 +421,20 @@ err_code layer_walk_pass(layer_walk *w, const block *b, int32_t first, int32_t n
     return dev_sync(w->d, e);
 }
 
+/* On the CPU in place; else the next states come and the last go while this pass runs. */
 static err_code run_pass(layer_walk *w, int32_t first, int32_t n, bool keep, tap_fn tap,
                          void *tap_ctx, err *e)
 {
-    tensor to = state_rows(w, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen), y;
-    if (keep) return layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, NULL, e);
-    if (dev_mem(w->d) == MEM_HOST) return forward(w, &w->b, n, &to, tap, tap_ctx, e);
-    TRY(layer_walk_pass(w, &w->b, first, n, tap, tap_ctx, &y, e));
-    TRY(dev_copy(w->d, &to, &y, e));
-    return dev_sync(w->d, e);
+    const int32_t next = first + n, left = w->windows - next;
+    tensor x;
+    if (!staged(w) && !keep) {
+        x = state_rows(w, w->stream, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen);
+        return layer_walk_forward(w, &w->b, &x, tap, tap_ctx, e);
+    }
+    TRY(layer_walk_load(w, w->stream, first, n, &x, e));
+    TRY(layer_walk_prefetch(w, w->stream, next, left < w->per_pass ? left : w->per_pass, e));
+    TRY(layer_walk_forward(w, &w->b, &x, tap, tap_ctx, e));
+    return keep ? OK : layer_walk_store(w, w->stream, first, &x, e);
 }
 
 err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, const walk_progress *p,
@@ -330,5 +446,5 @@ err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, con
         TRY(run_pass(w, at, n, keep, tap, tap_ctx, e));
         job_step(p->j, p->stage, "window", p->base + at + n, p->total);
     }
-    return OK;
+    return layer_walk_settle(w, e);
 }

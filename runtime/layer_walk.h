@@ -27,12 +27,30 @@ err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e);
 err_code layer_walk_split(layer_walk *w, err *e);
 void layer_walk_use(layer_walk *w, int stream);
 
-/* [windows*seqlen, hidden] of dev_resid's type on the host: the stream in use. */
+/* [windows*seqlen, hidden] on the host, of dev_resid's type on the CPU and f16 elsewhere: the stream
+ * in use. */
 tensor layer_walk_states(layer_walk *w);
-/* All streams, one behind the other: to save and to restore. */
+/* All streams, one behind the other: to save and to restore. Two streams that lie apart, as on other
+ * devices than the CPU, cannot be saved. */
+bool layer_walk_saves(const layer_walk *w);
 tensor layer_walk_saved(layer_walk *w);
 /* While a tap of layer_walk_pass runs: the residual stream [rows, hidden] as it is there. */
 tensor layer_walk_residual(const layer_walk *w, int64_t rows);
+/* ---- a pass step by step, for callers that lay passes of both streams side by side ---- */
+/* *x resid [n*seqlen, hidden], in scratch: the states of `n` windows from `first`. */
+err_code layer_walk_load(layer_walk *w, int stream, int32_t first, int32_t n, tensor *x, err *e);
+/* Starts to fetch what the next load will ask for; nothing with n 0. */
+err_code layer_walk_prefetch(layer_walk *w, int stream, int32_t first, int32_t n, err *e);
+/* x through `b`, in place; E_CANCELED where the tap says so. */
+err_code layer_walk_forward(layer_walk *w, const block *b, tensor *x, tap_fn tap, void *tap_ctx,
+                            err *e);
+/* As layer_walk_forward, from behind the attention on. */
+err_code layer_walk_feed_forward(layer_walk *w, const block *b, tensor *x, tap_fn tap,
+                                 void *tap_ctx, err *e);
+err_code layer_walk_store(layer_walk *w, int stream, int32_t first, const tensor *x, err *e);
+/* What was stored has arrived and all ops are done. */
+err_code layer_walk_settle(layer_walk *w, err *e);
+
 int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 

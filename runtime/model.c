@@ -12,6 +12,7 @@
 #define MODEL_LOGIT_SEQS    256  /* a head over so many sequences stays one product */
 #define MODEL_DEFAULT_BLOCK 64
 #define MODEL_DEFAULT_SHARE 0.8
+#define MODEL_HOST_EMBED    12 /* a twelfth of all weights: a larger embedding stays on the host */
 #define MODEL_MAX_ROWS      65536
 #define MODEL_MAX_SEQS      4096
 #define MODEL_MAX_SESSION   (1 << 24)
@@ -42,21 +43,27 @@ static err_code opts_check(const model_opts *o, err *e)
     return OK;
 }
 
+/* A token reads one row of the embedding: over the bus that takes microseconds, and on a device the
+ * table may be a quarter of what a small model of large vocabulary takes. Where it is a small part
+ * it goes there: rows of a long prompt are a percent faster. */
+static void plan_embedding(model_plan *p, device *d, size_t bytes)
+{
+    p->embed_mapped = dev_can_map(d) && bytes >= (p->weights_bytes + bytes) / MODEL_HOST_EMBED;
+    *(p->embed_mapped || dev_mem(d) == MEM_HOST ? &p->mapped_bytes : &p->weights_bytes) += bytes;
+}
+
 static err_code plan_weights(model_plan *p, device *d, weight_src *src, err *e)
 {
-    static const tensor_role roles[3] = {ROLE_EMBED, ROLE_FINAL_NORM, ROLE_HEAD};
     const model_desc *m = weights_desc(src);
-    const bool host = dev_mem(d) == MEM_HOST;
-    const void *embed = NULL;
+    tensor embed, norm, head;
     p->weights_bytes = (size_t)m->layers * block_bind_bytes(d, m, src);
     p->mapped_bytes = (size_t)m->layers * block_mapped_bytes(d, m, src);
-    for (int i = 0; i < 3; i++) {
-        tensor t;
-        TRY(weights_tensor(src, roles[i], -1, &t, e));
-        if (i == 0) embed = t.data;
-        if (i == 2 && t.data == embed) continue; /* tied */
-        *(host ? &p->mapped_bytes : &p->weights_bytes) += tensor_bytes(&t);
-    }
+    size_t *rest = dev_mem(d) == MEM_HOST ? &p->mapped_bytes : &p->weights_bytes;
+    TRY(weights_tensor(src, ROLE_EMBED, -1, &embed, e));
+    TRY(weights_tensor(src, ROLE_FINAL_NORM, -1, &norm, e));
+    TRY(weights_tensor(src, ROLE_HEAD, -1, &head, e));
+    *rest += dev_upload_bytes(d, &norm) + dev_upload_bytes(d, &head);
+    if (head.data != embed.data) plan_embedding(p, d, dev_upload_bytes(d, &embed)); /* else tied */
     return OK;
 }
 
@@ -78,17 +85,30 @@ static op_limits head_limits(const model_desc *m, const model_plan *p)
                        .seqs = 1};
 }
 
+/* On the device: what one with memory of its own needs on the host besides, copies of logits and
+ * tables, is not counted. */
 static void plan_scratch(model_plan *p, device *d, const model_desc *m)
 {
     const op_limits layer = block_limits(m, p->max_rows, p->max_seqs, p->session_len);
     const op_limits head = head_limits(m, p);
-    const size_t res = dtype_bytes(dev_resid(d)), copies = dev_mem(d) == MEM_HOST ? 1 : 2;
+    const size_t res = dtype_bytes(dev_resid(d));
     const size_t r_block = ops_reserve_bytes(d, &layer), r_head = ops_reserve_bytes(d, &head);
     p->scratch_bytes = block_scratch_bytes(d, m, p->max_rows, p->max_seqs, p->session_len);
-    if (r_head > r_block) p->scratch_bytes += r_head - r_block;
+    p->kernel_bytes = r_head > r_block ? r_head : r_block;
+    p->scratch_bytes += p->kernel_bytes - r_block;
     p->scratch_bytes += ((size_t)p->max_rows + 2 * (size_t)p->logit_rows) * (size_t)m->hidden * res;
-    p->scratch_bytes += (size_t)p->logit_rows * (size_t)m->vocab * 4 * copies +
-                        stage_count(p) * 4 * copies;
+    p->scratch_bytes += (size_t)p->logit_rows * ((size_t)m->vocab + 2) * 4 + stage_count(p) * 4 +
+                        model_draws_bytes(d, m, p);
+}
+
+/* One piece of device memory for all that the model keeps but the kernels' scratch, which is the
+ * device's. On top of the plan: what rounding up costs, the norms, rotary frequencies. */
+static size_t pack_bytes(const model_desc *m, const model_plan *p)
+{
+    const size_t norms = 4 * ((size_t)m->hidden * 4 + DEV_PACK_ALIGN);
+    return p->weights_bytes + p->kv_bytes + p->scratch_bytes - p->kernel_bytes +
+           (size_t)m->layers * (norms + 12 * DEV_PACK_ALIGN) + (size_t)m->rope_dims * 2 +
+           36 * DEV_PACK_ALIGN;
 }
 
 static size_t block_cost(const model_desc *m, const model_plan *p)
@@ -105,7 +125,8 @@ static err_code kv_budget(size_t *out, const model_plan *p, device *d, const mod
         return OK;
     }
     TRY(dev_memory(d, &free_bytes, &total, e));
-    const size_t taken = p->weights_bytes + p->mapped_bytes + p->scratch_bytes;
+    const size_t mapped = dev_mem(d) == MEM_HOST ? p->mapped_bytes : 0;
+    const size_t taken = p->weights_bytes + mapped + p->scratch_bytes;
     const double share = o->kv_share > 0 ? o->kv_share : MODEL_DEFAULT_SHARE;
     *out = free_bytes > taken ? (size_t)((double)(free_bytes - taken) * share) : 0;
     return OK;
@@ -198,7 +219,10 @@ static err_code bind_ends(model *m, err *e)
     TRY(weights_tensor(m->src, ROLE_EMBED, -1, &embed, e));
     TRY(weights_tensor(m->src, ROLE_FINAL_NORM, -1, &norm, e));
     TRY(weights_tensor(m->src, ROLE_HEAD, -1, &head, e));
-    TRY(dev_upload(m->d, &m->embed_buf, &m->embed, &embed, e));
+    if (m->plan.embed_mapped)
+        TRY(dev_map(m->d, &m->embed_buf, &m->embed, &embed, e));
+    else
+        TRY(dev_upload(m->d, &m->embed_buf, &m->embed, &embed, e));
     TRY(dev_upload(m->d, &m->norm_buf, &m->final_norm, &norm, e));
     if (head.data == embed.data) {
         m->head = m->embed;
@@ -237,13 +261,13 @@ static err_code open_host_outputs(model *m, err *e)
         m->best_host = m->best_buf.data;
         return OK;
     }
-    TRY(mem_alloc(&p, rows * (size_t)m->m->vocab, sizeof(float), "logits", e));
+    TRY(dev_host_alloc(&p, m->d, rows * (size_t)m->m->vocab * sizeof(float), "logits", e));
     m->logits_host = p;
-    TRY(mem_alloc(&p, rows, sizeof(float), "losses", e));
+    TRY(dev_host_alloc(&p, m->d, rows * sizeof(float), "losses", e));
     m->nll_host = p;
-    TRY(mem_alloc(&p, rows, sizeof(int32_t), "best ids", e));
+    TRY(dev_host_alloc(&p, m->d, rows * sizeof(int32_t), "best ids", e));
     m->best_host = p;
-    return OK;
+    return model_draws_open(m, e);
 }
 
 static err_code open_scratch(model *m, err *e)
@@ -323,14 +347,17 @@ err_code model_open(model **out, device *d, weight_src *src, const model_opts *o
     m->src = src;
     m->m = weights_desc(src);
     m->plan = plan;
+    if ((rc = dev_pack_begin(d, pack_bytes(m->m, &plan), "model", e)) != OK) goto done;
     if ((rc = bind_layers(m, j, e)) != OK) goto done;
     if ((rc = bind_ends(m, e)) != OK) goto done;
+    if ((rc = dev_upload_end(d, e)) != OK) goto done;
     if ((rc = open_slots(m, e)) != OK) goto done;
     if ((rc = open_scratch(m, e)) != OK) goto done;
     if ((rc = open_rope(m, e)) != OK) goto done;
     *out = m;
     m = NULL;
 done:
+    dev_pack_end(d);
     model_close(&m);
     return rc;
 }
@@ -347,11 +374,12 @@ void model_close(model **mp)
     dev_buf *bufs[] = {&m->embed_buf,  &m->norm_buf, &m->head_buf, &m->x_buf,        &m->pick_buf,
                        &m->logits_buf, &m->nll_buf,  &m->best_buf, &m->inv_freq_buf, &m->stage.dev};
     if (dev_mem(m->d) != MEM_HOST) {
-        mem_free(m->nll_host);
-        mem_free(m->best_host);
+        dev_host_free(m->d, m->nll_host);
+        dev_host_free(m->d, m->best_host);
+        dev_host_free(m->d, m->logits_host);
     }
+    model_draws_close(m);
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
-    mem_free(m->logits_host);
     mem_free(m->stage.base);
     mem_free(m->len);
     mem_free(m->rope_len);

@@ -7,6 +7,7 @@
 #include "base/job.h"
 #include "formats/weights.h"
 #include "runtime/kv_cache.h"
+#include "runtime/sampler.h"
 
 typedef struct model model;
 
@@ -24,9 +25,12 @@ typedef struct {
 /* What opening takes, known before anything is read. */
 typedef struct {
     size_t weights_bytes; /* device memory for weights (tiled W4, turned or copied tensors) */
-    size_t mapped_bytes;  /* weights used where they lie in the page cache */
+    size_t mapped_bytes;  /* weights used where they lie in the page cache: all 16-bit ones on the
+                             CPU, an embedding at most elsewhere */
     size_t kv_bytes;      /* the cache at its fullest; host pages are taken as they are used */
-    size_t scratch_bytes;
+    size_t scratch_bytes; /* on the device */
+    size_t kernel_bytes;  /* of these, what the kernels share: it stays with the device */
+    bool embed_mapped;    /* a device with memory of its own reads the embedding on the host */
     int32_t session_len, kv_blocks, block_tokens, max_seqs, max_rows, logit_rows;
     kv_format kv;
 } model_plan;
@@ -57,6 +61,11 @@ typedef struct {
     int32_t *argmax;        /* [n_out], ties to the lowest id */
     float *nll;             /* [n_out] -log p of targets[i] behind row i */
     const int32_t *targets; /* [n_out], needed by nll alone */
+    /* With n_out 1 and options that model_samples takes, in place of logits: the id that `sampler`
+     * draws behind the row, -1 without a finite logit. Its generator moves on, its history is the
+     * caller's to tell (sampler_accept). */
+    int32_t *picked; /* [1] */
+    sampler *sampler;
 } step_seq;
 /* Runs n sequences of distinct slots, prefill and decode rows mixed. All or nothing: on failure
  * (E_LIMIT: a session or the cache is full; E_CANCELED by `j`; E_DEVICE) every slot holds what it
@@ -64,6 +73,9 @@ typedef struct {
  * steps: to the bit on the CPU up to AVX-512 and on deterministic devices, on others within the
  * rounding of products and attention of few and of many rows. Allocates nothing. */
 err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e);
+
+/* Whether steps draw ids where the logits are (`picked`), so that no logits come to the host. */
+bool model_samples(const model *m, const sample_opts *o);
 
 int32_t model_session_len(const model *m);
 int32_t model_seq_len(const model *m, int32_t slot);         /* tokens held */

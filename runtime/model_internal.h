@@ -21,11 +21,21 @@ typedef struct {
     dev_buf dev;
 } model_stage;
 
+/* Draws on the device; all of it empty where the device does not sample. */
+typedef struct {
+    sample_row *rows;  /* [logit_rows] of the head's rows */
+    sample_bias *bias; /* [logit_rows, SAMPLE_MAX_BIAS] */
+    int32_t *ids;      /* [logit_rows] what came of them */
+    dev_buf rows_dev, bias_dev, ids_dev;
+    dev_buf counts; /* [max_seqs, 2, vocab] */
+} model_draws;
+
 /* The work of a decode pass, on devices that can record. */
 #define MODEL_RECORDINGS 32
 typedef struct {
     int32_t n, max_kv; /* sequences; attention is laid out for contexts up to max_kv */
     bool score;        /* with losses and best ids */
+    bool draw;         /* with draws */
     uint64_t used;     /* recording_clock at its last use, 0: empty */
     dev_graph *work;
 } model_recording;
@@ -53,6 +63,7 @@ struct model {
     float *nll_host;    /* [logit_rows] likewise */
     int32_t *best_host;
 
+    model_draws draws;
     model_recording recordings[MODEL_RECORDINGS];
     uint64_t recording_clock;
 
@@ -61,6 +72,16 @@ struct model {
     dev_buf inv_freq_buf;
     int32_t rope_tokens; /* what inv_freq was made for */
 };
+
+/* model_sample.c */
+size_t model_draws_bytes(const device *d, const model_desc *m, const model_plan *p);
+err_code model_draws_open(model *m, err *e);
+void model_draws_close(model *m);
+/* Row i of the head is of s. */
+err_code model_draw_fill(model *m, int32_t i, const step_seq *s, err *e);
+err_code model_draw_send(model *m, int32_t n, err *e);
+err_code model_draw_run(model *m, int32_t n, tensor *logits, err *e);
+err_code model_draw_fetch(model *m, int32_t n, err *e);
 
 err_code model_rope_set(model *m, int32_t n_tokens, err *e);
 

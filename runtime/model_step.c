@@ -56,6 +56,9 @@ static err_code check_seq(const model *m, const step_seq *s, err *e)
     if (s->n_tokens < 1 || s->n_out < 0 || s->n_out > s->n_tokens)
         return err_set(e, E_USAGE, "step: slot %d: %d tokens with %d outputs", s->slot, s->n_tokens,
                        s->n_out);
+    if (s->picked && (s->n_out != 1 || !m->draws.rows))
+        return err_set(e, E_USAGE, "step: slot %d: a draw with %d outputs on %s", s->slot, s->n_out,
+                       dev_name(m->d));
     for (int32_t i = 0; i < s->n_tokens; i++) {
         if (s->tokens[i] < 0 || s->tokens[i] >= m->m->vocab)
             return err_set(e, E_INPUT, "step: token %d: expected an id from 0 to %d, got %d", i,
@@ -259,12 +262,13 @@ static err_code run_blocks(model *m, const pass *p, bool there, const job *j, er
 
 /* What somebody wants of the rows of a head. */
 typedef struct {
-    bool logits, nll, best;
+    bool logits, nll, best, draw;
 } needs;
 
 static needs needs_of(needs had, const step_seq *s)
 {
-    return (needs){had.logits || s->logits, had.nll || s->nll, had.best || s->argmax};
+    return (needs){had.logits || s->logits, had.nll || s->nll, had.best || s->argmax,
+                   had.draw || s->picked};
 }
 
 static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n)
@@ -274,16 +278,22 @@ static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n
     return t;
 }
 
+static err_code score_ops(model *m, int32_t n, bool there, const tensor *logits, err *e)
+{
+    tensor nll = outputs_1d(m, &m->nll_buf, DT_F32, n),
+           best = outputs_1d(m, &m->best_buf, DT_I32, n), target;
+    TRY(staged(m, &target, m->stage.target, 1, n, 0, there, e));
+    return op_nll(m->d, &nll, &best, logits, &target, e);
+}
+
 /* Head over n rows: those in pick_buf (`picked`), else those that stage.pick names. Logits, then
- * losses and best ids when `score`. */
-static err_code head_ops(model *m, int32_t n, bool picked, bool score, bool there, tensor *logits,
+ * losses and best ids, and draws, which change the logits of their rows, as asked for. */
+static err_code head_ops(model *m, int32_t n, bool picked, needs want, bool there, tensor *logits,
                          err *e)
 {
     const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
-    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick, target;
+    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick;
     tensor normed = hidden_2d(m, &m->pick_buf, m->plan.logit_rows, n, dev_act(m->d));
-    tensor nll = outputs_1d(m, &m->nll_buf, DT_F32, n),
-           best = outputs_1d(m, &m->best_buf, DT_I32, n);
     *logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
     logits->mem = dev_mem(m->d);
     if (!picked) {
@@ -292,9 +302,8 @@ static err_code head_ops(model *m, int32_t n, bool picked, bool score, bool ther
     }
     TRY(op_rmsnorm(m->d, &normed, &rows, &m->final_norm, m->m->norm_eps, e));
     TRY(op_gemm(m->d, logits, &normed, &m->head, NULL, false, e));
-    if (!score) return OK;
-    TRY(staged(m, &target, m->stage.target, 1, n, 0, there, e));
-    return op_nll(m->d, &nll, &best, logits, &target, e);
+    if (want.nll || want.best) TRY(score_ops(m, n, there, logits, e));
+    return want.draw ? model_draw_run(m, n, logits, e) : OK;
 }
 
 /* Losses and best ids of the first n rows to the host. */
@@ -309,14 +318,21 @@ static err_code fetch_scores(model *m, int32_t n, needs want, err *e)
     return want.best ? dev_copy(m->d, &best_host, &best, e) : OK;
 }
 
-/* Brings logits to the host if some row needs them there; *host points at row 0. */
-static err_code fetch_logits(model *m, const tensor *logits, const float **host, err *e)
+/* Brings the logits of rows that need them to the host; *host points at row 0. */
+static err_code fetch_logits(model *m, out_iter it, const tensor *logits, int32_t n,
+                             const float **host, err *e)
 {
+    wanted w;
     *host = logits->data;
     if (dev_mem(m->d) == MEM_HOST) return OK;
-    tensor copy = tensor_2d(m->logits_host, DT_F32, logits->shape[0], logits->shape[1]);
     *host = m->logits_host;
-    return dev_copy(m->d, &copy, logits, e);
+    for (int32_t i = 0; i < n && out_next(&it, &w); i++) {
+        const tensor row = tensor_rows(logits, i, 1);
+        tensor copy = tensor_2d(m->logits_host + (size_t)i * (size_t)m->m->vocab, DT_F32, 1,
+                                m->m->vocab);
+        if (w.s->logits) TRY(dev_copy(m->d, &copy, &row, e));
+    }
+    return OK;
 }
 
 static void deliver(const model *m, const wanted *w, int32_t i, const float *logits)
@@ -326,6 +342,7 @@ static void deliver(const model *m, const wanted *w, int32_t i, const float *log
         memcpy(w->s->logits + (size_t)w->out * v, logits + (size_t)i * v, v * sizeof(float));
     if (w->s->argmax) w->s->argmax[w->out] = m->best_host[i];
     if (w->s->nll) w->s->nll[w->out] = m->nll_host[i];
+    if (w->s->picked) *w->s->picked = m->draws.ids[i];
 }
 
 /* What head_ops left, handed out to the next n rows of `it`. */
@@ -335,7 +352,8 @@ static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t
     const float *host = NULL;
     wanted w;
     TRY(fetch_scores(m, n, want, e));
-    if (want.logits) TRY(fetch_logits(m, logits, &host, e));
+    if (want.draw) TRY(model_draw_fetch(m, n, e));
+    if (want.logits) TRY(fetch_logits(m, it, logits, n, &host, e));
     TRY(dev_sync(m->d, e));
     for (int32_t i = 0; i < n && out_next(&it, &w); i++) deliver(m, &w, i, host);
     return OK;
@@ -344,7 +362,8 @@ static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t
 static err_code run_head(model *m, out_iter it, int32_t n, needs want, err *e)
 {
     tensor logits;
-    TRY(head_ops(m, n, it.p->tail >= 0, want.nll || want.best, false, &logits, e));
+    if (want.draw) TRY(model_draw_send(m, n, e));
+    TRY(head_ops(m, n, it.p->tail >= 0, want, false, &logits, e));
     return finish_head(m, it, &logits, n, want, e);
 }
 
@@ -355,6 +374,7 @@ static err_code run_outputs(model *m, const step_seq *seqs, const pass *p, err *
     int32_t n = 0;
     wanted w;
     while (out_next(&it, &w)) {
+        TRY(model_draw_fill(m, n, w.s, e));
         m->stage.pick[n] = w.row;
         m->stage.target[n++] = w.s->nll ? w.s->targets[w.out] : 0;
         want = needs_of(want, w.s);
@@ -399,21 +419,25 @@ static err_code record(model *m, model_recording *r, const pass *p, const job *j
     longest.max_kv = r->max_kv;
     TRY(dev_record_begin(m->d, e));
     err_code rc = run_blocks(m, &longest, true, j, e);
-    if (rc == OK) rc = head_ops(m, p->n, false, r->score, true, &logits, e);
+    const needs want = {.nll = r->score, .draw = r->draw};
+    if (rc == OK) rc = head_ops(m, p->n, false, want, true, &logits, e);
     const err_code end = dev_record_end(m->d, &r->work, rc == OK ? e : &ignored);
     if (rc == OK) rc = end;
     if (rc != OK) dev_graph_free(&r->work);
     return rc;
 }
 
-static err_code recorded(model *m, dev_graph **out, const pass *p, bool score, const job *j, err *e)
+static err_code recorded(model *m, dev_graph **out, const pass *p, needs want, const job *j, err *e)
 {
+    const bool score = want.nll || want.best;
+
     const int32_t max_kv = kv_step_up(p->max_kv);
     model_recording *r = &m->recordings[0];
     m->recording_clock++;
     for (int i = 0; i < MODEL_RECORDINGS; i++) {
         model_recording *o = &m->recordings[i];
-        if (o->work && o->n == p->n && o->max_kv == max_kv && o->score == score) {
+        if (o->work && o->n == p->n && o->max_kv == max_kv && o->score == score &&
+            o->draw == want.draw) {
             o->used = m->recording_clock;
             *out = o->work;
             return OK;
@@ -421,7 +445,7 @@ static err_code recorded(model *m, dev_graph **out, const pass *p, bool score, c
         if (o->used < r->used) r = o; /* the one unused for longest makes room */
     }
     dev_graph_free(&r->work);
-    *r = (model_recording){.n = p->n, .max_kv = max_kv, .score = score};
+    *r = (model_recording){.n = p->n, .max_kv = max_kv, .score = score, .draw = want.draw};
     TRY(record(m, r, p, j, e));
     r->used = m->recording_clock;
     *out = r->work;
@@ -449,11 +473,13 @@ static err_code run_decode(model *m, const step_seq *seqs, const pass *p, const 
         const step_seq *s = &seqs[p->first + i];
         m->stage.pick[i] = i;
         m->stage.target[i] = s->nll ? s->targets[0] : 0;
+        TRY(model_draw_fill(m, i, s, e));
         want = needs_of(want, s);
     }
     TRY(job_check(j, e));
     TRY(stage_all(m, p, e));
-    TRY(recorded(m, &work, p, want.nll || want.best, j, e));
+    if (want.draw) TRY(model_draw_send(m, p->n, e));
+    TRY(recorded(m, &work, p, want, j, e));
     TRY(dev_graph_run(work, e));
     return finish_head(m, it, &logits, p->n, want, e);
 }

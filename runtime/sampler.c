@@ -21,11 +21,13 @@ struct sampler {
     int32_t *history; /* ring of the last max_tokens ids, oldest overwritten */
     int64_t history_cap, history_n;
     int32_t *seen;     /* [vocab] times in the repetition window */
-    int32_t *answered; /* [vocab] times in the answer */
-    candidate *heap;   /* [vocab] */
-    double *weights;   /* [vocab] of what was popped, the largest is 1 */
-    int32_t *popped;   /* [vocab] */
-    bool beside;       /* heap, weights and popped are another's */
+    int32_t *answered; /* [vocab] times in the answer; behind seen */
+    bool told;         /* a device has the counts as they were before `since` ids were accepted */
+    int32_t since, last, gone; /* the last of them, and what it pushed out of the window or -1 */
+    candidate *heap;           /* [vocab] */
+    double *weights;           /* [vocab] of what was popped, the largest is 1 */
+    int32_t *popped;           /* [vocab] */
+    bool beside;               /* heap, weights and popped are another's */
 };
 
 sample_opts sample_greedy(void) { return (sample_opts){.top_p = 1, .repetition_penalty = 1}; }
@@ -84,8 +86,8 @@ err_code sampler_open_beside(sampler **out, sampler *with, int32_t vocab, int32_
     s->vocab = vocab;
     s->history_cap = max_tokens;
     if ((rc = get((void **)&s->history, max_tokens, sizeof(int32_t), e)) != OK) goto done;
-    if ((rc = get((void **)&s->seen, vocab, sizeof(int32_t), e)) != OK) goto done;
-    if ((rc = get((void **)&s->answered, vocab, sizeof(int32_t), e)) != OK) goto done;
+    if ((rc = get((void **)&s->seen, 2 * (int64_t)vocab, sizeof(int32_t), e)) != OK) goto done;
+    s->answered = s->seen + vocab;
     if ((rc = get_scratch(s, with, e)) != OK) goto done;
     const sample_opts greedy = sample_greedy();
     if ((rc = sampler_start(s, &greedy, e)) != OK) goto done;
@@ -107,7 +109,6 @@ void sampler_close(sampler **s)
     mem_free((*s)->bias);
     mem_free((*s)->history);
     mem_free((*s)->seen);
-    mem_free((*s)->answered);
     if (!(*s)->beside) {
         mem_free((*s)->heap);
         mem_free((*s)->weights);
@@ -170,8 +171,8 @@ err_code sampler_start(sampler *s, const sample_opts *o, err *e)
     s->o.bias = bias;
     for (int i = 0; i < 4; i++) s->rng[i] = splitmix(&seed);
     s->history_n = 0;
-    memset(s->seen, 0, (size_t)s->vocab * sizeof(int32_t));
-    memset(s->answered, 0, (size_t)s->vocab * sizeof(int32_t));
+    s->told = false;
+    memset(s->seen, 0, 2 * (size_t)s->vocab * sizeof(int32_t));
     return OK;
 }
 
@@ -180,7 +181,12 @@ static void remember(sampler *s, int32_t id)
     const int64_t window = s->o.penalty_window > 0 && s->o.penalty_window < s->history_cap
                                ? s->o.penalty_window
                                : s->history_cap;
-    if (s->history_n >= window) s->seen[s->history[(s->history_n - window) % s->history_cap]]--;
+    s->last = id;
+    s->gone = -1;
+    if (s->history_n >= window) {
+        s->gone = s->history[(s->history_n - window) % s->history_cap];
+        s->seen[s->gone]--;
+    }
     s->history[s->history_n++ % s->history_cap] = id;
     s->seen[id]++;
 }
@@ -191,6 +197,7 @@ void sampler_prompt(sampler *s, const int32_t *ids, int64_t n)
         assert(ids[i] >= 0 && ids[i] < s->vocab);
         remember(s, ids[i]);
     }
+    s->told = false;
 }
 
 void sampler_accept(sampler *s, int32_t id)
@@ -198,6 +205,7 @@ void sampler_accept(sampler *s, int32_t id)
     assert(id >= 0 && id < s->vocab);
     remember(s, id);
     s->answered[id]++;
+    s->since++;
 }
 
 /* ---- steps 1 to 3 ---- */
@@ -341,4 +349,33 @@ int32_t sampler_next(sampler *s, float *logits)
 {
     penalize(s, logits);
     return s->o.temperature == 0 ? sample_argmax(logits, s->vocab) : draw_one(s, logits);
+}
+
+/* ---- for a device ---- */
+
+const int32_t *sampler_counts(const sampler *s) { return s->seen; }
+
+void sampler_row(sampler *s, sample_row *r, sample_bias *bias, bool *send)
+{
+    const sample_opts *o = &s->o;
+    const bool counts = o->repetition_penalty != 1 || o->presence_penalty != 0 ||
+                        o->frequency_penalty != 0;
+    const bool known = s->told && s->since <= 1;
+    *r = (sample_row){.temperature = o->temperature,
+                      .top_p = o->top_p,
+                      .min_p = o->min_p,
+                      .presence = o->presence_penalty,
+                      .frequency = o->frequency_penalty,
+                      .repetition = (float)o->repetition_penalty,
+                      .top_k = o->top_k,
+                      .n_bias = o->n_bias,
+                      .wanted = 1,
+                      .state = counts ? 0 : -1,
+                      .last = known && s->since ? s->last : -1,
+                      .gone = known && s->since ? s->gone : -1};
+    for (int32_t i = 0; i < o->n_bias; i++) bias[i] = (sample_bias){s->bias[i].id, s->bias[i].bias};
+    if (o->temperature > 0) r->u = rng_unit(s->rng);
+    *send = counts && !known;
+    s->told = counts;
+    s->since = 0;
 }

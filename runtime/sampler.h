@@ -18,6 +18,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "kernels/ops.h"
 
 typedef struct {
     int32_t id;
@@ -66,6 +67,12 @@ void sampler_accept(sampler *s, int32_t id);
 /* The next id, or -1 when no logit is above minus infinity. Changes logits [vocab]; does not
  * accept. Allocates nothing. */
 int32_t sampler_next(sampler *s, float *logits);
+/* For devices that draw themselves: what the next draw takes; the generator moves on, as in
+ * sampler_next. bias [SAMPLE_MAX_BIAS], enough for o->n_bias. r->state is 0 when penalties look at
+ * counts, else -1; *send: the device's counts are not those of s, and the row takes
+ * sampler_counts as they are. */
+void sampler_row(sampler *s, sample_row *r, sample_bias *bias, bool *send);
+const int32_t *sampler_counts(const sampler *s); /* [2, vocab]: in the window, in the answer */
 /* The largest logit, ties to the lowest id; -1 as above. */
 int32_t sample_argmax(const float *logits, int32_t vocab);
 

@@ -32,6 +32,7 @@ THIRD_PARTY = {  # header: folders that may include it
     "yaml.h": {"formats"},
     "cblas.h": {"kernels"},
     "microhttpd.h": {"runtime"},
+    "gnutls/": {"runtime"},
     "curl/": {"tools"},
     "histedit.h": {"tools"},
     "editline/": {"tools"},

@@ -6,8 +6,8 @@ set -euo pipefail
 
 build=(gcc g++ cmake ninja-build pkg-config libcjson-dev libxxhash-dev libssl-dev libzstd-dev libarchive-dev
     libpcre2-dev libutf8proc-dev libsentencepiece-dev libedit-dev libyaml-dev libopenblas-dev
-    libmicrohttpd-dev libcurl4-openssl-dev)
-use=(check make python3 scdoc zstd)
+    libmicrohttpd-dev libgnutls28-dev libcurl4-openssl-dev)
+use=(check make openssl python3 scdoc zstd)
 all=(clang-format git python3-numpy python3-jinja2 python3-venv bsdutils zsh fish)
 
 packages=("${build[@]}" "${use[@]}")

@@ -36,9 +36,10 @@ tests() { # PRESET LABELS
     ctest --test-dir "build/$1" -L "^($2)\$" -j "$jobs" --output-on-failure --no-tests=error
 }
 
-cuda() { # compiled and linked; what runs needs a GPU: scripts/gpu-check.sh
+cuda() { # compiled and linked, and falls back to the CPU; the rest needs a GPU: scripts/gpu-check.sh
     command -v nvcc >/dev/null || { echo 'no nvcc'; return 0; }
-    cmake --preset cuda && cmake --build --preset cuda -j "$jobs" --target tm-run awq-search
+    cmake --preset cuda && cmake --build --preset cuda -j "$jobs" --target tm-run awq-search &&
+        ctest --test-dir build/cuda -R '^cli_tm_run_device$' --output-on-failure
 }
 
 # Every public header stands alone.

@@ -75,6 +75,33 @@ next(stream)
 stream.close()  # what runs is canceled
 assert pipe(ask, gen_config=greedy).text == one.text
 
+# Conversations: a turn sees those before it.
+s = pipe.chat(ask, gen_config=greedy)
+assert s.response.text == one.text and s.history == [(ask, one.text)] and s.response.finish_reason == "stop"
+again = pipe.chat("What is 3 + 4?", s, gen_config=greedy)
+assert again is s and len(s.history) == 2
+whole = pipe([talk + [{"role": "assistant", "content": one.text}, {"role": "user", "content": "What is 3 + 4?"}]],
+             gen_config=greedy)[0]
+assert s.response.text == whole.text and s.response.token_ids == whole.token_ids, (s.response, whole)
+assert s.response.cached_token_len > 0 or len(pipe.encode(ask)) < 64
+assert "ASSISTANT:\n" + one.text in repr(s)
+named = pipe.chat(ask, "mine", gen_config=greedy)
+assert pipe.chat(ask, "mine", gen_config=greedy) is named and len(named.history) == 2
+assert pipe.chat(ask, 7, gen_config=greedy).id == 7 and pipe.session().id == 8
+named.close()
+assert pipe.chat(ask, "mine", gen_config=greedy).history == [(ask, one.text)]
+with pipe.chat(ask, gen_config=greedy, stream_response=True) as s:
+    assert s.history == [] and "".join(p.text for p in s.generator) == one.text and s.history == [(ask, one.text)]
+
+# Likelihoods.
+ids = pipe.encode("The quick brown fox and the hen")
+noise = [(97 * i) % 2000 + 10 for i in range(len(ids))]
+scores = pipe.get_ppl([ids, noise] * 40)
+assert len(scores) == 80 and scores[::2] == 40 * scores[:1] and 0 < scores[0] < scores[1], scores[:2]
+assert pipe.get_ppl(ids) == scores[:1] and pipe.get_ppl([]) == []
+assert "prompt 1: expected 2 ids or more, got 1" in refused(1, lambda: pipe.get_ppl([ids, [5]]))
+refused(9, lambda: pipe.get_ppl([list(range(10, 1500)) * 2]))
+
 # More than the batch holds, from several threads.
 results = {}
 

@@ -15,7 +15,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from serve_lib import Failed, Server, check, expect, read_answer, run, tool_and_model  # noqa: E402
+from serve_lib import Failed, Server, check, expect, read_answer, run, tool_and_model, unchunk  # noqa: E402
 
 TOOL, MODEL = tool_and_model()
 CLIENT = os.environ.get("TM_RUN_CLIENT", TOOL)
@@ -279,6 +279,46 @@ def test_reader_that_stalls():
                 time.sleep(0.1)
         server.idle()
         healthy(server)
+    finally:
+        expect("exit code", server.stop(), 0)
+
+
+def test_reader_that_is_slow():
+    """What its answers are made into does not pile up: the tokens wait as tokens, and none is lost."""
+    server = Server(TOOL, MODEL, "--model-name", "demo")
+    n, each = 8, 900
+    body = {**ASK, "stream": True, "n": n, "logprobs": True, "top_logprobs": 20, "max_tokens": each, "ignore_eos": True}
+    try:
+        healthy(server)
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect(("127.0.0.1", server.port))
+            s.settimeout(60)
+            s.sendall(post(body))
+            data = s.recv(1000)
+            until = time.monotonic() + 60
+            while server.metric("requests_running"):  # the engine is ahead by now
+                check("they end", time.monotonic() < until)
+                time.sleep(0.1)
+            most, size = 0, len(data)
+            text = bytearray(data)
+            while not data.endswith(b"0\r\n\r\n"):
+                data = s.recv(65536)
+                check("it goes on", data)
+                if size >> 20 != (size + len(data)) >> 20:
+                    most = max(most, server.rss())
+                text += data
+                size += len(data)
+        end = server.rss()
+        events = [json.loads(e[6:]) for e in unchunk(bytes(text).partition(b"\r\n\r\n")[2]).decode().split("\n\n")
+                  if e.startswith("data: {")]
+        for i in range(n):
+            mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == i]
+            expect("tokens", sum(len(c["logprobs"]["content"]) for c in mine if c["logprobs"]), each)
+            expect("ends", [c["finish_reason"] for c in mine if c["finish_reason"]], ["length"])
+        print(f"     {size >> 20} MiB to a slow reader: RSS up to {most >> 20} MiB, {end >> 20} MiB behind it")
+        check("memory", SANITIZED or most - end < size, (most, end))
+        server.idle()
     finally:
         expect("exit code", server.stop(), 0)
 

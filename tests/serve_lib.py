@@ -24,9 +24,11 @@ def check(what, ok, detail=""):
 
 
 class Server:
-    """tm-run serve on a port of its own; its log is kept in .lines()."""
+    """tm-run serve on a port of its own; its log is kept in .lines(). unix: its socket instead of a port; tls: the
+    context that connections are made with."""
 
-    def __init__(self, tool, model, *options, env=None, prefix=()):
+    def __init__(self, tool, model, *options, env=None, prefix=(), unix=None, tls=None):
+        self.unix, self.tls = unix, tls
         self.log = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"serve-{os.getpid()}-{time.monotonic_ns()}.log")
         self.file = open(self.log, "wb")
         command = [*prefix, tool, "serve", model, "--server-port", "0", *options]
@@ -34,9 +36,9 @@ class Server:
                                         env={**os.environ, **(env or {})})
         self.port = None
         for _ in range(600):
-            found = re.search(r"listening on http://[^:]+:(\d+)", "".join(self.lines()))
+            found = re.search(r"listening on (?:https?://[^:]+:(\d+)|/\S+)\n", "".join(self.lines()))
             if found:
-                self.port = int(found.group(1))
+                self.port = int(found.group(1) or 0)
                 return
             if self.process.poll() is not None:
                 break
@@ -72,9 +74,14 @@ class Server:
             return int(re.search(r"VmRSS:\s+(\d+)", f.read()).group(1)) * 1024
 
     def connect(self, timeout=20):
+        if self.unix:
+            s = socket.socket(socket.AF_UNIX)
+            s.settimeout(timeout)
+            s.connect(self.unix)
+            return s
         s = socket.create_connection(("127.0.0.1", self.port), timeout)
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return s
+        return self.tls.wrap_socket(s, server_hostname="localhost") if self.tls else s
 
     def raw(self, data, timeout=20):
         """Sends bytes; everything that comes back until the end of the connection or one whole answer."""

@@ -170,6 +170,7 @@ def rendering(page):
     missing = page.eval("""['strong', 'em', 's', 'p code', 'ol > li > ul > li', 'table td.r', 'blockquote', 'hr',
       'figcaption'].filter(t => !document.querySelector('.md ' + t))""")
     check(missing == [], f"the subset is rendered, not {missing}")
+    shot(page, "desktop-markup")
     page.eval("navigator.clipboard.writeText = async t => { window.copied = t; }")
     page.eval("document.querySelector('.md figcaption button').click()")
     page.wait("window.copied === '<script>pwned = 2</script>\\n  indented'", "copying code")

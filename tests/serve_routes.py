@@ -354,6 +354,44 @@ def test_ids():
     check("special tokens shown", "<|" in special or "</s>" in special, special)
 
 
+def test_streamed_ids():
+    """All of them, with those that have no text: a stop token's."""
+    whole = chat(return_token_ids=True).json["choices"][0]["token_ids"]
+    events, _ = chat(return_token_ids=True, stream=True).events()
+    expect("ids", sum((e["choices"][0].get("token_ids", []) for e in events if e["choices"]), []), whole)
+
+
+def test_generate():
+    """LMDeploy's raw ids: as completions, and the same in a stream."""
+    ids = server.post("/apply-template", {"messages": ASK["messages"]}).json["tokens"]
+    ask = {"input_ids": ids, "temperature": 0, "max_tokens": 40, "return_logprob": True}
+    a = server.post("/generate", ask)
+    expect(f"status ({a.text[:200]})", a.status, 200)
+    a = a.json
+    info = a["meta_info"]
+    expect("keys", set(a) | set(info), {"text", "output_ids", "meta_info", "prompt_tokens", "completion_tokens", "finish_reason",
+                                        "output_token_logprobs"})
+    expect("text", (a["text"], info["finish_reason"]), (RIGHT, {"type": "stop"}))
+    expect("counts", (info["prompt_tokens"], info["completion_tokens"]), (len(ids), len(a["output_ids"])))
+    expect("one probability an id", [p[1] for p in info["output_token_logprobs"]], a["output_ids"])
+    check("natural logarithms", all(p[0] <= 0 for p in info["output_token_logprobs"]), info)
+    expect("as chat", a["output_ids"], chat(return_token_ids=True).json["choices"][0]["token_ids"])
+    events, done = server.post("/generate", {**ask, "stream": True}).events()
+    check("[DONE]", done and len(events) > 2)
+    expect("text", "".join(e["text"] for e in events), RIGHT)
+    expect("ids", sum((e["output_ids"] for e in events), []), a["output_ids"])
+    expect("probabilities", sum((e["meta_info"]["output_token_logprobs"] for e in events), []), info["output_token_logprobs"])
+    expect("one end", [e["meta_info"]["finish_reason"] for e in events if e["meta_info"]["finish_reason"]], [{"type": "stop"}])
+    text = server.post("/generate", {"prompt": "a fox", "temperature": 0, "max_tokens": 5, "ignore_eos": True}).json
+    expect("a text", text["text"], complete("a fox", max_tokens=5, ignore_eos=True)["choices"][0]["text"])
+    expect("length", (text["meta_info"]["finish_reason"], text["meta_info"]["output_token_logprobs"]), ({"type": "length"}, None))
+    for body, param in [({}, "prompt"), ({"prompt": "a", "input_ids": [1]}, "input_ids"), ({"input_ids": []}, "prompt"),
+                        ({"input_ids": [1, 10**6]}, "input_ids[1]"), ({"prompt": ["a", "b"]}, "prompt"),
+                        ({"prompt": "a", "max_tokens": 0}, "max_tokens"), ({"prompt": "a", "image_data": "x"}, "image_data")]:
+        e = server.post("/generate", body)
+        expect(f"{body}", (e.status, e.json["error"]["param"]), (400, param))
+
+
 def test_cached_prefix():
     long = [{"role": "user", "content": "A story of a fox and a hen. " * 40}]
     chat(messages=long, max_tokens=2)

@@ -25,6 +25,7 @@ static const char *base_of(unsigned who)
     case API_CHAT: return "\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]";
     case API_COMPLETION: return "\"model\":\"m\",\"prompt\":\"x\"";
     case API_INTERACTIVE: return "\"prompt\":\"x\"";
+    case API_GENERATE: return "\"input_ids\":[1]";
     case API_DECODE: return "\"tokens\":[1]";
     case API_TEMPLATE: return "\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]";
     default: return "\"input\":\"x\"";
@@ -89,7 +90,7 @@ static void number_row(unsigned who, const api_param *p)
 START_TEST(test_every_row)
 {
     static const unsigned all[] = {API_CHAT,   API_COMPLETION, API_INTERACTIVE, API_ENCODE,
-                                   API_DECODE, API_PPL,        API_TEMPLATE};
+                                   API_DECODE, API_PPL,        API_TEMPLATE,    API_GENERATE};
     const api_param *p;
     int rows = 0;
     for (int i = 0; (p = api_param_at(i)) != NULL; i++) {
@@ -99,7 +100,8 @@ START_TEST(test_every_row)
             ck_assert_msg(*p->doc, "%s is told nowhere", p->name);
             if (strcmp(p->name, "content") != 0 && strcmp(p->name, "prompt") != 0 &&
                 strcmp(p->name, "model") != 0 && strcmp(p->name, "messages") != 0 &&
-                strcmp(p->name, "input") != 0 && strcmp(p->name, "tokens") != 0)
+                strcmp(p->name, "input") != 0 && strcmp(p->name, "input_ids") != 0 &&
+                strcmp(p->name, "tokens") != 0)
                 taken(all[k], p->name, "null");
             if (p->type == API_T_INT || p->type == API_T_NUMBER) number_row(all[k], p);
             if (p->type == API_T_REFUSED) refused(all[k], p->name, "\"x\"");
@@ -542,6 +544,60 @@ START_TEST(test_sessions)
 }
 END_TEST
 
+START_TEST(test_kwargs)
+{
+    static const char good[] = "{\"messages\":\"x\",\"chat_template_kwargs\":{\"thinking\":true}}";
+    static const char bad[] =
+        "{\"messages\":\"x\",\"chat_template_kwargs\":{\"thinking\":true,\"messages\":[]}}";
+    api_request r;
+    api_fault f = {0};
+    ck_assert_int_eq(parse_as(API_TEMPLATE, &r, good, &f), OK);
+    ck_assert(cJSON_IsObject(r.kwargs));
+    api_request_free(&r);
+    ck_assert_int_eq(parse_as(API_TEMPLATE, &r, bad, &f), E_INPUT);
+    ck_assert_str_eq(f.param, "chat_template_kwargs.messages");
+}
+END_TEST
+
+START_TEST(test_session_words)
+{
+    session_table *t;
+    session *a;
+    const chat_message *said, call = {.role = "tool", .content = "5", .tool_call_id = "c"};
+    char role[] = "user", word[] = "w0";
+    int64_t n;
+    err e;
+    ck_assert_int_eq(session_table_open(&t, 2, 40, &e), OK);
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    for (int i = 0; i < 20; i++) { /* eight bytes each, copied */
+        word[1] = (char)('a' + i);
+        session_say(a, &(chat_message){.role = role, .content = word});
+    }
+    word[0] = role[0] = '?';
+    session_give(t, &a, true); /* 160 bytes count as 40 ids */
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    said = session_said(a, &n);
+    ck_assert(said && n == 20);
+    ck_assert_str_eq(said[0].content, "wa");
+    ck_assert_str_eq(said[19].content, "wt");
+    ck_assert_str_eq(said[19].role, "user");
+    session_say(a, &call); /* what cannot be told again makes all of it useless */
+    session_say(a, said);
+    ck_assert_ptr_null(session_said(a, &n));
+    session_give(t, &a, false);
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    ck_assert_ptr_null(session_said(a, &n)); /* nothing yet */
+    ck_assert_int_eq(n, 0);
+    for (int i = 0; i < 21; i++) session_say(a, &(chat_message){.role = "user", .content = "ww"});
+    session_give(t, &a, true); /* too much */
+    ck_assert_int_eq(session_take(&a, t, 1, 7, &e), OK);
+    (void)session_said(a, &n);
+    ck_assert_int_eq(n, 0);
+    session_give(t, &a, true);
+    session_table_close(&t);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("api");
@@ -563,7 +619,9 @@ int main(void)
     tcase_add_test(t, test_numbers_out);
     tcase_add_test(t, test_stops_across_tokens);
     tcase_add_test(t, test_stops_at_random);
+    tcase_add_test(t, test_kwargs);
     tcase_add_test(t, test_sessions);
+    tcase_add_test(t, test_session_words);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

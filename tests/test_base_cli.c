@@ -49,7 +49,7 @@ static bool help, version;
 static err error;
 
 /* Splits at spaces: "dir -o x". */
-static err_code parse(const char *line)
+static err_code parse_with(const cli_spec *by, const char *line)
 {
     static char buf[512];
     static char *argv[64];
@@ -58,8 +58,10 @@ static err_code parse(const char *line)
     argv[0] = buf;
     (void)snprintf(buf, sizeof buf, "%s", line);
     for (char *s = strtok(buf, " "); s; s = strtok(NULL, " ")) argv[argc++] = s;
-    return cli_parse(&spec, argc, argv, args, 4, &n_args, &help, &version, &error);
+    return cli_parse(by, argc, argv, args, 4, &n_args, &help, &version, &error);
 }
+
+static err_code parse(const char *line) { return parse_with(&spec, line); }
 
 START_TEST(cli_good)
 {
@@ -92,6 +94,49 @@ START_TEST(cli_good)
     ck_assert(v.seed == INT64_MAX);
     ck_assert_int_eq(parse("d -f --samples 1 --samples 2"), OK); /* the last one counts */
     ck_assert_int_eq(v.samples, 2);
+}
+END_TEST
+
+START_TEST(cli_environment_fills)
+{
+    static char text[][16] = {"PATH=/bin",    "T_SAMPLES=7", "T_WORK_DIR=near", "T_DATA=x y",
+                              "T_METHOD=rtn", "T_KV_MEM=1G", "T_TEMPERATURE=",  "T_FLAG=yes",
+                              "T_QUIET=0",    "T_HELP=1",    "T_NOPE=1",        "T_=1",
+                              "T_SEED",       "SAMPLES=9",   "T_samples=8"};
+    char *env[sizeof text / sizeof *text + 1] = {NULL};
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) env[i] = text[i];
+    cli_spec s = spec;
+    s.env_prefix = "T_";
+    s.env = env;
+    ck_assert_int_eq(parse_with(&s, "d"), OK);
+    ck_assert(v.samples == 7 && v.bytes == 1 << 30 && v.flag && !v.quiet && !help);
+    ck_assert_str_eq(v.out, "near");
+    ck_assert_str_eq(v.method, "rtn");
+    ck_assert(v.data.n == 1 && !strcmp(v.data.v[0], "x y"));
+    ck_assert(v.temp == 0 && v.seed == 0); /* nothing said */
+    ck_assert_int_eq(parse_with(&s, "d --samples 3 -oa --data p --data q --method=awq -q"), OK);
+    ck_assert(v.samples == 3 && v.quiet && v.data.n == 2); /* the command line rules */
+    ck_assert_str_eq(v.out, "a");
+    ck_assert_str_eq(v.method, "awq");
+    ck_assert_int_eq(parse_with(&s, "--help"), OK);
+    ck_assert(help);
+    static const char *const known[] = {"T_SAMPLES=", "T_CALIB_SAMPLES=1", "T_KV_MEM=x"};
+    static const char *const unknown[] = {"T_NOPE=1", "T_HELP=1", "T_=", "SAMPLES=1", "T_KV-MEM=1"};
+    for (size_t i = 0; i < 3; i++) ck_assert_msg(cli_env_known(&s, known[i]), "%s", known[i]);
+    for (size_t i = 0; i < 5; i++) ck_assert_msg(!cli_env_known(&s, unknown[i]), "%s", unknown[i]);
+    static const char *const bad[][2] = {
+        {"T_SAMPLES=x", "environment: T_SAMPLES: option '--samples': expected an integer, got 'x'"},
+        {"T_FLAG=maybe", "environment: T_FLAG: option '--flag': expected 1 or 0, got 'maybe'"},
+        {"T_METHOD=gptq", "environment: T_METHOD: option '--method': expected one of"}};
+    for (size_t i = 0; i < 3; i++) {
+        char entry[64];
+        char *const one[] = {entry, NULL};
+        (void)snprintf(entry, sizeof entry, "%s", bad[i][0]);
+        s.env = one;
+        ck_assert_int_eq(parse_with(&s, "d"), E_USAGE);
+        ck_assert_msg(strstr(error.msg, bad[i][1]) != NULL, "%s", error.msg);
+        ck_assert_int_eq(parse_with(&s, "--help"), OK);
+    }
 }
 END_TEST
 
@@ -258,6 +303,7 @@ int main(void)
     TCase *t = tcase_create("all");
     tcase_set_timeout(t, 60);
     tcase_add_test(t, cli_good);
+    tcase_add_test(t, cli_environment_fills);
     tcase_add_test(t, cli_help_and_version);
     tcase_add_test(t, cli_bad);
     tcase_add_test(t, cli_list_overflow);

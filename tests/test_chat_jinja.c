@@ -320,7 +320,10 @@ START_TEST(tools_formats)
                  {"llama.cpp/meta-llama-Llama-3.2-3B-Instruct.jinja", CHAT_TOOLS_LLAMA3},
                  {"llama.cpp/mistralai-Mistral-Nemo-Instruct-2407.jinja", CHAT_TOOLS_MISTRAL},
                  {"vllm/tool_chat_template_mistral.jinja", CHAT_TOOLS_MISTRAL},
-                 {"vllm/tool_chat_template_internlm2_tool.jinja", CHAT_TOOLS_INTERNLM2}};
+                 {"vllm/tool_chat_template_internlm2_tool.jinja", CHAT_TOOLS_INTERNLM2},
+                 {"vllm/tool_chat_template_deepseekv3.jinja", CHAT_TOOLS_DEEPSEEK},
+                 {"vllm/tool_chat_template_deepseekv31.jinja", CHAT_TOOLS_DEEPSEEK},
+                 {"llama.cpp/Qwen3-Coder.jinja", CHAT_TOOLS_HERMES}};
     tokenizer *t = byte_tokenizer();
     char path[4096];
     chat *c;

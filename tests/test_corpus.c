@@ -474,6 +474,99 @@ START_TEST(windows_random)
 }
 END_TEST
 
+/* "FILE:WEIGHT", and what is a name all the same. */
+START_TEST(sources_parse)
+{
+    const char *odd = put_text("odd:3", "x");
+    const char *const texts[] = {"a.txt:3", "b.jsonl", "c:d.txt", odd, "/e/f:1.0"};
+    const double want[] = {3 / 7., 1 / 7., 1 / 7., 1 / 7., 1 / 7.};
+    const char *const names[] = {"a.txt", "b.jsonl", "c:d.txt", odd, "/e/f"};
+    const char *const wrong[] = {"a:0", "a:-1", "a:nan", "a:inf", "a:1e30"};
+    corpus_sources s;
+    err e;
+    ck_assert_msg(corpus_sources_parse(&s, texts, 5, &e) == OK, "%s", e.msg);
+    ck_assert(s.weighted);
+    for (int i = 0; i < 5; i++) {
+        ck_assert_str_eq(s.paths[i], names[i]);
+        ck_assert_double_eq_tol(s.shares[i], want[i], 1e-12);
+    }
+    corpus_sources_free(&s);
+    ck_assert(corpus_sources_parse(&s, texts + 1, 3, &e) == OK && !s.weighted);
+    corpus_sources_free(&s);
+    for (int i = 0; i < 5; i++) {
+        ck_assert(corpus_sources_parse(&s, &wrong[i], 1, &e) == E_USAGE);
+        ck_assert_ptr_nonnull(strstr(e.msg, "expected a weight above 0"));
+        ck_assert_ptr_null(s.paths);
+    }
+}
+END_TEST
+
+/* Counts within one window of the shares, also among every eighth window. */
+START_TEST(windows_shares)
+{
+    enum { N = 128 };
+    const double shares[] = {0.5, 0.3, 0.2};
+    int32_t source[N], counts[3], eighth[8][3] = {0};
+    corpus_mix(source, counts, shares, 3, N);
+    for (int i = 0; i < N; i++) eighth[i % 8][source[i]]++;
+    for (int s = 0; s < 3; s++) {
+        int32_t sum = 0;
+        ck_assert(counts[s] > shares[s] * N - 1 && counts[s] < shares[s] * N + 1);
+        for (int i = 0; i < 8; i++) {
+            sum += eighth[i][s];
+            ck_assert(eighth[i][s] > shares[s] * N / 8 - 2 && eighth[i][s] < shares[s] * N / 8 + 2);
+        }
+        ck_assert_int_eq(sum, counts[s]);
+    }
+    for (int n = 1; n < 20; n++) { /* every window has a source, however few there are */
+        int32_t of[20], c[3];
+        memset(of, -1, sizeof of);
+        corpus_mix(of, c, shares, 3, n);
+        for (int i = 0; i < n; i++) ck_assert(of[i] >= 0 && of[i] < 3);
+        ck_assert_int_eq(of[n], -1);
+        ck_assert_int_eq(c[0] + c[1] + c[2], n);
+    }
+}
+END_TEST
+
+/* Files give their shares whatever their lengths; one file twice gives two draws. */
+START_TEST(windows_mixed)
+{
+    enum { N = 200, L = 4 };
+    char a[401];
+    for (int i = 0; i < 400; i++) a[i] = (char)('a' + i % 26);
+    a[400] = 0;
+    const char *paths[] = {put_text("1", a), put_text("2", "0123456789"), put_text("3", a)};
+    const double shares[] = {0.25, 0.5, 0.25}, first[] = {0.5, 0.25, 0.25};
+    static int32_t ids[N * L], again[N * L];
+    int digits = 0;
+    err e;
+    corpus_opts o = {.samples = N, .seqlen = L, .seed = 3, .shares = shares};
+    ck_assert_msg(windows(ids, o, paths, 3, &e) == OK, "%s", e.msg);
+    for (int i = 0; i < N; i++) digits += ids[i * L + 1] >= '0' && ids[i * L + 1] <= '9';
+    ck_assert_int_eq(digits, N / 2);
+    ck_assert(windows(again, o, paths, 3, &e) == OK);
+    ck_assert_mem_eq(ids, again, sizeof ids);
+    o.seed = 4;
+    ck_assert(windows(again, o, paths, 3, &e) == OK);
+    ck_assert_mem_ne(ids, again, sizeof ids);
+    int32_t source[N], counts[3], own[2][N * L], n[2] = {0};
+    corpus_mix(source, counts, shares, 3, N);
+    for (int i = 0; i < N; i++)
+        if (source[i] != 1)
+            memcpy(own[source[i] / 2] + L * n[source[i] / 2]++, again + i * L, L * sizeof *ids);
+    ck_assert_int_eq(n[0], counts[0]);
+    ck_assert(memcmp(own[0], own[1], (size_t)(n[0] * L) * sizeof *ids) != 0);
+    o = (corpus_opts){.samples = 4, .seqlen = 2, .pick = PICK_FIRST, .shares = first};
+    char s[64];
+    ck_assert(windows(ids, o, paths, 3, &e) == OK);
+    byte_text(s, sizeof s, ids, 8);
+    ck_assert_str_eq(s, "<s>a<s>a<s>0bc");
+    o.samples = 200; /* each file must hold its own windows */
+    ck_assert(windows(again, o, paths, 3, &e) == E_INPUT);
+}
+END_TEST
+
 /* Documents "aaaa...", "bbbb...": of 1 to 12 bytes each. */
 static const char *documents(const char *name, int n)
 {
@@ -580,11 +673,13 @@ START_TEST(corpus_no_memory)
                         {"b.jsonl", "{\"text\":\"B\"}", 12, 0, NULL}};
     const char *tar = put_archive("a.tar.gz", ARCHIVE_FILTER_GZIP, false, m, 2),
                *docs = documents("p.jsonl", 30);
-    for (int kind = 0; kind < 3; kind++) {
+    const double all = 1;
+    for (int kind = 0; kind < 4; kind++) {
         bool reached = true;
         for (long k = 1; reached; k++) {
             int32_t ids[6];
             const corpus_opts o = {.dataset = kind == 2 ? "pileval" : NULL,
+                                   .shares = kind == 3 ? &all : NULL,
                                    .samples = 2,
                                    .seqlen = 3,
                                    .pick = kind ? PICK_RANDOM : PICK_FIRST};
@@ -617,6 +712,9 @@ int main(void)
     tcase_add_test(c, corpus_joins);
     tcase_add_test(c, windows_first);
     tcase_add_test(c, windows_random);
+    tcase_add_test(c, sources_parse);
+    tcase_add_test(c, windows_shares);
+    tcase_add_test(c, windows_mixed);
     tcase_add_test(c, windows_c4);
     tcase_add_test(c, windows_pileval);
     tcase_add_test(c, corpus_stops);

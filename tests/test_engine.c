@@ -54,12 +54,23 @@ static void identity(const char *isa, int32_t n)
 START_TEST(test_identity) { identity("auto", BEST); }
 END_TEST
 
+START_TEST(test_identity_kv_dense)
+{
+    up_kv = KV_8;
+    identity("auto", BEST);
+    up_kv = KV_4;
+    identity("auto", BEST);
+    up_kv = KV_16;
+}
+END_TEST
+
 START_TEST(test_identity_models)
 {
     up_model = CASE_W4;
     identity("auto", REQUESTS);
     up_model = CASE_DYNAMIC;
     identity("auto", REQUESTS);
+    up_model = CASE_DEMO;
 }
 END_TEST
 
@@ -70,6 +81,8 @@ START_TEST(test_identity_kv)
     identity("auto", REQUESTS);
     up_kv = KV_4;
     identity("auto", REQUESTS);
+    up_kv = KV_16;
+    up_model = CASE_DEMO;
 }
 END_TEST
 
@@ -140,6 +153,7 @@ START_TEST(test_as_generate)
     as_generate();
     up_model = CASE_DYNAMIC;
     as_generate();
+    up_model = CASE_DEMO;
 }
 END_TEST
 
@@ -203,7 +217,7 @@ START_TEST(test_prefixes)
     up(NULL, 4, 4 * SESSION, (engine_opts){0});
     plain_request(q, 100, 30, 3);
     ck_assert_int_eq(cached_of(q, &alone[0]), 0);
-    ck_assert_int_eq(cached_of(q, &together[0]), 96); /* whole blocks of 16 */
+    ck_assert_int_eq(cached_of(q, &together[0]), 96); /* whole blocks of 16 or 32 */
     must_equal(&alone[0], &together[0], "again", 0);
     q->r.salt = 1;
     ck_assert_int_eq(cached_of(q, &together[0]), 0);
@@ -221,33 +235,41 @@ START_TEST(test_prefixes)
     must_equal(&alone[1], &together[1], "next turn", 1);
     q->r.no_prefix = false;
     q->r.n_prompt = 96; /* exactly whole blocks: one row has to run */
-    ck_assert_int_eq(cached_of(q, &together[0]), 80);
+    ck_assert_int_eq(cached_of(q, &together[0]), 96 - case_block());
     engine_stats_get(eng, &s);
-    ck_assert_int_eq(s.cached_tokens, 96 + 128 + 80);
+    ck_assert_int_eq(s.cached_tokens, 96 + 128 + 96 - case_block());
     ck_assert_int_eq(s.prompt_tokens, 4 * 100 + 2 * 140 + 96);
     ck_assert_int_eq(s.new_tokens, 7 * 30);
     ck_assert_int_eq(s.kv_blocks_used, 0);
-    ck_assert_int_gt(s.kv_blocks_cached, 8);
+    ck_assert_int_gt(s.kv_blocks_cached * case_block(), 8 * 16);
     down();
 }
 END_TEST
 
+/* CK_RUN_CASE picks one. */
+static void add_case(Suite *s, const char *name, const TTest *test)
+{
+    TCase *t = tcase_create(name);
+    tcase_set_timeout(t, 300);
+    tcase_add_test(t, test);
+    suite_add_tcase(s, t);
+}
+
 static Suite *suite(void)
 {
     Suite *s = suite_create("engine");
-    TCase *t = tcase_create("identity");
-    tcase_set_timeout(t, 300);
-    tcase_add_test(t, test_identity);
+    add_case(s, "identity", test_identity);
     if (up_device == DEV_CPU) {
-        tcase_add_test(t, test_identity_avx512);
-        tcase_add_test(t, test_identity_avx2);
-        tcase_add_test(t, test_identity_models);
-        tcase_add_test(t, test_identity_kv);
-        tcase_add_test(t, test_as_generate);
+        add_case(s, "avx512", test_identity_avx512);
+        add_case(s, "avx2", test_identity_avx2);
+    } else {
+        add_case(s, "kv_dense", test_identity_kv_dense);
     }
-    tcase_add_test(t, test_logprobs);
-    tcase_add_test(t, test_prefixes);
-    suite_add_tcase(s, t);
+    add_case(s, "models", test_identity_models);
+    add_case(s, "kv", test_identity_kv);
+    add_case(s, "generate", test_as_generate);
+    add_case(s, "logprobs", test_logprobs);
+    add_case(s, "prefixes", test_prefixes);
     return s;
 }
 

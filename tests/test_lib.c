@@ -429,6 +429,30 @@ static void *thread_of(void *ud)
     return NULL;
 }
 
+/* More than the batch holds, and the same for each. */
+START_TEST(scores)
+{
+    static int32_t ids[64];
+    const size_t n = ids_of(SUM, ids, 64);
+    int32_t bad[] = {5, 1 << 30};
+    tmf_prompt p[9];
+    double nll[9] = {0};
+    tmf_error e = {0};
+    for (int i = 0; i < 9; i++) p[i] = (tmf_prompt){.ids = ids, .n_ids = i == 4 ? n / 2 : n};
+    ck_assert_msg(tmf_score(m, p, 9, nll, &e) == TMF_OK, "%s", e.message);
+    for (int i = 0; i < 9; i++) {
+        ck_assert(nll[i] > 0 && nll[i] < 20);
+        ck_assert((nll[i] == nll[0]) == (i != 4));
+    }
+    ck_assert_int_eq(tmf_score(m, p, 0, nll, &e), TMF_OK);
+    p[5] = (tmf_prompt){.ids = bad, .n_ids = 2};
+    ck_assert_int_eq(tmf_score(m, p, 9, nll, &e), TMF_E_USAGE);
+    ck_assert_msg(strncmp(e.message, "prompt 5: ", 10) == 0, "%s", e.message);
+    p[5].n_ids = 1;
+    ck_assert_int_eq(tmf_score(m, p, 9, nll, NULL), TMF_E_USAGE);
+}
+END_TEST
+
 START_TEST(threads)
 {
     pthread_t t[3];
@@ -456,6 +480,7 @@ int main(void)
     tcase_add_test(c, many);
     tcase_add_test(c, canceled);
     tcase_add_test(c, stopped_by_callback);
+    tcase_add_test(c, scores);
     tcase_add_test(c, threads);
     suite_add_tcase(s, c);
     SRunner *r = srunner_create(s);

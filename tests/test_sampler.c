@@ -437,6 +437,54 @@ START_TEST(test_goes_on_elsewhere)
 }
 END_TEST
 
+/* What a device would hold, told of changes alone, is what the sampler counts; its draws are those
+ * of the host's generator. */
+START_TEST(test_rows)
+{
+    int32_t there[2 * VOCAB];
+    sample_bias bias[SAMPLE_MAX_BIAS];
+    sample_row r;
+    sample_opts o = warm(1);
+    o.repetition_penalty = 1.5;
+    o.frequency_penalty = 0.25;
+    o.penalty_window = 3;
+    sampler *s = open_with(&o), *twin = open_with(&o);
+    const int32_t prompt[] = {1, 1, 5};
+    sampler_prompt(s, prompt, 3);
+    for (int i = 0; i < 40; i++) {
+        bool send;
+        if (i == 20) { /* a step without the device: two ids at once are not told as changes */
+            (void)next_of(s);
+            (void)next_of(twin);
+            sampler_accept(s, 2);
+        }
+        sampler_row(s, &r, bias, &send);
+        ck_assert_int_eq(send, i == 0 || i == 20);
+        ck_assert_int_eq(r.state, 0);
+        if (send) memcpy(there, sampler_counts(s), sizeof there);
+        if (r.last >= 0) there[r.last]++, there[VOCAB + r.last]++;
+        if (r.gone >= 0) there[r.gone]--;
+        ck_assert_int_eq(memcmp(there, sampler_counts(s), sizeof there), 0);
+        (void)next_of(twin);
+        ck_assert(r.u >= 0 && r.u < 1);
+        const sampler_rng a = sampler_rng_get(s), b = sampler_rng_get(twin);
+        ck_assert_int_eq(memcmp(&a, &b, sizeof a), 0);
+        sampler_accept(s, (i * 5 + i / 3) % VOCAB);
+    }
+    o = warm(0); /* greedy, no penalties: no draw, nothing to send */
+    err e;
+    ck_assert_int_eq(sampler_start(s, &o, &e), OK);
+    const sampler_rng before = sampler_rng_get(s);
+    bool send;
+    sampler_row(s, &r, bias, &send);
+    const sampler_rng after = sampler_rng_get(s);
+    ck_assert(!send && r.state == -1 && r.last == -1 && r.wanted);
+    ck_assert_int_eq(memcmp(&before, &after, sizeof before), 0);
+    sampler_close(&twin);
+    sampler_close(&s);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("sampler");
@@ -459,6 +507,7 @@ int main(void)
     tcase_add_test(t, test_large_vocabulary);
     tcase_add_test(t, test_bad_options);
     tcase_add_test(t, test_goes_on_elsewhere);
+    tcase_add_test(t, test_rows);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);

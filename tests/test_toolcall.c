@@ -53,6 +53,12 @@ static err_code on_event(void *ud, const toolcall_event *ev, err *e)
     return OK;
 }
 
+static const char tools_of_get[] =
+    "[{\"type\": \"function\", \"function\": {\"name\": \"get\", \"parameters\": {\"properties\": {"
+    "\"city\": {\"type\": \"string\"}, \"days\": {\"type\": \"integer\"}, "
+    "\"text\": {\"type\": \"string\"}, \"both\": {\"type\": [\"integer\", \"string\"]}, "
+    "\"on\": {\"type\": \"boolean\"}, \"list\": {\"anyOf\": []}}}}}]";
+
 /* In two parts cut at `at`, or (step) in pieces of so many bytes. */
 static void tell(story *s, chat_tools f, const char *text, size_t at, size_t step)
 {
@@ -61,6 +67,8 @@ static void tell(story *s, chat_tools f, const char *text, size_t at, size_t ste
     err e;
     *s = (story){.open = -1};
     ck_assert(toolcall_open(&t, f, &e) == OK);
+    cJSON *tools = cJSON_Parse(tools_of_get);
+    toolcall_tools(t, tools);
     for (size_t i = 0, k; i < n; i += k) {
         k = step ? step : i ? n - i : at;
         if (k > n - i) k = n - i;
@@ -70,12 +78,14 @@ static void tell(story *s, chat_tools f, const char *text, size_t at, size_t ste
     ck_assert(toolcall_end(t, on_event, s, &e) == OK);
     if (s->open >= 0) put(s, ")|", 2);
     toolcall_close(&t);
+    cJSON_Delete(tools);
 }
 
 #define H CHAT_TOOLS_HERMES
 #define I CHAT_TOOLS_INTERNLM2
 #define L CHAT_TOOLS_LLAMA3
 #define M CHAT_TOOLS_MISTRAL
+#define D CHAT_TOOLS_DEEPSEEK
 #define A "{\"x\": 1, \"s\": \"}{\\\"<\"}"
 static const struct {
     chat_tools f;
@@ -112,6 +122,23 @@ static const struct {
     {H, "caf\xc3\xa9 <tool_call>{\"name\":\"f\",\"arguments\":{\"c\":\"K\xc3\xb6ln\"}}</tool_call>",
      "caf\xc3\xa9|f({\"c\":\"K\xc3\xb6ln\"})|"},
     {H, "<tool_call>{\"name\": \"f\", \"arguments\": 5 , \"z\": null}</tool_call>", "f(5 )|"},
+    {H,
+     "So:\n<tool_call>\n<function=get>\n<parameter=city>\nK\xc3\xb6ln \"x\"\n</parameter>\n"
+     "<parameter=days>\n3\n</parameter>\n<parameter=text>\n3\n</parameter>\n"
+     "<parameter=both>\n4\n</parameter>\n<parameter=on>\nTrue\n</parameter>\n"
+     "<parameter=list>\n[1, {\"a\": null}]\n</parameter>\n<parameter=more>\n3\n</parameter>\n"
+     "</function>\n</tool_call>\n<tool_call><function=now></function></tool_call> bye",
+     "So:|get({\"city\": \"K\xc3\xb6ln \\\"x\\\"\", \"days\": 3, \"text\": \"3\", \"both\": \"4\", "
+     "\"on\": true, \"list\": [1, {\"a\": null}], \"more\": \"3\"})|now({})| bye"},
+    {H, "<tool_call><function=get><parameter=days>soon</parameter></function></tool_call>",
+     "get({\"days\": \"soon\"})|"},
+    {H, "<tool_call><function=f><parameter=a>\n\n</b>\n<parameter=c>\n\n</parameter></function>",
+     "f({\"a\": \"\\n</b>\\n<parameter=c>\\n\"})|"},
+    {H, "<tool_call><function=f><parameter=a>1</parameter><parameter=b>2", "f({\"a\": \"1\")|"},
+    {H, "<tool_call><function=f>nothing", "f()|nothing"},
+    {H, "<tool_call><function=f", "<tool_call><function=f"},
+    {H, "<tool_call><function=>", "<tool_call><function=>"},
+    {H, "<tool_call><b>bold</b>", "<tool_call><b>bold</b>"},
     {H, "{\"name\": \"f\", \"arguments\": {}}", "{\"name\": \"f\", \"arguments\": {}}"},
     {I,
      "Let me see.<|action_start|><|plugin|>\n{\"name\": \"f\", \"parameters\": " A
@@ -141,6 +168,24 @@ static const struct {
     {M, "[TOOL_CALLS] []", "[TOOL_CALLS] []"},
     {M, "[1, 2] is a list", "[1, 2] is a list"},
     {M, "[TOOL_CALLS] nothing here", "[TOOL_CALLS] nothing here"},
+    {D,
+     "Well.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n" A
+     "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```"
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+     "Well.|f(" A ")|g({})|"},
+    {D,
+     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>" A
+     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+     "<｜tool▁calls▁end｜> bye",
+     "f(" A ")|g({})| bye"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>\n",
+     "f({\"a\": 1})|"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": [", "f({\"a\": [)|"},
+    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
+     "<｜tool▁calls▁begin｜>"
+     "<｜tool▁call▁begin｜>f<｜tool▁sep｜>"},
+    {D, "<｜tool▁calls▁begin｜>nothing", "<｜tool▁calls▁begin｜>nothing"},
+    {D, "<｜tool▁calls", "<｜tool▁calls"},
 };
 
 START_TEST(answers_told)
@@ -233,14 +278,14 @@ START_TEST(grammar_parses)
         "\"object\","
         "\"properties\":{\"x\":{\"type\":\"integer\"},\"s\":{\"type\":\"string\"}},\"required\":"
         "[\"x\"]}}},{\"function\":{\"name\":\"now\",\"parameters\":{}}}]";
-    static const chat_tools formats[] = {H, I, L, M};
+    static const chat_tools formats[] = {H, I, L, M, D};
     static story s;
     tokenizer *t;
     uint64_t seed = 99;
     int calls = 0;
     err e;
     ck_assert(tokenizer_open(&t, TMF_SOURCE_DIR "/datasets/demo", &e) == OK);
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < 5; k++) {
         grammar *g;
         ck_assert_msg(grammar_tool_calls(&g, t, formats[k], tools, strlen(tools), NULL, true, &e) ==
                           OK,
@@ -265,6 +310,9 @@ END_TEST
 
 START_TEST(memory_fails)
 {
+    static const char tags[] =
+        "<tool_call><function=get><parameter=days>3</parameter></function></tool_call>";
+    const char *text = _i ? tags : answers[4].text;
     static story s;
     long n = 0;
     for (bool failed = true; failed; n++) {
@@ -273,8 +321,7 @@ START_TEST(memory_fails)
         s = (story){.open = -1};
         alloc_fail_at(n + 1);
         err_code rc = toolcall_open(&t, H, &e);
-        if (rc == OK)
-            rc = toolcall_feed(t, answers[4].text, strlen(answers[4].text), on_event, &s, &e);
+        if (rc == OK) rc = toolcall_feed(t, text, strlen(text), on_event, &s, &e);
         if (rc == OK) rc = toolcall_end(t, on_event, &s, &e);
         failed = alloc_failed();
         alloc_fail_at(0);
@@ -296,7 +343,7 @@ int main(void)
     tcase_add_test(c, answers_stop);
     tcase_add_test(c, answers_large);
     tcase_add_test(c, grammar_parses);
-    tcase_add_test(c, memory_fails);
+    tcase_add_loop_test(c, memory_fails, 0, 2);
     suite_add_tcase(s, c);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);

@@ -6,7 +6,7 @@
 #include "tools/tool.h"
 
 static struct {
-    const char *calib, *method, *loss, *kv_fold, *page, *out;
+    const char *calib, *method, *loss, *kv_fold, *rotate, *page, *out;
     int64_t group, bits, gram_bytes;
     bool search_scale;
 } opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
@@ -25,6 +25,10 @@ static const cli_option options[] = {
      "factors of keys and values that make a 4-bit cache lose least, folded into q and o [yes with "
      "best]",
      .choices = "yes|no"},
+    {"rotate", 0, CLI_CHOICE, &opt.rotate, "WHAT",
+     "other bases that compute the same, where they win: vo, of keys and values for the cache "
+     "[auto]",
+     .choices = "auto|none|vo"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
@@ -44,6 +48,7 @@ static search_opts search_options(const tool_ctx *t)
                                    : opt.method     ? opt.method
                                                     : "best",
                          .loss = opt.loss,
+                         .rotate = opt.rotate,
                          .kv_fold = !opt.kv_fold ? -1 : opt.kv_fold[0] == 'y',
                          .group = (int32_t)opt.group,
                          .gram_bytes = opt.gram_bytes,

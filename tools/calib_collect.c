@@ -11,13 +11,15 @@
 
 static struct {
     cli_list data;
+    corpus_sources sources; /* of data */
+    char *how;              /* the windows were chosen */
     const char *dataset, *pick, *out, *chat_template, *meta;
     int64_t samples, seqlen;
 } opt = {.samples = 128};
 
 static const cli_option options[] = {
-    {"data", 0, CLI_LIST, &opt.data, "FILE",
-     "text, jsonl, or either packed (.zst .gz .xz .tar.*); repeatable"},
+    {"data", 0, CLI_LIST, &opt.data, "FILE[:WEIGHT]",
+     "text, jsonl, or either packed (.zst .gz .xz .tar.*), and its share of windows; repeatable"},
     {"dataset", 0, CLI_CHOICE, &opt.dataset, "NAME",
      "how the rows of --data are joined; self: without --data the model writes its own text",
      .choices = "wikitext2|ptb|c4|pileval|self", .alias = "calib-dataset"},
@@ -34,9 +36,8 @@ static const cli_option options[] = {
 
 static err_code check_options(err *e)
 {
-    const bool self = opt.dataset && strcmp(opt.dataset, "self") == 0;
     if (!opt.out) return err_set(e, E_USAGE, "--output: expected a file name for the statistics");
-    if (!opt.data.n && !self)
+    if (!opt.data.n && strcmp(opt.dataset ? opt.dataset : "", "self") != 0)
         return err_set(e, E_USAGE, "--data: expected a text, or --dataset self for none");
     return OK;
 }
@@ -47,9 +48,11 @@ static err_code window_options(windows_opts *w, const tool_ctx *t, const weight_
     if (seqlen > context)
         return err_set(e, E_USAGE, "--seqlen: expected up to the model's context of %d, got %d",
                        (int)context, (int)seqlen);
+    TRY(corpus_sources_parse(&opt.sources, opt.data.v, opt.data.n, e));
     *w = (windows_opts){
-        .corpus = {.paths = opt.data.v,
-                   .n_paths = opt.data.n,
+        .corpus = {.paths = (const char *const *)opt.sources.paths,
+                   .n_paths = opt.sources.n,
+                   .shares = opt.sources.weighted ? opt.sources.shares : NULL,
                    .dataset = opt.dataset,
                    .pick = opt.pick && strcmp(opt.pick, "first") == 0 ? PICK_FIRST : PICK_RANDOM,
                    .seed = (uint64_t)t->seed,
@@ -59,7 +62,7 @@ static err_code window_options(windows_opts *w, const tool_ctx *t, const weight_
                                               : 2048,
                    .meta_instruction = opt.meta},
         .chat_template = opt.chat_template};
-    return OK;
+    return windows_describe(&opt.how, w, e);
 }
 
 static err_code report(const tool_ctx *t, const collect_summary *s, err *e)
@@ -88,14 +91,12 @@ static err_code report(const tool_ctx *t, const collect_summary *s, err *e)
 static err_code collect(tool_ctx *t, device *d, weight_src *src, const windows_opts *w, err *e)
 {
     hash128 tokenizer_digest;
-    char how[256];
     int32_t *ids = NULL;
     collect_summary s;
-    windows_describe(how, sizeof how, w);
-    const collect_opts o = {opt.out, tokenizer_digest.hex, how, 20, t->force};
     TRY(windows_tokenizer_digest(&tokenizer_digest, weights_tokenizer_dir(src), e));
     TRY(mem_alloc((void **)&ids, (size_t)w->corpus.samples * (size_t)w->corpus.seqlen, sizeof *ids,
                   "windows", e));
+    const collect_opts o = {opt.out, tokenizer_digest.hex, opt.how, 20, t->force};
     const tensor tokens = tensor_2d(ids, DT_I32, w->corpus.samples, w->corpus.seqlen);
     err_code rc = windows_make(ids, d, src, w, &t->job, e);
     malloc_trim(0); /* what the tokenizer took goes back before the layers come */
@@ -118,13 +119,11 @@ static err_code run(tool_ctx *t, err *e)
     if ((rc = weights_open(&src, t->args[0], e)) != OK) goto done;
     if ((rc = window_options(&w, t, src, e)) != OK) goto done;
     if ((rc = windows_run_memory(&plan, d, src, &w, e)) != OK) goto done;
-    if (t->dry_run) {
-        rc = tool_print_memory(&plan, t->json, e);
-        goto done;
-    }
-    memory_plan_log(&plan, &t->job, LOG_INFO);
-    rc = collect(t, d, src, &w, e);
+    if (!t->dry_run) memory_plan_log(&plan, &t->job, LOG_INFO);
+    rc = t->dry_run ? tool_print_memory(&plan, t->json, e) : collect(t, d, src, &w, e);
 done:
+    mem_free(opt.how);
+    corpus_sources_free(&opt.sources);
     weights_close(&src);
     dev_close(&d);
     return rc;
@@ -136,6 +135,7 @@ static const tool_command command = {
     .examples =
         "  calib-collect internlm2 --data wiki.txt -o calib\n"
         "  calib-collect internlm2 --data pile.jsonl.zst --dataset pileval --seqlen 512 -o calib\n"
+        "  calib-collect internlm2 --data wiki.txt:0.7 --data chats.jsonl:0.3 -o calib\n"
         "  calib-collect internlm2 --dataset self -o calib\n",
     .options = options,
     .n_options = sizeof options / sizeof *options,

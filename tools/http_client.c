@@ -278,7 +278,9 @@ static err_code set_request(http_stream *s, const char *path, const char *body, 
     if (snprintf(url, sizeof url, "%s%s", s->c->url, path) >= (int)sizeof url)
         return err_set(e, E_USAGE, "the address is too long");
     curl_easy_reset(h);
+    const char *certs = getenv("SSL_CERT_FILE"); /* as OpenSSL's own tools take it */
     CURLcode rc = curl_easy_setopt(h, CURLOPT_URL, url);
+    if (rc == CURLE_OK && certs && *certs) rc = curl_easy_setopt(h, CURLOPT_CAINFO, certs);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_PROTOCOLS_STR, "http,https");
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_HTTPHEADER, s->c->headers);
     if (rc == CURLE_OK) rc = curl_easy_setopt(h, CURLOPT_USERAGENT, "tm-run/" TMF_VERSION);

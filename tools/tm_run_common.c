@@ -1,6 +1,7 @@
 /* What the commands of tm-run share. */
 #include <errno.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,10 +18,8 @@
 
 /* ---- opening ---- */
 
-err_code run_open(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e)
+static err_code open_path(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e)
 {
-    memset(r, 0, sizeof *r);
-    TRY(tool_device_open(t, &r->d, e));
     TRY(weights_open(&r->src, t->args[0], e));
     if (!need_tokenizer) return OK;
     TRY(tokenizer_open(&r->t, weights_tokenizer_dir(r->src), e));
@@ -29,6 +28,37 @@ err_code run_open(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e)
         return err_set(e, E_INPUT, "'%s': the tokenizer has ids up to %d, the model knows %d",
                        weights_tokenizer_dir(r->src), tokenizer_vocab(r->t) - 1, vocab);
     return OK;
+}
+
+/* Opening a GPU takes a driver longer than reading a directory: both at once. */
+typedef struct {
+    const tool_ctx *t;
+    device *d;
+    err_code rc;
+    err e;
+} device_opening;
+
+static void *open_device(void *arg)
+{
+    device_opening *o = arg;
+    o->rc = tool_device_open(o->t, &o->d, &o->e);
+    return NULL;
+}
+
+err_code run_open(run_ctx *r, const tool_ctx *t, bool need_tokenizer, err *e)
+{
+    device_opening o = {.t = t};
+    pthread_t thread;
+    memset(r, 0, sizeof *r);
+    const bool apart = t->device.kind == DEV_CUDA &&
+                       pthread_create(&thread, NULL, open_device, &o) == 0;
+    if (!apart) open_device(&o);
+    const err_code rc = apart || o.rc == OK ? open_path(r, t, need_tokenizer, e) : OK;
+    if (apart) (void)pthread_join(thread, NULL);
+    r->d = o.d;
+    if (o.rc == OK) return rc;
+    *e = o.e;
+    return o.rc;
 }
 
 void run_close(run_ctx *r)
@@ -46,6 +76,7 @@ static err_code print_plan(const run_ctx *r, const tool_ctx *t, const model_plan
     memory_plan_add(&m, "weights", p->weights_bytes);
     memory_plan_add(&m, "kv cache", p->kv_bytes);
     memory_plan_add(&m, "scratch", p->scratch_bytes);
+    memory_plan_add(&m, "libraries", dev_footprint_of(r->d).own_bytes);
     memory_plan_add(&m, "tokenizer", r->t ? (size_t)tokenizer_vocab(r->t) * RUN_PIECE_BYTES : 0);
     memory_plan_add(&m, "process", memory_plan_process_bytes());
     return tool_print_memory(&m, t->json, e);

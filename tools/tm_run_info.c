@@ -50,12 +50,16 @@ static err_code memory_of(const run_ctx *r, const tool_ctx *t, cJSON *o, err *e)
     model_plan p;
     TRY(model_plan_make(&p, r->d, r->src, &mo, &t->job, e));
     TRY(dev_memory(r->d, &free_bytes, &total, e));
+    const dev_footprint f = dev_footprint_of(r->d);
+    const size_t here = dev_mem(r->d) == MEM_HOST ? p.mapped_bytes : 0;
     const memory_row rows[] = {
         {"weights", "weights", p.weights_bytes},
         {"weights read where the file is mapped", "mapped", p.mapped_bytes},
         {"cache of keys and values", "cache", p.kv_bytes},
         {"workspace", "workspace", p.scratch_bytes},
-        {"in all", "total", p.weights_bytes + p.mapped_bytes + p.kv_bytes + p.scratch_bytes},
+        {"workspace of libraries", "libraries", f.own_bytes},
+        {"in all", "total", p.weights_bytes + here + p.kv_bytes + p.scratch_bytes + f.own_bytes},
+        {"context of the driver, and other programs", "context", f.context_bytes},
         {"free there now", "free", free_bytes}};
     if (!o) printf("memory on %s, sessions of %d tokens:\n", dev_name(r->d), p.session_len);
     cJSON *m = o ? cJSON_AddObjectToObject(o, "memory") : NULL;
@@ -64,7 +68,7 @@ static err_code memory_of(const run_ctx *r, const tool_ctx *t, cJSON *o, err *e)
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (m)
             cJSON_AddNumberToObject(m, rows[i].key, (double)rows[i].bytes);
-        else
+        else if (rows[i].bytes)
             print_row(&rows[i]);
     }
     return OK;

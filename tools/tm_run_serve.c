@@ -14,6 +14,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "runtime/serve/server.h"
+#include "tools/service.h"
 #include "tools/tm_run.h"
 
 #define MAX_KEY_FILE ((size_t)64 << 10)
@@ -22,8 +23,8 @@
 #define FLUSH_MS     2000 /* for the last words of answers that are cut */
 
 static struct {
-    const char *host, *key_file, *unix_socket;
-    int64_t port, batch, queue, max_body, max_connections, tp, prefill;
+    const char *host, *key_file, *unix_socket, *tls_cert, *tls_key, *alias;
+    int64_t port, batch, queue, queue_tokens, per_key, max_body, max_connections, tp, prefill;
     double request_s, head_s, body_s, idle_s, stall_s, queue_s, shutdown_s;
     cli_list names, keys, origins;
     bool no_auth, strict, no_prefix, deterministic;
@@ -49,10 +50,14 @@ static struct {
     }
 
 static const cli_option options[] = {
-    {"server-name", 0, CLI_STR, &opt.host, "ADDRESS", "address to listen on [127.0.0.1]"},
+    {"server-name", 0, CLI_STR, &opt.host, "ADDRESS",
+     "address to listen on, or unix:PATH [127.0.0.1]"},
     {"server-port", 0, CLI_I64, &opt.port, "PORT", "port, 0 for any [23333]", .lo = 0, .hi = 65535},
     {"unix-socket", 0, CLI_STR, &opt.unix_socket, "PATH",
      "listen on a Unix socket of mode 0600 instead"},
+    {"ssl-certfile", 0, CLI_STR, &opt.tls_cert, "FILE",
+     "HTTPS with this certificate (PEM, chain behind it); SIGHUP reads it again"},
+    {"ssl-keyfile", 0, CLI_STR, &opt.tls_key, "FILE", "its private key (PEM, no password)"},
     {"model-name", 0, CLI_LIST, &opt.names, "NAME",
      "what requests call the model [its directory]; repeat for aliases"},
     {"api-key-file", 0, CLI_STR, &opt.key_file, "FILE",
@@ -67,11 +72,19 @@ static const cli_option options[] = {
      .hi = 4096},
     {"max-queue", 0, CLI_I64, &opt.queue, "N",
      "requests that may wait, others get 429 [0: 4 times the batch]", .lo = 0, .hi = 1 << 20},
+    {"max-queue-tokens", 0, CLI_I64, &opt.queue_tokens, "N",
+     "tokens of prompts that may wait for their answer to begin, others get 429 [0: any]", .lo = 0,
+     .hi = 1 << 30},
+    {"max-per-key", 0, CLI_I64, &opt.per_key, "N",
+     "answers at once, running or waiting, of one API key, others get 429 [0: any]", .lo = 0,
+     .hi = 1 << 20},
     {"max-prefill-token-num", 0, CLI_I64, &opt.prefill, "N", "prompt tokens of one step [512]",
      .lo = 1, .hi = 1 << 20},
     {"deterministic", 0, CLI_FLAG, &opt.deterministic, NULL,
      "on CUDA, too, answers that depend on their request alone, for some speed"},
     {"no-prefix-cache", 0, CLI_FLAG, &opt.no_prefix, NULL, "compute every prompt anew"},
+    {"metrics-alias", 0, CLI_CHOICE, &opt.alias, "SERVER",
+     "/metrics with that server's names, too, for its boards", .choices = "vllm|lmdeploy"},
     {"max-body", 0, CLI_BYTES, &opt.max_body, "BYTES", "longest request [4M]", .lo = 1024,
      .hi = 1 << 30},
     {"max-connections", 0, CLI_I64, &opt.max_connections, "N", "connections at once [1024]",
@@ -161,6 +174,8 @@ static bool is_loopback(const char *host)
 
 static err_code check_options(const key_list *k, err *e)
 {
+    if (!opt.tls_cert != !opt.tls_key)
+        return err_set(e, E_USAGE, "--ssl-certfile and --ssl-keyfile need each other");
     if (opt.tp > 1)
         return err_set(e, E_UNSUPPORTED,
                        "--tp %lld: this version runs a model on one device; use --tp 1",
@@ -201,6 +216,8 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
     default_name(name, sizeof name, t->args[0]);
     const server_opts o = {.http = {.host = opt.host,
                                     .unix_path = opt.unix_socket,
+                                    .tls_cert = opt.tls_cert,
+                                    .tls_key = opt.tls_key,
                                     .port = (int32_t)opt.port,
                                     .max_connections = (int32_t)opt.max_connections,
                                     .max_body_bytes = (size_t)opt.max_body,
@@ -218,6 +235,11 @@ static err_code open_server(server **s, const tool_ctx *t, const key_list *k, er
                            .strict_params = opt.strict,
                            .timeout_ms = (int64_t)(1000 * opt.request_s),
                            .queue_ms = ms(opt.queue_s),
+                           .alias = !opt.alias                       ? METRICS_TM
+                                    : strcmp(opt.alias, "vllm") == 0 ? METRICS_VLLM
+                                                                     : METRICS_LMDEPLOY,
+                           .max_per_key = (int32_t)opt.per_key,
+                           .max_queue_tokens = opt.queue_tokens,
                            .max_head_bytes = 32 << 10,
                            .log = t->job.level == LOG_ERROR ? NULL : log_request};
     return server_open(s, &o, &t->job, e);
@@ -307,16 +329,49 @@ static bool wait_idle(const server *s, int64_t limit_ms)
     return server_active(s) == 0;
 }
 
+static volatile sig_atomic_t reload_wanted;
+
+static void on_hangup(int signal_number) { reload_wanted = signal_number; }
+
+/* A new certificate; one that is no good does not end what works. */
+static void reload(server *s, const tool_ctx *t)
+{
+    err e;
+    reload_wanted = 0;
+    if (server_reload(s, &e) == OK)
+        job_log(&t->job, LOG_INFO, "the certificate was read again");
+    else
+        job_log(&t->job, LOG_ERROR, "%s; the earlier certificate stays", e.msg);
+}
+
+/* A step that takes longer than a supervisor waits is one that hangs. */
+static void feed_watchdog(const backend *b, double *fed_s)
+{
+    const double every_s = 1e-3 * (double)service_watchdog_ms();
+    engine_stats stats;
+    if (every_s <= 0 || tool_seconds() - *fed_s < every_s / 3) return;
+    engine_stats_get(b->g, &stats);
+    if (stats.step_s >= every_s) return;
+    service_tell("WATCHDOG=1");
+    *fed_s = tool_seconds();
+}
+
 static err_code serve(server *s, backend *b, const tool_ctx *t, err *e)
 {
+    double fed_s = 0;
     if (opt.unix_socket)
         job_log(&t->job, LOG_INFO, "listening on %s", opt.unix_socket);
     else
-        job_log(&t->job, LOG_INFO, "listening on http://%s:%d", opt.host, server_port(s));
+        job_log(&t->job, LOG_INFO, "listening on %s://%s:%d", opt.tls_cert ? "https" : "http",
+                opt.host, server_port(s));
+    service_tell("READY=1");
     while (!atomic_load(t->job.stop)) {
+        if (reload_wanted) reload(s, t);
         (void)poll(NULL, 0, LOOK_MS); /* a signal ends the wait early */
         TRY(engine_health(b->g, e));  /* a supervisor starts it anew */
+        feed_watchdog(b, &fed_s);
     }
+    service_tell("STOPPING=1");
     server_drain(s);
     job_log(&t->job, LOG_INFO, "stopping: %d requests run, up to %g s", server_active(s),
             opt.shutdown_s);
@@ -332,6 +387,7 @@ static err_code run(tool_ctx *t, err *e)
     server *s = NULL;
     backend b = {0};
     key_list k = {0};
+    if (strncmp(opt.host, "unix:", 5) == 0) opt.unix_socket = opt.host + 5;
     err_code rc = gather_keys(&k, t, e);
     if (rc == OK) rc = check_options(&k, e);
     if (rc == OK && t->dry_run) {
@@ -342,6 +398,7 @@ static err_code run(tool_ctx *t, err *e)
     (void)signal(SIGPIPE, SIG_IGN); /* a peer or a log reader that goes away ends no server */
     (void)mallopt(M_ARENA_MAX,
                   4); /* a thread a connection: not an arena each, which never shrink */
+    if (opt.tls_cert) (void)signal(SIGHUP, on_hangup);
     raise_files(t);
     if (rc == OK) rc = open_server(&s, t, &k, e);
     if (rc == OK) rc = open_backend(&b, s, t, e);

@@ -309,6 +309,32 @@ static err_code tool_start(tool_ctx *t, const tool_command *c, const tool_shared
     return c->run(t, e);
 }
 
+/* A variable may be meant for another command. */
+static bool tool_env_known(const tool_spec *s, const char *entry)
+{
+    tool_shared unused = {0};
+    cli_option options[TOOL_MAX_OPTIONS];
+    char word[64];
+    const size_t skip = strlen(s->env_prefix);
+    (void)snprintf(word, sizeof word, " %.*s ", (int)strcspn(entry + skip, "="), entry + skip);
+    if (s->env_more && strstr(s->env_more, word)) return true;
+    for (int i = 0; i < s->n_commands; i++) {
+        const cli_spec cs = {.options = options,
+                             .n_options = tool_options(options, &unused, &s->commands[i]),
+                             .env_prefix = s->env_prefix};
+        if (cli_env_known(&cs, entry)) return true;
+    }
+    return false;
+}
+
+static void tool_env_check(const tool_spec *s)
+{
+    for (char **p = environ; s->env_prefix && *p; p++)
+        if (strncmp(*p, s->env_prefix, strlen(s->env_prefix)) == 0 && !tool_env_known(s, *p))
+            (void)fprintf(stderr, "%s: the environment's %.*s is no option and has no effect\n",
+                          s->tool, (int)strcspn(*p, "="), *p);
+}
+
 static err_code tool_command_main(tool_ctx *t, const tool_spec *s, const tool_command *c, int argc,
                                   char **argv, err *e)
 {
@@ -320,8 +346,8 @@ static err_code tool_command_main(tool_ctx *t, const tool_spec *s, const tool_co
     (void)snprintf(name, sizeof name, "%s%s%s", s->tool, c->name ? " " : "",
                    c->name ? c->name : "");
     const int n_options = tool_options(options, &v, c);
-    const cli_spec cs = {name,      c->usage,    c->summary,  options,
-                         n_options, c->min_args, c->max_args, c->examples};
+    const cli_spec cs = {name,        c->usage,    c->summary,  options,       n_options,
+                         c->min_args, c->max_args, c->examples, s->env_prefix, environ};
     const err_code rc = cli_parse(&cs, argc, argv, args, TOOL_MAX_ARGS, &t->n_args, &help, &version,
                                   e);
     if (help || version || rc == OK) {
@@ -330,6 +356,7 @@ static err_code tool_command_main(tool_ctx *t, const tool_spec *s, const tool_co
         if (v.completion) return tool_complete(s, v.completion, e);
     }
     TRY(rc);
+    if (!v.quiet) tool_env_check(s);
     t->args = args;
     return tool_start(t, c, &v, e);
 }

@@ -62,6 +62,9 @@ typedef struct {
     const char *tool, *summary;
     const tool_command *commands; /* [n_commands] */
     int n_commands;
+    /* As in cli_spec, for all commands; NULL: none. env_more: further names of the tool's own, in
+     * spaces (" API_KEY "). Variables that are neither are warned of. */
+    const char *env_prefix, *env_more;
 } tool_spec;
 
 /* Never exits by itself; main returns its value. */

@@ -55,7 +55,8 @@ enum { /* who takes a parameter */
        API_ENCODE = 8,
        API_DECODE = 16,
        API_PPL = 32,
-       API_TEMPLATE = 64
+       API_TEMPLATE = 64,
+       API_GENERATE = 128
 };
 typedef enum {
     API_T_BOOL,
@@ -106,6 +107,7 @@ typedef struct {
     int64_t top_logprobs;    /* -1: no log-probabilities; else alternatives beside each token's */
     int64_t prompt_logprobs; /* the same for the prompt */
     bool stream, include_usage, ignore_eos, skip_special, include_stop, echo, return_ids, no_prefix;
+    bool return_logprob; /* API_GENERATE's way of top_logprobs 0 */
     bool parallel_tools, interactive, cancel, add_generation, add_bos, parse_special;
     const char *stops[API_MAX_STOPS];
     int n_stops;

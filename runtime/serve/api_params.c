@@ -8,7 +8,7 @@
 #include "runtime/serve/api_internal.h"
 
 /* Who takes what. */
-#define GENERATE (API_CHAT | API_COMPLETION | API_INTERACTIVE)
+#define GENERATE (API_CHAT | API_COMPLETION | API_INTERACTIVE | API_GENERATE)
 #define OPENAI   (API_CHAT | API_COMPLETION)
 #define ALL      (GENERATE | API_ENCODE | API_DECODE | API_PPL | API_TEMPLATE)
 
@@ -62,6 +62,8 @@ static const row rows[] = {
           "{\"anyOf\":[{\"type\":\"string\"}," TEXTS "," IDS ",{\"type\":\"array\",\"items\":" IDS
           "}]}",
           "text, token ids, or a list of either"),
+    OTHER("prompt", API_GENERATE, api_read_prompt, "{\"type\":\"string\"}", "a text"),
+    OTHER("input_ids", API_GENERATE, api_read_tokens, IDS, "or its token ids"),
     OTHER(
         "prompt", API_INTERACTIVE, api_read_prompt,
         "{\"anyOf\":[{\"type\":\"string\"},{\"type\":\"array\",\"items\":{\"type\":\"object\"}}]}",
@@ -93,7 +95,7 @@ static const row rows[] = {
     INT("n", OPENAI, n, 1, INT32_MAX, "answers to one prompt"),
     OTHER("best_of", API_COMPLETION, api_read_best_of,
           "{\"type\":\"integer\",\"minimum\":1,\"maximum\":1}", "1 only"),
-    INT("max_tokens", OPENAI, max_tokens, 0, INT32_MAX,
+    INT("max_tokens", OPENAI | API_GENERATE, max_tokens, 0, INT32_MAX,
         "most tokens of the answer, cut to what the context has room for"),
     INT("max_completion_tokens", API_CHAT, max_tokens, 1, INT32_MAX, "replaces max_tokens"),
     INT("request_output_len", API_INTERACTIVE, max_tokens, 0, INT32_MAX,
@@ -106,6 +108,8 @@ static const row rows[] = {
         "chat: a boolean; completions: alternatives beside each token's"),
     INT("top_logprobs", API_CHAT, top_logprobs, 0, API_MAX_TOP,
         "alternatives beside each token's; needs logprobs"),
+    BOOL("return_logprob", API_GENERATE, return_logprob,
+         "the log-probability of each token, beside its id"),
     INT("prompt_logprobs", OPENAI, prompt_logprobs, 0, API_MAX_TOP,
         "the same for the prompt's tokens"),
     BOOL("echo", API_COMPLETION, echo,
@@ -168,6 +172,8 @@ static const row rows[] = {
     IGNORED("prompt_cache_key", OPENAI, "prefixes are reused by themselves"),
     REFUSED("suffix", API_COMPLETION, "text behind the answer is not supported"),
     REFUSED("adapter_name", GENERATE, "adapters are not supported"),
+    IGNORED("session_id", API_GENERATE, "each request stands alone"),
+    REFUSED("image_data", API_GENERATE, "this model reads text only"),
     REFUSED("image_url", API_INTERACTIVE, "this model reads text only"),
     REFUSED("audio", API_CHAT, "this model writes text only"),
     REFUSED("functions", API_CHAT, "use tools"),
@@ -271,7 +277,11 @@ static void set_defaults(api_request *r)
     r->sample.temperature = session ? 0.8 : 1; /* LMDeploy's and OpenAI's */
     r->sample.top_p = session ? 0.8 : 1;
     r->sample.top_k = session ? 40 : 0;
-    r->max_tokens = r->who == API_COMPLETION ? 16 : session ? 512 : -1;
+    r->max_tokens = r->who == API_COMPLETION ? 16
+                    : session                ? 512
+                    : r->who == API_GENERATE ? 128
+                                             : -1;
+    r->return_ids = r->who == API_GENERATE;
     r->n = 1;
     r->top_logprobs = r->prompt_logprobs = r->session_id = -1;
     r->skip_special = r->parallel_tools = r->add_generation = r->add_bos = true;
@@ -316,7 +326,7 @@ static err_code check_whole(api_reading *x)
     if ((r->who & (API_CHAT | API_TEMPLATE)) && !r->messages) return missing(x, "messages");
     if (r->who == API_INTERACTIVE && !r->messages && !r->cancel && r->max_tokens != 0)
         return missing(x, "prompt");
-    if ((r->who & API_COMPLETION) && !r->prompts) return missing(x, "prompt");
+    if ((r->who & (API_COMPLETION | API_GENERATE)) && !r->prompts) return missing(x, "prompt");
     if ((r->who & (API_ENCODE | API_PPL)) && !r->prompts) return missing(x, "input");
     if (r->who == API_DECODE && !r->prompts) return missing(x, "tokens");
     if (r->n > x->l->max_n)
@@ -326,7 +336,10 @@ static err_code check_whole(api_reading *x)
     if (r->who == API_CHAT && !logprobs && r->top_logprobs >= 0)
         return api_fail(x->f, API_INVALID_VALUE, "top_logprobs",
                         "'top_logprobs': needs 'logprobs' to be true");
-    if (r->max_tokens == 0 && (r->who == API_CHAT || (r->who == API_COMPLETION && !r->echo)))
+    if (r->who == API_GENERATE && r->n_prompts > 1)
+        return api_fail(x->f, API_INVALID_VALUE, "prompt", "'prompt': expected a text, got a list");
+    if (r->max_tokens == 0 &&
+        (r->who == API_CHAT || r->who == API_GENERATE || (r->who == API_COMPLETION && !r->echo)))
         return api_fail(x->f, API_INVALID_VALUE, "max_tokens",
                         "'max_tokens': expected an integer of 1 or more, got 0");
     if (r->who == API_CHAT && !r->tools &&
@@ -356,6 +369,7 @@ err_code api_parse(api_request *r, unsigned who, const char *text, size_t n, con
                       api_json_kind(r->body));
     if (rc == OK) rc = read_rows(&x);
     if (rc == OK) rc = check_whole(&x);
+    if (rc == OK && r->return_logprob) r->top_logprobs = 0;
     if (rc != OK) api_request_free(r);
     return rc;
 }

@@ -241,6 +241,8 @@ err_code api_read_prompt(api_reading *x, const char *name, const cJSON *v)
 err_code api_read_tokens(api_reading *x, const char *name, const cJSON *v)
 {
     if (!cJSON_IsArray(v)) return wrong(x, name, "an array of token ids", v);
+    if (x->r->prompts)
+        return api_fail(x->f, API_INVALID_VALUE, name, "'%s': there is another input", name);
     void *p;
     TRY(api_alloc(x, &p, 1, sizeof(api_prompt)));
     x->r->prompts = p;
@@ -406,7 +408,18 @@ err_code api_read_stream_options(api_reading *x, const char *name, const cJSON *
 
 err_code api_read_kwargs(api_reading *x, const char *name, const cJSON *v)
 {
+    char param[PARAM_BYTES];
+    const cJSON *o;
     if (!cJSON_IsObject(v)) return wrong(x, name, "an object", v);
+    cJSON_ArrayForEach(o, v)
+    {
+        int i = 0;
+        while (chat_kwarg_at(i) && strcmp(chat_kwarg_at(i), o->string) != 0) i++;
+        if (chat_kwarg_at(i)) continue;
+        set_path(param, "%s.%.60s", name, o->string);
+        return api_fail(x->f, API_INVALID_VALUE, param, "'%s': not one of the keys that are taken",
+                        param);
+    }
     x->r->kwargs = v;
     return OK;
 }

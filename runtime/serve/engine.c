@@ -251,6 +251,8 @@ static void *engine_main(void *arg)
 {
     engine *g = arg;
     bool closing;
+    err e;
+    if (dev_use(model_device(g->m), &e) != OK) break_down(g, &e);
     while (take_in(g, &closing)) {
         reap(g, closing);
         if (g->n_news) tell(g);

@@ -56,7 +56,6 @@ struct answer {
 
 struct engine {
     model *m;
-    device *d;
     job job; /* without a stop flag: a step is never cut short */
     int32_t vocab, max_batch, max_live;
     bool no_prefix_cache;

@@ -30,13 +30,23 @@ static bool plain(const answer *a)
     return !a->sampled && !a->limit && a->top < 0 && !stops_banned(a);
 }
 
+/* The model draws: nobody has to see the logits. */
+static bool drawn(const engine *g, const answer *a)
+{
+    return a->sampled && !a->limit && a->top < 0 && !stops_banned(a) &&
+           model_samples(g->m, &a->sample);
+}
+
 void engine_want(engine *g, answer *a, step_seq *q)
 {
     static const int32_t zero = 0;
     q->n_out = 1;
     if (plain(a))
         q->argmax = &g->best[a->q.slot];
-    else
+    else if (drawn(g, a)) {
+        q->picked = &g->best[a->q.slot];
+        q->sampler = g->samplers[a->q.slot];
+    } else
         q->logits = logits_of(g, a);
     if (plain(a) || a->top >= 0) { /* not a number when no logit is; else gives the sum of all */
         q->nll = &g->nll[a->q.slot];
@@ -110,6 +120,10 @@ err_code engine_pick(engine *g, answer *a, int32_t *id, err *e)
     if (plain(a)) {
         *id = g->best[a->q.slot];
         return isfinite(g->nll[a->q.slot]) ? OK : no_logit(a, e);
+    }
+    if (drawn(g, a)) {
+        *id = g->best[a->q.slot];
+        return *id >= 0 ? OK : no_logit(a, e);
     }
     if (a->limit && a->n_allowed == 0) {
         *id = -1;

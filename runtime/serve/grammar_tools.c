@@ -10,6 +10,7 @@ typedef struct {
         *named;          /* before a call's name (JSON string), between it and the arguments */
     const char *end;     /* behind the arguments */
     const char *between; /* of two calls; NULL: there is no way to write two */
+    bool bare;           /* the name stands as it is */
 } frame;
 
 static const frame frames[] = {
@@ -21,6 +22,9 @@ static const frame frames[] = {
                               ", \"parameters\": ", "}<|action_end|>", "\n"},
     [CHAT_TOOLS_LLAMA3] = {"", "", "{\"name\": ", ", \"parameters\": ", "}", "; "},
     [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS] [", "]", "{\"name\": ", ", \"arguments\": ", "}", ", "},
+    [CHAT_TOOLS_DEEPSEEK] = {"<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
+                             "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "",
+                             .bare = true},
 };
 
 static const cJSON *get(const cJSON *s, const char *key)
@@ -63,8 +67,9 @@ static err_code add_tool(grammar_json *j, int32_t from, const frame *f, const cJ
                          int32_t to, err *e)
 {
     grammar_build *b = j->b;
-    const cJSON *p = get(function_of(tool), "parameters");
-    int32_t at = grammar_json_value(b, from, get(function_of(tool), "name"));
+    const cJSON *p = get(function_of(tool), "parameters"), *name = get(function_of(tool), "name");
+    int32_t at = f->bare ? grammar_literal(b, from, name->valuestring)
+                         : grammar_json_value(b, from, name);
     at = grammar_literal(b, at, f->named);
     const int32_t done = grammar_state(b);
     if (p && p->child && !cJSON_IsNull(p)) {

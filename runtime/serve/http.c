@@ -17,6 +17,7 @@
 
 #include "base/mem.h"
 #include "runtime/serve/http_watch.h"
+#include "runtime/serve/tls.h"
 
 #define HTTP_CONN_BYTES \
     ((size_t)256 << 10) /* the library's buffer of a connection, lazily touched */
@@ -31,7 +32,8 @@ struct http {
     http_calls c;
     struct MHD_Daemon *daemon;
     http_watch *watch;
-    int fd; /* listening; -1 once the library closed it */
+    tls_pair *tls; /* NULL: plain HTTP */
+    int fd;        /* listening; -1 once the library closed it */
     int32_t port;
     char unix_path[108];
     const job *j;
@@ -258,12 +260,12 @@ static enum MHD_Result handle(void *cls, struct MHD_Connection *conn, const char
 }
 
 /* What the peer still sends is read for a moment: closing with unread bytes would reset the
- * connection, and the answer with it. */
-static void linger(int fd)
+ * connection, and the answer with it. TLS has a last word to write behind it. */
+static void linger(int fd, bool tls)
 {
     char sink[16384];
     int left = HTTP_LINGER_MS;
-    (void)shutdown(fd, SHUT_WR);
+    if (!tls) (void)shutdown(fd, SHUT_WR);
     while (left > 0) {
         struct pollfd p = {.fd = fd, .events = POLLIN};
         if (poll(&p, 1, 50) > 0 && recv(fd, sink, sizeof sink, MSG_DONTWAIT) <= 0) break;
@@ -281,7 +283,7 @@ static void completed(void *cls, struct MHD_Connection *conn, void **ud,
     const bool expired = atomic_load(&x->slot->expired) && !x->a.status;
     const bool gone = code != MHD_REQUEST_TERMINATED_COMPLETED_OK;
     http_watch_set(x->slot, WATCH_IDLE);
-    if (x->linger && !gone) linger(x->r.fd);
+    if (x->linger && !gone) linger(x->r.fd, h->tls != NULL);
     h->c.done(h->c.ud, &x->r, expired ? 408 : x->a.status, x->sent, gone && !expired);
     out_free(&x->a.fields);
     out_free(&x->a.body);
@@ -297,7 +299,7 @@ static void connection(void *cls, struct MHD_Connection *conn, void **slot,
     if (code == MHD_CONNECTION_NOTIFY_STARTED) {
         const union MHD_ConnectionInfo *fd = MHD_get_connection_info(
             conn, MHD_CONNECTION_INFO_CONNECTION_FD);
-        *slot = fd ? http_watch_add(h->watch, fd->connect_fd) : NULL;
+        *slot = fd ? http_watch_add(h->watch, fd->connect_fd, h) : NULL;
         if (!*slot && fd) (void)shutdown(fd->connect_fd, SHUT_RDWR);
     } else if (*slot) {
         http_watch_remove(h->watch, *slot);
@@ -375,6 +377,23 @@ static err_code listen_tcp(http *h, err *e)
     return err_sys(e, E_IO, number, "cannot listen on %s:%d", h->o.host, h->o.port);
 }
 
+/* What a handshake is made with. The library's callback has no pointer of ours: its session's is
+ * the connection, and that one's is the slot. */
+static int handshake_pair(gnutls_session_t session, const struct gnutls_cert_retr_st *info,
+                          gnutls_pcert_st **certs, unsigned *n_certs, gnutls_ocsp_data_st **ocsp,
+                          unsigned *n_ocsp, gnutls_privkey_t *key, unsigned *flags)
+{
+    const union MHD_ConnectionInfo *slot = MHD_get_connection_info(
+        gnutls_session_get_ptr(session), MHD_CONNECTION_INFO_SOCKET_CONTEXT);
+    (void)info;
+    *ocsp = NULL;
+    *n_ocsp = 0;
+    *flags = GNUTLS_CERT_RETR_DEINIT_ALL;
+    if (!slot || !slot->socket_context) return -1;
+    const http_watch_slot *s = slot->socket_context;
+    return tls_copy(((http *)s->ud)->tls, certs, n_certs, key);
+}
+
 static void library_log(void *cls, const char *fmt, va_list args)
 {
     char line[256];
@@ -391,18 +410,58 @@ static err_code start(http *h, err *e)
                                             [WATCH_BODY] = h->o.body_ms,
                                             [WATCH_WRITE] = h->o.stall_ms,
                                             [WATCH_IDLE] = h->o.idle_ms},
-                               .timeout_body = h->o.timeout_body};
+                               /* nothing can be put beside what TLS sends */
+                               .timeout_body = h->tls ? NULL : h->o.timeout_body};
+    /* The last option ends the list where there is no TLS. */
+    const unsigned tls = h->tls ? MHD_USE_TLS : 0;
+    const struct MHD_OptionItem tls_options[] = {
+        {tls ? MHD_OPTION_HTTPS_PRIORITIES : MHD_OPTION_END, 0, (void *)(uintptr_t)TLS_PRIORITIES},
+        {MHD_OPTION_HTTPS_CERT_CALLBACK2, 0, (void *)(uintptr_t)handshake_pair},
+        {MHD_OPTION_END, 0, NULL}};
     TRY(http_watch_open(&h->watch, &w, e));
     h->daemon = MHD_start_daemon(
         MHD_USE_THREAD_PER_CONNECTION | MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_POLL |
-            MHD_USE_ITC | MHD_USE_ERROR_LOG,
+            MHD_USE_ITC | MHD_USE_ERROR_LOG | tls,
         0, NULL, NULL, handle, h, MHD_OPTION_EXTERNAL_LOGGER, library_log, (void *)(uintptr_t)h->j,
         MHD_OPTION_LISTEN_SOCKET, h->fd, MHD_OPTION_CONNECTION_LIMIT,
         (unsigned)h->o.max_connections, MHD_OPTION_CONNECTION_MEMORY_LIMIT, HTTP_CONN_BYTES,
         MHD_OPTION_CONNECTION_TIMEOUT, 0U, MHD_OPTION_THREAD_STACK_SIZE, HTTP_STACK_BYTES,
         MHD_OPTION_NOTIFY_COMPLETED, completed, h, MHD_OPTION_NOTIFY_CONNECTION, connection, h,
-        MHD_OPTION_URI_LOG_CALLBACK, request_line, h, MHD_OPTION_END);
+        MHD_OPTION_URI_LOG_CALLBACK, request_line, h, MHD_OPTION_ARRAY, tls_options,
+        MHD_OPTION_END);
     return h->daemon ? OK : err_set(e, E_IO, "cannot start the HTTP server");
+}
+
+static void tell_of_tls(const http *h)
+{
+    if (tls_key_is_open(h->tls))
+        job_log(h->j, LOG_WARN, "'%s': every user of this machine can read this key", h->o.tls_key);
+    if (tls_is_expired(h->tls))
+        job_log(h->j, LOG_WARN, "'%s': the certificate has expired", h->o.tls_cert);
+}
+
+static err_code open_tls(http *h, err *e)
+{
+    const http_opts *o = &h->o;
+    if (!o->tls_cert && !o->tls_key) return OK;
+    if (!o->tls_cert || !o->tls_key)
+        return err_set(e, E_USAGE, "TLS needs a certificate and its key: %s is missing",
+                       o->tls_cert ? "the key" : "the certificate");
+    if (MHD_is_feature_supported(MHD_FEATURE_TLS) != MHD_YES ||
+        MHD_is_feature_supported(MHD_FEATURE_HTTPS_CERT_CALLBACK2) != MHD_YES)
+        return err_set(e, E_UNSUPPORTED, "TLS: this libmicrohttpd (%s) was built without it",
+                       MHD_get_version());
+    TRY(tls_open(&h->tls, o->tls_cert, o->tls_key, e));
+    tell_of_tls(h);
+    return OK;
+}
+
+err_code http_reload(http *h, err *e)
+{
+    if (!h->tls) return OK;
+    TRY(tls_load(h->tls, e));
+    tell_of_tls(h);
+    return OK;
 }
 
 err_code http_open(http **out, const http_opts *o, const http_calls *c, const job *j, err *e)
@@ -415,7 +474,8 @@ err_code http_open(http **out, const http_opts *o, const http_calls *c, const jo
     h->c = *c;
     h->j = j;
     h->fd = -1;
-    err_code rc = o->unix_path ? listen_unix(h, e) : listen_tcp(h, e);
+    err_code rc = open_tls(h, e);
+    if (rc == OK) rc = o->unix_path ? listen_unix(h, e) : listen_tcp(h, e);
     if (rc == OK) rc = start(h, e);
     if (rc != OK) http_close(&h);
     *out = h;
@@ -434,6 +494,7 @@ void http_close(http **h)
     if ((*h)->fd >= 0) (void)close((*h)->fd);
     if (*(*h)->unix_path) (void)unlink((*h)->unix_path);
     http_watch_close(&(*h)->watch);
+    tls_close(&(*h)->tls);
     mem_free(*h);
     *h = NULL;
 }

@@ -63,10 +63,15 @@ typedef struct {
     int32_t idle_ms;          /* between requests of a connection */
     int32_t stall_ms;         /* without progress of what is sent */
     const char *timeout_body; /* JSON of a 408; borrowed */
+    /* PEM files: HTTPS (TLS 1.2 and 1.3) instead of HTTP. Both or none; borrowed. */
+    const char *tls_cert, *tls_key;
 } http_opts;
-/* Listens from now on. E_IO names the address. */
+/* Listens from now on. E_IO names the address; of files as tls_load. */
 err_code http_open(http **out, const http_opts *o, const http_calls *c, const job *j, err *e);
 int32_t http_port(const http *h);
+/* Reads certificate and key again, for connections to come; what is there stays when it fails.
+ * Nothing without TLS. */
+err_code http_reload(http *h, err *e);
 /* Ends every connection; callbacks may come until it returns. */
 void http_close(http **h);
 

@@ -134,7 +134,7 @@ void http_watch_close(http_watch **w)
     *w = NULL;
 }
 
-http_watch_slot *http_watch_add(http_watch *w, int fd)
+http_watch_slot *http_watch_add(http_watch *w, int fd, void *ud)
 {
     http_watch_slot *found = NULL;
     (void)pthread_mutex_lock(&w->lock);
@@ -143,6 +143,7 @@ http_watch_slot *http_watch_add(http_watch *w, int fd)
         found = &w->slots[i];
         found->fd = fd;
         found->unsent = 0;
+        found->ud = ud;
         atomic_store(&found->expired, false);
         http_watch_set(found, WATCH_FRESH);
     }

@@ -25,6 +25,7 @@ typedef struct {
     atomic_llong since_ms;
     atomic_bool expired;
     int unsent; /* of the kernel's, when last looked at */
+    void *ud;   /* the adder's */
 } http_watch_slot;
 
 typedef struct http_watch http_watch;
@@ -36,7 +37,7 @@ typedef struct {
 err_code http_watch_open(http_watch **out, const http_watch_opts *o, err *e);
 void http_watch_close(http_watch **w);
 /* NULL: no slot is free. */
-http_watch_slot *http_watch_add(http_watch *w, int fd);
+http_watch_slot *http_watch_add(http_watch *w, int fd, void *ud);
 /* Before the socket is closed. */
 void http_watch_remove(http_watch *w, http_watch_slot *s);
 /* From now on it waits for this. */

@@ -73,27 +73,61 @@ static bool refuse(call *c, api_fault_kind kind, const char *text)
 
 /* ---- the door ---- */
 
+static bool too_many(call *c, const char *reason, const char *fmt, long long most)
+{
+    api_fault f;
+    (void)api_fail(&f, API_QUEUE_FULL, NULL, fmt, most);
+    set_retry(c, &f);
+    metrics_rejected(c->s->counts, reason);
+    server_fail(c, &f);
+    return false;
+}
+
+/* What c has already counts, too. */
+static bool enter_key(call *c, int32_t n)
+{
+    const int32_t most = c->s->o.max_per_key;
+    if (!c->key || !most) return true;
+    if (atomic_fetch_add(&c->key->answers, n) + n <= most) return true;
+    (void)atomic_fetch_sub(&c->key->answers, n);
+    return too_many(c, "key_limit", "this key may have %lld requests that run or wait", most);
+}
+
 bool server_enter(call *c, int32_t n)
 {
     server *s = c->s;
-    api_fault f;
-    if (atomic_fetch_add(&s->answers, n) + n <= s->capacity) {
-        c->n_door += n;
-        return true;
-    }
-    (void)atomic_fetch_sub(&s->answers, n);
-    (void)api_fail(&f, API_QUEUE_FULL, NULL, "the queue is full: %d requests run or wait",
-                   s->capacity);
-    set_retry(c, &f);
-    metrics_rejected(s->counts, "queue_full");
-    server_fail(c, &f);
-    return false;
+    if (!enter_key(c, n)) return false;
+    c->n_door += n;
+    if (atomic_fetch_add(&s->answers, n) + n <= s->capacity) return true;
+    return too_many(c, "queue_full", "the queue is full: %lld requests run or wait", s->capacity);
+}
+
+static bool queue_is_full(call *c)
+{
+    return too_many(c, "queue_tokens", "prompts of %lld tokens wait already",
+                    (long long)c->s->o.max_queue_tokens);
+}
+
+bool server_queue(call *c, int64_t n_tokens)
+{
+    server *s = c->s;
+    const long long most = s->o.max_queue_tokens, there = atomic_fetch_add(&s->queued, n_tokens);
+    c->n_queued += n_tokens;
+    return !most || !there || there + n_tokens <= most || queue_is_full(c);
+}
+
+void server_begun(call *c)
+{
+    (void)atomic_fetch_sub(&c->s->queued, c->n_queued);
+    c->n_queued = 0;
 }
 
 void server_leave(call *c)
 {
     server *s = c->s;
+    server_begun(c);
     if (c->n_door == 0) return;
+    if (c->key && s->o.max_per_key) (void)atomic_fetch_sub(&c->key->answers, c->n_door);
     const double took = clock_s() - c->began, mean = atomic_load(&s->answer_s);
     if (c->n_new > 0) atomic_store(&s->answer_s, mean > 0 ? 0.9 * mean + 0.1 * took : took);
     (void)atomic_fetch_sub(&s->answers, c->n_door);
@@ -103,7 +137,9 @@ void server_leave(call *c)
 bool server_parse(call *c, unsigned who, api_request *q)
 {
     const server *s = c->s;
-    const api_limits l = {tokenizer_vocab(s->m.t), s->m.max_batch, s->o.strict_params};
+    const int32_t most = c->key && s->o.max_per_key ? s->o.max_per_key : s->m.max_batch;
+    const api_limits l = {tokenizer_vocab(s->m.t), most < s->m.max_batch ? most : s->m.max_batch,
+                          s->o.strict_params};
     api_fault f;
     if (api_parse(q, who, c->r->body, c->r->n_body, &l, &f) == OK) return true;
     server_fail(c, &f);
@@ -168,7 +204,7 @@ static bool check_peer(call *c)
 /* Every key is compared, each in constant time. */
 static bool check_key(call *c)
 {
-    const server *s = c->s;
+    server *s = c->s;
     const char *given = http_header(c->r, "Authorization");
     hash256 h;
     err ignored;
@@ -181,7 +217,8 @@ static bool check_key(call *c)
         for (int i = 0; i < s->o.n_keys; i++) {
             if (!hash_equal(&h, &s->keys[i].hash)) continue;
             found = true;
-            c->salt = s->keys[i].salt;
+            c->key = &s->keys[i];
+            c->salt = c->key->salt;
         }
     }
     if (found || (c->route && c->route->open)) return true;
@@ -365,16 +402,45 @@ bool server_door(call *c)
         metrics_rejected(s->counts, "failed");
         return refuse(c, API_UNAVAILABLE, "the engine has failed");
     }
+    /* before anything of it is looked at */
+    if (s->o.max_queue_tokens && atomic_load(&s->queued) >= s->o.max_queue_tokens)
+        return queue_is_full(c);
     return server_enter(c, 1);
+}
+
+/* On the list of those being answered, and off it. */
+static void list_call(call *c)
+{
+    server *s = c->s;
+    (void)pthread_mutex_lock(&s->lock);
+    c->next = s->calls;
+    if (c->next) c->next->prev = c;
+    s->calls = c;
+    (void)pthread_mutex_unlock(&s->lock);
+    (void)atomic_fetch_add(&s->active, 1);
+    c->counted = true;
+}
+
+static void unlist_call(call *c)
+{
+    server *s = c->s;
+    if (!c->counted) return;
+    (void)pthread_mutex_lock(&s->lock);
+    if (c->next) c->next->prev = c->prev;
+    if (c->prev)
+        c->prev->next = c->next;
+    else
+        s->calls = c->next;
+    (void)pthread_mutex_unlock(&s->lock);
+    (void)atomic_fetch_sub(&s->active, 1);
 }
 
 static void on_request(void *ud, http_request *r, http_reply *a)
 {
     call *c = r->ud;
-    server *s = ud;
+    (void)ud;
     (void)a;
-    c->counted = true;
-    (void)atomic_fetch_add(&s->active, 1);
+    list_call(c);
     if (check_model(c)) c->route->handle(c);
 }
 
@@ -410,7 +476,7 @@ static void on_done(void *ud, http_request *r, int status, size_t bytes, bool go
     server_leave(c);
     metrics_request(s->counts, c->route ? c->route->path : "none", status, c->reason);
     log_line(c, status, bytes);
-    if (c->counted) (void)atomic_fetch_sub(&s->active, 1);
+    unlist_call(c);
     mem_free(c);
     r->ud = NULL;
 }
@@ -475,6 +541,7 @@ err_code server_open(server **out, const server_opts *o, const job *j, err *e)
     TRY(mem_alloc(&p, 1, sizeof(server), "server", e));
     server *s = p;
     s->j = j;
+    (void)pthread_mutex_init(&s->lock, NULL);
     s->created = (int64_t)time(NULL);
     if (getrandom(&s->salt, sizeof s->salt, 0) != sizeof s->salt) s->salt = (uint64_t)s->created;
     err_code rc = copy_opts(s, o, e);
@@ -486,6 +553,8 @@ err_code server_open(server **out, const server_opts *o, const job *j, err *e)
 }
 
 int32_t server_port(const server *s) { return http_port(s->h); }
+
+err_code server_reload(server *s, err *e) { return http_reload(s->h, e); }
 
 void server_loading(server *s, int percent) { atomic_store(&s->percent, percent); }
 
@@ -525,6 +594,7 @@ void server_close(server **s)
         mem_free((*s)->origins[i]);
     }
     mem_free((*s)->host);
+    (void)pthread_mutex_destroy(&(*s)->lock);
     mem_free(*s);
     *s = NULL;
 }

@@ -7,6 +7,7 @@
 #include "formats/chat.h"
 #include "runtime/serve/engine.h"
 #include "runtime/serve/http.h"
+#include "runtime/serve/metrics.h"
 
 #define SERVER_MAX_NAMES 16
 #define SERVER_MAX_KEYS  64
@@ -19,10 +20,14 @@ typedef struct {
     int n_keys;
     const char *const *origins; /* [n_origins] of pages elsewhere that may call */
     int n_origins;
-    bool check_host;    /* loopback: refuse names that are not ours (DNS rebinding) */
-    bool strict_params; /* unknown parameters are refused */
-    int64_t timeout_ms; /* of a request that says none; 0: none */
-    int32_t queue_ms;   /* longest wait for a place in the batch; 0: none */
+    bool check_host;          /* loopback: refuse names that are not ours (DNS rebinding) */
+    bool strict_params;       /* unknown parameters are refused */
+    metrics_names alias;      /* of /metrics */
+    int64_t timeout_ms;       /* of a request that says none; 0: none */
+    int32_t queue_ms;         /* longest wait for a place in the batch; 0: none */
+    int32_t max_per_key;      /* answers at once, running or waiting, of one key; 0: any number */
+    int64_t max_queue_tokens; /* of prompts whose answers have not begun; 0: any number. One request
+                                  passes however long it is */
     size_t max_head_bytes;
     /* One JSON line a request, no line end. NULL: none. Any thread. */
     void (*log)(void *ud, const char *line);
@@ -44,9 +49,11 @@ typedef struct {
 } server_model;
 
 typedef struct server server;
-/* Everything in o but http.unix_path and log is copied. */
+/* Everything in o but the paths in http and log is copied. */
 err_code server_open(server **out, const server_opts *o, const job *j, err *e);
 int32_t server_port(const server *s);
+/* http_reload */
+err_code server_reload(server *s, err *e);
 void server_loading(server *s, int percent);
 err_code server_start(server *s, const server_model *m, err *e);
 void server_drain(server *s);

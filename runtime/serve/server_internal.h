@@ -18,9 +18,11 @@
 
 typedef struct {
     hash256 hash;
-    uint64_t salt; /* of cached prefixes */
+    uint64_t salt;      /* of cached prefixes */
+    atomic_int answers; /* of it, at the door */
 } server_key;
 
+struct call;
 struct server {
     server_opts o;
     char *names[SERVER_MAX_NAMES], *origins[SERVER_MAX_NAMES];
@@ -41,10 +43,13 @@ struct server {
     size_t piece_bytes;
     int32_t capacity; /* answers at once, waiting or running */
 
+    pthread_mutex_t lock; /* of the list */
+    struct call *calls;   /* in their handlers and streams */
     atomic_bool ready, draining, aborting;
     atomic_int percent;
     atomic_int active;       /* requests in a handler or a stream */
     atomic_int answers;      /* that count at the door */
+    atomic_llong queued;     /* tokens of prompts whose answers have not begun */
     _Atomic double answer_s; /* mean seconds of an answer, lately */
 };
 
@@ -71,14 +76,17 @@ typedef struct call {
     const server_route *route; /* NULL: none */
     char id[SERVER_ID_BYTES];
     uint64_t salt;
-    double began;   /* clock_s */
-    bool counted;   /* in s->active */
-    int32_t n_door; /* in s->answers */
+    double began;     /* clock_s */
+    bool counted;     /* in s->active */
+    int32_t n_door;   /* in s->answers, and in the key's */
+    int64_t n_queued; /* in s->queued */
+    server_key *key;  /* NULL: none was needed */
     struct run *run;
     /* for the log */
-    int32_t n_prompt, n_new;
-    double first_s;     /* to the first token; 0: none */
-    const char *reason; /* a finish reason or a fault's code */
+    _Atomic int32_t n_prompt, n_new; /* -1: no prompt yet */
+    double first_s;                  /* to the first token; 0: none */
+    const char *reason;              /* a finish reason or a fault's code */
+    struct call *prev, *next;        /* in s->calls */
 } call;
 
 /* Answers a fault, with the headers that belong to its status. */
@@ -89,6 +97,9 @@ void server_json(call *c, int status);
 bool server_door(call *c);
 /* Takes n more places at the door; false: there is no room, and a 429 was answered. */
 bool server_enter(call *c, int32_t n);
+/* So many tokens wait for their answer; false: there are too many, and a 429 was answered. */
+bool server_queue(call *c, int64_t n_tokens);
+void server_begun(call *c); /* they wait no longer */
 /* Gives all its places back: before the last byte goes out, its client may come again at once. */
 void server_leave(call *c);
 /* Parses the body; false: answered. */
@@ -105,6 +116,7 @@ void server_ready(call *c);
 void server_page(call *c);
 void server_metrics(call *c);
 void server_props(call *c);
+void server_slots(call *c);
 void server_openapi(call *c);
 void server_encode(call *c);
 void server_decode(call *c);
@@ -114,6 +126,7 @@ void server_off(call *c); /* 501 */
 /* ---- server_prompt.c: from requests to what the engine is asked ---- */
 void server_chat(call *c);
 void server_completion(call *c);
+void server_generate(call *c);
 void server_interactive(call *c);
 void server_ppl(call *c);
 

@@ -90,11 +90,11 @@ static bool encode_all(call *c, const api_request *q, const char *param, token_l
     return true;
 }
 
-void server_completion(call *c)
+static void complete(call *c, unsigned who)
 {
     api_request q;
     token_list *prompts;
-    if (!server_parse(c, API_COMPLETION, &q)) return;
+    if (!server_parse(c, who, &q)) return;
     const int32_t n = q.n_prompts;
     if (!server_is_ours(c, q.model) || !encode_all(c, &q, "prompt", &prompts)) {
         api_request_free(&q);
@@ -102,6 +102,10 @@ void server_completion(call *c)
     }
     if (server_run_open(c, &q, prompts, n, NULL)) server_run_answer(c->run);
 }
+
+void server_completion(call *c) { complete(c, API_COMPLETION); }
+
+void server_generate(call *c) { complete(c, API_GENERATE); }
 
 static void write_ppl(const run *r, out_buf *o)
 {
@@ -150,6 +154,27 @@ static void answer_idle(call *c)
     server_json(c, 200);
 }
 
+/* All that was said and the new turn, laid out together: for templates whose next turn depends on
+ * more than the last answer. */
+static err_code whole_again(const call *c, const api_request *q, session *s, token_list *ids,
+                            err *e)
+{
+    chat_request r = chat_of(c, q);
+    int64_t n;
+    void *p;
+    const chat_message *said = session_said(s, &n);
+    if (!said) return e->code;
+    TRY(mem_alloc(&p, (size_t)(n + q->n_messages), sizeof(chat_message), "session", e));
+    chat_message *all = p;
+    memcpy(all, said, (size_t)n * sizeof *all);
+    memcpy(all + n, q->messages, (size_t)q->n_messages * sizeof *all);
+    r.messages = all;
+    r.n += n;
+    const err_code rc = chat_encode_request(c->s->m.c, &r, ids, e);
+    mem_free(p);
+    return rc;
+}
+
 /* The session so far and the new turn behind it. */
 static err_code next_turn(const call *c, const api_request *q, session *s, token_list *ids, err *e)
 {
@@ -164,7 +189,7 @@ static err_code next_turn(const call *c, const api_request *q, session *s, token
         rc = token_list_push(ids, held->ids[i], e);
     for (int64_t i = 0; i < next.n && rc == OK; i++) rc = token_list_push(ids, next.ids[i], e);
     token_list_free(&next);
-    return rc;
+    return rc == E_UNSUPPORTED ? whole_again(c, q, s, ids, e) : rc;
 }
 
 static void converse(call *c, api_request *q, session *s)

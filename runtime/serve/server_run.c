@@ -10,9 +10,10 @@
 #include "base/mem.h"
 #include "runtime/clock.h"
 
-#define READ_TOKENS 32  /* at once */
-#define SLICE_MS    500 /* how often flags of others are looked at while nothing comes */
-#define SESSION_MS  50  /* the same where a session can be canceled */
+#define READ_TOKENS 32         /* at once */
+#define AHEAD_BYTES (64 << 10) /* of a choice's text in a stream, made before its reader takes it */
+#define SLICE_MS    500        /* how often flags of others are looked at while nothing comes */
+#define SESSION_MS  50         /* the same where a session can be canceled */
 
 /* ---- opening ---- */
 
@@ -56,7 +57,9 @@ static err_code open_text(choice *ch, err *e)
     TRY(text_stream_start(ch->text, q->stops, q->n_stops, q->skip_special && !tools, e));
     if (!tools) return OK;
     const chat_tools format = chat_tool_format(s->m.c);
-    return toolcall_open(&ch->tools, format == CHAT_TOOLS_NONE ? CHAT_TOOLS_HERMES : format, e);
+    TRY(toolcall_open(&ch->tools, format == CHAT_TOOLS_NONE ? CHAT_TOOLS_HERMES : format, e));
+    toolcall_tools(ch->tools, q->tools);
+    return OK;
 }
 
 /* The ids that end an answer: the model's unless they are to be ignored, and the request's. */
@@ -177,7 +180,8 @@ static bool fill(run *r)
                    c->id + 4);
     r->created = (int64_t)time(NULL);
     if (r->q.cancel) return true;
-    if (!check_prompts(r) || !server_enter(c, r->n - 1)) return false;
+    if (!check_prompts(r) || !server_enter(c, r->n - 1) || !server_queue(c, c->n_prompt))
+        return false;
     if (mem_alloc(&p, (size_t)r->n, sizeof(choice), "answers", &e) != OK)
         return fail_open(c, r, &e, NULL);
     r->choices = p;
@@ -189,6 +193,23 @@ static bool fill(run *r)
     return submit_all(r);
 }
 
+/* The words of the turn: what was asked, and the answer as its reader saw it. */
+static void keep_words(const run *r, const choice *ch)
+{
+    const int64_t n = ch->kept.n - ch->at_stop_id;
+    err ignored;
+    char *text = NULL, *stop;
+    size_t n_text;
+    chat_message m = {.role = "assistant"};
+    for (int64_t i = 0; i < r->q.n_messages; i++) session_say(r->session, &r->q.messages[i]);
+    if (tokenizer_decode(r->c->s->m.t, ch->kept.ids, n, r->q.skip_special, &text, &n_text,
+                         &ignored) == OK)
+        m.content = text;
+    if (text && ch->stopped && (stop = strstr(text, ch->stopped)) != NULL) *stop = '\0';
+    session_say(r->session, &m);
+    mem_free(text);
+}
+
 /* What the next turn of the session continues. */
 static void keep_session(run *r)
 {
@@ -196,6 +217,7 @@ static void keep_session(run *r)
     const choice *ch = r->choices;
     const bool keep = r->q.interactive && ch && ch->n_new > 0;
     if (keep) {
+        keep_words(r, ch);
         token_list_free(ids);
         *ids = r->prompts[0];
         memset(&r->prompts[0], 0, sizeof r->prompts[0]);
@@ -213,6 +235,14 @@ static void let_go(run *r)
     for (int32_t i = 0; i < r->n && r->choices; i++) answer_close(&r->choices[i].a);
     if (r->session) keep_session(r);
     server_leave(r->c);
+}
+
+/* How many of the session's ids the prompt begins with: all, unless the template rewrites. */
+static int32_t shared_ids(const token_list *held, const token_list *prompt)
+{
+    int64_t n = 0;
+    while (n < held->n && n < prompt->n && held->ids[n] == prompt->ids[n]) n++;
+    return (int32_t)n;
 }
 
 bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_prompts, session *s)
@@ -238,7 +268,7 @@ bool server_run_open(call *c, api_request *q, token_list *prompts, int32_t n_pro
     r->n_prompts = n_prompts;
     r->n = n_prompts * (int32_t)r->q.n;
     r->session = s;
-    r->history = s ? (int32_t)session_ids(s)->n : 0;
+    r->history = s ? shared_ids(session_ids(s), &prompts[0]) : 0;
     r->sent_s = clock_s();
     c->run = r; /* closed with the call */
     const bool filled = fill(r);
@@ -377,13 +407,17 @@ static err_code take_token(choice *ch, const answer_token *t, bool final, err *e
     int stop = -1;
     TRY(begin_choice(ch, e));
     if (r->q.max_tokens == 0) return OK; /* echo alone */
-    if (ch->n_new++ == 0 && r->c->first_s <= 0) r->c->first_s = clock_s() - r->c->began;
+    if (ch->n_new++ == 0 && r->c->first_s <= 0) {
+        r->c->first_s = clock_s() - r->c->began;
+        server_begun(r->c);
+    }
     r->c->n_new++;
     ch->last = t->id;
     keep_id(ch, t->id);
     ch->at_stop_id = final && is_stop_id(r, t->id);
+    const bool prob = r->q.top_logprobs >= 0;
+    if (prob && (!ch->at_stop_id || r->who == API_GENERATE)) server_write_prob(ch, t);
     if (ch->at_stop_id) return OK;
-    if (r->q.top_logprobs >= 0) server_write_prob(ch, t);
     TRY(text_stream_add(ch->text, t->id, &stop, e));
     if (stop >= 0) ch->stopped = r->q.stops[stop];
     return take_text(ch, e);
@@ -411,6 +445,15 @@ static void end_by_state(choice *ch, answer_state state)
     end_choice(ch, "stop");
 }
 
+/* A stream whose reader is slow: tokens are read on when it has taken what was made of them. With
+ * log-probabilities a token is more than a thousand times as long there as with the engine. */
+static bool is_ahead(const choice *ch)
+{
+    return ch->r->q.stream && ch->content.n + ch->calls.n + ch->probs.n + ch->tops.n + ch->ids.n +
+                                      ch->offsets.n + ch->tokens.n + ch->token_probs.n >
+                                  AHEAD_BYTES;
+}
+
 static void read_tokens(choice *ch)
 {
     answer_token t[READ_TOKENS];
@@ -429,7 +472,7 @@ static void read_tokens(choice *ch)
             end_by_state(ch, state);
         else if (n < READ_TOKENS)
             return;
-    } while (!ch->ended && !ch->r->failed);
+    } while (!ch->ended && !ch->r->failed && !is_ahead(ch));
 }
 
 /* ---- waiting ---- */

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "base/mem.h"
+#include "runtime/clock.h"
 #include "runtime/serve/page.h"
 #include "runtime/serve/server_internal.h"
 
@@ -14,6 +15,8 @@ static const server_route routes[] = {
      .summary = "the next message of a conversation"},
     {"POST", "/v1/completions", server_completion, .door = true, .json = true,
      .who = API_COMPLETION, .summary = "what follows a text"},
+    {"POST", "/generate", server_generate, .door = true, .json = true, .who = API_GENERATE,
+     .summary = "what follows token ids, as ids"},
     {"POST", "/v1/chat/interactive", server_interactive, .json = true, .who = API_INTERACTIVE,
      .summary = "the next turn of a session that the server keeps"},
     {"POST", "/v1/encode", server_encode, .json = true, .who = API_ENCODE,
@@ -28,6 +31,7 @@ static const server_route routes[] = {
      .summary = "the prompt of a conversation"},
     {"POST", "/v1/embeddings", server_off, .no_model = true, .summary = "not in this build"},
     {"GET", "/props", server_props, .summary = "the model, its template, limits and defaults"},
+    {"GET", "/slots", server_slots, .summary = "the requests that wait or are being answered"},
     {"GET", "/metrics", server_metrics, .no_model = true, .summary = "Prometheus metrics"},
     {"GET", "/openapi.json", server_openapi, .no_model = true, .summary = "this description"},
     {"GET", "/health", server_health, .open = true, .no_model = true,
@@ -128,7 +132,7 @@ void server_off(call *c)
 
 void server_metrics(call *c)
 {
-    const server *s = c->s;
+    server *s = c->s;
     engine_stats stats;
     const bool ready = atomic_load(&s->ready);
     if (ready) engine_stats_get(s->m.g, &stats);
@@ -138,6 +142,8 @@ void server_metrics(call *c)
                              .kv_bits = s->m.kv_bits,
                              .weights_bytes = s->m.weights_bytes,
                              .kv_bytes = s->m.kv_bytes,
+                             .queued_tokens = atomic_load(&s->queued),
+                             .alias = s->o.alias,
                              .ready = ready && !atomic_load(&s->draining),
                              .stats = ready ? &stats : NULL};
     metrics_text(s->counts, &f, &c->a->body);
@@ -177,6 +183,30 @@ void server_props(call *c)
     out_text(o, ",\"default_generation_settings\":{\"temperature\":1,\"top_p\":1,\"top_k\":0,"
                 "\"min_p\":0,\"repetition_penalty\":1,\"presence_penalty\":0,"
                 "\"frequency_penalty\":0,\"n\":1,\"max_tokens\":null}}");
+    server_json(c, 200);
+}
+
+/* What is being answered, for who runs the server: no words, no ids of tokens. */
+void server_slots(call *c)
+{
+    server *s = c->s;
+    out_buf *o = &c->a->body;
+    const double now = clock_s();
+    const char *sep = "";
+    out_text(o, "[");
+    (void)pthread_mutex_lock(&s->lock);
+    for (call *x = s->calls; x; x = x->next) {
+        const int32_t n_prompt = atomic_load(&x->n_prompt), n_new = atomic_load(&x->n_new);
+        if (n_prompt < 0) continue; /* not one of the engine's */
+        out_printf(o,
+                   "%s{\"id\":\"%s\",\"route\":\"%s\",\"state\":\"%s\",\"prompt_tokens\":%d,"
+                   "\"tokens\":%d,\"seconds\":%.3f}",
+                   sep, x->id, x->route->path, n_new ? "answering" : "waiting", n_prompt, n_new,
+                   now - x->began);
+        sep = ",";
+    }
+    (void)pthread_mutex_unlock(&s->lock);
+    out_text(o, "]");
     server_json(c, 200);
 }
 

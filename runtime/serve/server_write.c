@@ -98,10 +98,22 @@ static void write_completion_prob(choice *ch, const answer_token *t, bool known)
     }
 }
 
+/* LMDeploy's [log-probability, id], one for each id that is told. */
+static void write_pair(const answer_token *t, out_buf *o)
+{
+    out_text(o, o->n ? ",[" : "[");
+    out_float(o, t->logprob);
+    out_bytes(o, ",", 1);
+    out_int(o, t->id);
+    out_bytes(o, "]", 1);
+}
+
 void server_write_prob(choice *ch, const answer_token *t)
 {
     if (ch->r->who == API_COMPLETION)
         write_completion_prob(ch, t, true);
+    else if (ch->r->who == API_GENERATE)
+        write_pair(t, &ch->probs);
     else
         write_chat_prob(ch->r, t, (int32_t)ch->r->q.top_logprobs, &ch->probs);
 }
@@ -283,6 +295,38 @@ static void write_interactive(choice *ch, out_buf *o)
     out_text(o, r->lines ? "\n" : "\n\n");
 }
 
+/* An event of /generate, or all of its answer: what came since the last one. */
+static void write_generated(const choice *ch, out_buf *o)
+{
+    const run *r = ch->r;
+    char word[32];
+    out_text(o, "{\"text\":");
+    out_string(o, ch->content.s, ch->content.n);
+    out_text(o, ",");
+    write_list(o, "output_ids", &ch->ids);
+    out_printf(o, ",\"meta_info\":{\"prompt_tokens\":%d,\"completion_tokens\":%d,", r->c->n_prompt,
+               ch->n_new);
+    if (ch->finish)
+        out_printf(o, "\"finish_reason\":{\"type\":%s},", or_null(ch->finish, word, sizeof word));
+    else
+        out_text(o, "\"finish_reason\":null,");
+    if (r->q.top_logprobs >= 0)
+        write_list(o, "output_token_logprobs", &ch->probs);
+    else
+        out_text(o, "\"output_token_logprobs\":null");
+    out_text(o, "}}");
+}
+
+static void write_generated_event(choice *ch, bool last, out_buf *o)
+{
+    const char *finish = ch->finish;
+    if (!last) ch->finish = NULL; /* the end has an event of its own */
+    out_text(o, "data: ");
+    write_generated(ch, o);
+    out_text(o, "\n\n");
+    ch->finish = finish;
+}
+
 void server_write_first(choice *ch, out_buf *o)
 {
     if (ch->r->who != API_CHAT) return;
@@ -314,6 +358,8 @@ void server_write_delta(choice *ch, out_buf *o)
         ch->finish = NULL; /* the end has an event of its own */
         write_interactive(ch, o);
         ch->finish = finish;
+    } else if (r->who == API_GENERATE) {
+        write_generated_event(ch, false, o);
     } else {
         chunk_open(r, ch->index, o);
         if (r->who == API_CHAT) {
@@ -343,10 +389,15 @@ void server_write_finish(choice *ch, out_buf *o)
         write_interactive(ch, o);
         return;
     }
+    if (r->who == API_GENERATE) {
+        write_generated_event(ch, true, o);
+        return;
+    }
     chunk_open(r, ch->index, o);
     out_text(o, r->who == API_CHAT ? ",\"delta\":{},\"logprobs\":null"
                                    : ",\"text\":\"\",\"logprobs\":null");
     write_finish_reason(ch, o);
+    if (r->q.return_ids && ch->ids.n) write_ids(&ch->ids, o); /* of tokens without text */
     chunk_close(r, r->n_ended == r->n, o);
 }
 
@@ -426,6 +477,10 @@ void server_write_whole(run *r, out_buf *o)
     if (r->who == API_INTERACTIVE) {
         r->lines = true;
         write_interactive(r->choices, o);
+        return;
+    }
+    if (r->who == API_GENERATE) {
+        write_generated(r->choices, o);
         return;
     }
     write_head(r, r->who == API_CHAT ? "chat.completion" : "text_completion", o);

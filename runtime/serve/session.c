@@ -13,6 +13,9 @@ struct session {
     uint64_t used; /* when it was given back, in calls */
     token_list ids;
     int32_t last;
+    chat_message *said; /* [n_said] role and content, one piece of memory each, role first */
+    int64_t n_said, cap_said, said_bytes;
+    bool lossy; /* something of what was said is not in it */
     bool here, held;
     atomic_bool cancel;
 };
@@ -41,11 +44,21 @@ err_code session_table_open(session_table **out, int32_t max_sessions, int64_t m
     return rc;
 }
 
+static void forget(session *s)
+{
+    token_list_free(&s->ids);
+    memset(&s->ids, 0, sizeof s->ids);
+    for (int64_t i = 0; i < s->n_said; i++) mem_free((char *)(uintptr_t)s->said[i].role);
+    mem_free(s->said);
+    s->said = NULL;
+    s->n_said = s->cap_said = s->said_bytes = 0;
+    s->lossy = s->here = false;
+}
+
 void session_table_close(session_table **t)
 {
     if (!t || !*t) return;
-    for (int32_t i = 0; (*t)->all && i < (*t)->max_sessions; i++)
-        token_list_free(&(*t)->all[i].ids);
+    for (int32_t i = 0; (*t)->all && i < (*t)->max_sessions; i++) forget(&(*t)->all[i]);
     (void)pthread_mutex_destroy(&(*t)->lock);
     mem_free((*t)->all);
     mem_free(*t);
@@ -59,13 +72,6 @@ static session *find(session_table *t, uint64_t owner, int64_t id)
         if (s->here && s->owner == owner && s->id == id) return s;
     }
     return NULL;
-}
-
-static void forget(session *s)
-{
-    token_list_free(&s->ids);
-    memset(&s->ids, 0, sizeof s->ids);
-    s->here = false;
 }
 
 /* The one not held that was used longest ago; NULL: all are held. */
@@ -116,16 +122,53 @@ token_list *session_ids(session *s) { return &s->ids; }
 
 int32_t *session_last(session *s) { return &s->last; }
 
+static bool say(session *s, const chat_message *m)
+{
+    const size_t n_role = strlen(m->role) + 1, n = strlen(m->content) + 1;
+    err ignored;
+    void *p;
+    if (s->n_said == s->cap_said) {
+        const int64_t cap = 2 * s->cap_said + 8;
+        if (mem_alloc(&p, (size_t)cap, sizeof *s->said, "session", &ignored) != OK) return false;
+        if (s->n_said) memcpy(p, s->said, (size_t)s->n_said * sizeof *s->said);
+        mem_free(s->said);
+        s->said = p;
+        s->cap_said = cap;
+    }
+    if (mem_alloc(&p, n_role + n, 1, "session", &ignored) != OK) return false;
+    char *text = p;
+    memcpy(text, m->role, n_role);
+    memcpy(text + n_role, m->content, n);
+    s->said[s->n_said++] = (chat_message){.role = text, .content = text + n_role};
+    s->said_bytes += (int64_t)(n_role + n);
+    return true;
+}
+
+void session_say(session *s, const chat_message *m)
+{
+    const bool plain = m->role && m->content && !m->name && !m->tool_call_id && !m->tool_calls &&
+                       !m->reasoning;
+    if (s->lossy || !plain || !say(s, m)) s->lossy = true;
+}
+
+const chat_message *session_said(const session *s, int64_t *n)
+{
+    *n = s->n_said;
+    return s->lossy ? NULL : s->said;
+}
+
 bool session_canceled(const session *s) { return atomic_load(&s->cancel); }
+
+static int64_t size_of(const session *s) { return s->ids.n + s->said_bytes / 4; }
 
 /* Forgets the oldest until all together are short enough. */
 static void shorten(session_table *t)
 {
     int64_t n = 0;
     for (int32_t i = 0; i < t->max_sessions; i++)
-        if (t->all[i].here && !t->all[i].held) n += t->all[i].ids.n;
+        if (t->all[i].here && !t->all[i].held) n += size_of(&t->all[i]);
     for (session *s; n > t->max_tokens && (s = oldest(t));) {
-        n -= s->ids.n;
+        n -= size_of(s);
         forget(s);
     }
 }

@@ -6,6 +6,7 @@
 
 #include "base/json.h"
 #include "base/mem.h"
+#include "runtime/serve/toolcall_xml.h"
 
 enum { MAX_CALL = 1 << 20, MAX_NAME = 256, MAX_LEVELS = 256 };
 
@@ -14,7 +15,16 @@ typedef struct {
     size_t n, cap;
 } text_buf;
 
-typedef enum { AT_CONTENT, AT_OPEN, AT_NAME, AT_OBJECT, AT_CLOSE, AT_CODE } place;
+typedef enum {
+    AT_CONTENT,
+    AT_OPEN,
+    AT_NAME,
+    AT_OBJECT,
+    AT_CLOSE,
+    AT_CODE,
+    AT_FUNCTION, /* <function=NAME> */
+    AT_TAGS      /* within it: <parameter=KEY>VALUE</parameter> ... </function> */
+} place;
 /* Within a call's object, at its first level. */
 typedef enum { OBJ_BEGIN, OBJ_KEY, OBJ_IN_KEY, OBJ_COLON, OBJ_VALUE, OBJ_IN_VALUE } part;
 typedef enum {
@@ -41,6 +51,8 @@ struct toolcall {
     size_t from, sent; /* of the key or value in raw; what of the arguments is out */
     size_t args_from, args_to;
     char name[MAX_NAME + 1];
+    const cJSON *tools; /* borrowed; NULL: none */
+    bool has_args;      /* within tags: one is out */
     toolcall_fn fn;
     void *ud;
     err *e;
@@ -98,7 +110,8 @@ static const char *opener(chat_tools f, int i)
                                                                    "<|action_start|> <|plugin|>",
                                                                    NULL},
                                          [CHAT_TOOLS_LLAMA3] = {"<|python_tag|>", NULL},
-                                         [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS]", NULL}};
+                                         [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS]", NULL},
+                                         [CHAT_TOOLS_DEEPSEEK] = {"<｜tool▁calls▁begin｜>", NULL}};
     return all[f][i];
 }
 
@@ -407,6 +420,107 @@ static err_code run_open(toolcall *t, bool *more)
         t->at = AT_CODE;
         return OK;
     }
+    if (t->format == CHAT_TOOLS_HERMES && c == '<') {
+        t->at = AT_FUNCTION;
+        return OK;
+    }
+    return give_back(t);
+}
+
+/* ---- the call between tags, as Qwen3-Coder writes it ---- */
+
+/* b begins with what; *wait: more of it could come. */
+static bool begins(const text_buf *b, const char *what, bool *wait)
+{
+    const size_t n = strlen(what), have = b->n < n ? b->n : n;
+    const bool same = !memcmp(b->p, what, have);
+    if (same && have < n) *wait = true;
+    return same && have == n;
+}
+
+/* The tag's own word, up to '>': false when there is none (*wait: yet). */
+static bool tag_word(const text_buf *b, size_t skip, char word[MAX_NAME + 1], size_t *end,
+                     bool *wait)
+{
+    const char *close = b->n > skip ? memchr(b->p + skip, '>', b->n - skip) : NULL;
+    const size_t n = close ? (size_t)(close - b->p) - skip : b->n - skip;
+    if (n > MAX_NAME || (close && n == 0)) return false;
+    if (!close) {
+        *wait = true;
+        return false;
+    }
+    memcpy(word, b->p + skip, n);
+    word[n] = '\0';
+    *end = skip + n + 1;
+    return !strpbrk(word, "<\n");
+}
+
+static err_code run_function(toolcall *t, bool last, bool *more)
+{
+    bool wait = false;
+    size_t end = 0;
+    if (!begins(&t->in, "<function=", &wait) || !tag_word(&t->in, 10, t->name, &end, &wait)) {
+        if (wait && !last) return OK;
+        *more = true;
+        return give_back(t);
+    }
+    *more = true;
+    buf_drop(&t->in, end);
+    t->at = AT_TAGS;
+    t->has_args = false;
+    t->sent = 0;
+    return call_begin(t);
+}
+
+/* The text of a value stands on lines of its own. */
+static err_code take_argument(toolcall *t, const char *key, size_t from, size_t to)
+{
+    char *argument = NULL;
+    if (to > from && t->in.p[from] == '\n') from++;
+    if (to > from && t->in.p[to - 1] == '\n') to--;
+    const char kept = t->in.p[to];
+    t->in.p[to] = '\0';
+    err_code rc = toolcall_xml_argument(&argument, t->tools, t->name, key, t->in.p + from, t->e);
+    t->in.p[to] = kept;
+    if (rc == OK) rc = tell(t, TOOLCALL_ARGS, t->has_args ? ", " : "{", t->has_args ? 2 : 1);
+    if (rc == OK) rc = tell(t, TOOLCALL_ARGS, argument, strlen(argument));
+    t->has_args = true;
+    mem_free(argument);
+    return rc;
+}
+
+static err_code run_tags(toolcall *t, bool last, bool *more)
+{
+    static const char open[] = "<parameter=", close[] = "</parameter>", end[] = "</function>";
+    char key[MAX_NAME + 1];
+    bool wait = false;
+    size_t from = 0;
+    buf_drop(&t->in, spaces(&t->in));
+    if (!t->in.n && !last) return OK;
+    if (t->in.n && begins(&t->in, end, &wait)) {
+        buf_drop(&t->in, sizeof end - 1);
+        t->at = AT_CLOSE;
+        t->begun = false;
+        t->back.n = t->raw.n = 0;
+        return t->has_args ? tell(t, TOOLCALL_ARGS, "}", 1) : tell(t, TOOLCALL_ARGS, "{}", 2);
+    }
+    if (t->in.n && begins(&t->in, open, &wait) &&
+        tag_word(&t->in, sizeof open - 1, key, &from, &wait)) {
+        const size_t seen = t->sent > from + sizeof close ? t->sent - sizeof close : from;
+        const char *p = memmem(t->in.p + seen, t->in.n - seen, close, sizeof close - 1);
+        t->sent = p ? 0 : t->in.n; /* looked through */
+        if (p) {
+            const size_t to = (size_t)(p - t->in.p);
+            *more = true;
+            TRY(take_argument(t, key, from, to));
+            buf_drop(&t->in, to + sizeof close - 1);
+            return OK;
+        }
+        wait = t->in.n <= MAX_CALL;
+    }
+    if (wait && !last) return OK;
+    if (wait) t->in.n = 0; /* it was cut in the middle: what was whole is told */
+    *more = true;
     return give_back(t);
 }
 
@@ -431,6 +545,76 @@ static err_code run_name(toolcall *t, bool last, bool *more)
     t->key = KEY_BARE;
     buf_drop(&t->in, n);
     return call_begin(t);
+}
+
+/* ---- DeepSeek's: name or "function", a mark, perhaps the name and a fence, the object ---- */
+
+static const char deepseek_begin[] = "<｜tool▁call▁begin｜>", deepseek_mark[] = "<｜tool▁sep｜>",
+                  deepseek_end[] = "<｜tool▁call▁end｜>", deepseek_last[] = "<｜tool▁calls▁end｜>";
+
+static err_code run_deepseek_open(toolcall *t, bool last, bool *more)
+{
+    bool wait = false;
+    TRY(skip_spaces(t));
+    if (!t->in.n) return OK;
+    const bool begin = begins(&t->in, deepseek_begin, &wait);
+    if (begin || (t->list && begins(&t->in, deepseek_last, &wait))) {
+        const size_t n = begin ? sizeof deepseek_begin - 1 : sizeof deepseek_last - 1;
+        t->at = begin ? AT_NAME : AT_CONTENT;
+        t->list = begin && t->list;
+        if (begin) TRY(buf_add(&t->back, t->in.p, n, t->e));
+        buf_drop(&t->in, n);
+        if (!begin) t->back.n = 0;
+        return OK;
+    }
+    if (wait && !last) return OK;
+    *more = true;
+    return give_back(t);
+}
+
+static err_code run_deepseek_name(toolcall *t, bool last, bool *more)
+{
+    const char *brace = memchr(t->in.p, '{', t->in.n);
+    const size_t n = brace ? (size_t)(brace - t->in.p) : t->in.n;
+    if (!brace && !last && n <= 2 * MAX_NAME) return OK;
+    const char *mark = n ? memmem(t->in.p, n, deepseek_mark, sizeof deepseek_mark - 1) : NULL;
+    const char *from = t->in.p, *to = mark, *behind = mark ? mark + sizeof deepseek_mark - 1 : NULL;
+    *more = true;
+    while (behind && brace && behind < brace && is_space(*behind)) behind++;
+    if (brace && behind && behind < brace) { /* the name is there, up to the end of its line */
+        from = behind;
+        to = memchr(from, '\n', (size_t)(brace - from));
+    }
+    if (!brace || !to || to == from || to - from > MAX_NAME) return give_back(t);
+    object_begin(t);
+    memcpy(t->name, from, (size_t)(to - from));
+    t->name[to - from] = '\0';
+    t->key = KEY_BARE;
+    buf_drop(&t->in, n);
+    return call_begin(t);
+}
+
+static err_code run_deepseek_close(toolcall *t, bool last, bool *more)
+{
+    bool wait = false;
+    buf_drop(&t->in, spaces(&t->in));
+    if (!t->in.n && !last) return OK;
+    *more = t->in.n > 0;
+    if (t->in.n && begins(&t->in, "```", &wait)) {
+        buf_drop(&t->in, 3);
+        return OK;
+    }
+    const bool closed = t->in.n && begins(&t->in, deepseek_end, &wait);
+    if (!closed && wait && !last) {
+        *more = false;
+        return OK;
+    }
+    if (closed) buf_drop(&t->in, sizeof deepseek_end - 1);
+    if (!closed && wait) t->in.n = 0;
+    t->at = closed ? AT_OPEN : AT_CONTENT;
+    t->list = closed;
+    t->started = true;
+    return OK;
 }
 
 /* Behind a call: its closing tag, or a sign that there is another. */
@@ -546,20 +730,29 @@ void toolcall_close(toolcall **t)
     *t = NULL;
 }
 
+void toolcall_tools(toolcall *t, const cJSON *tools) { t->tools = tools; }
+
 int toolcall_count(const toolcall *t) { return t->calls; }
 
 static err_code run(toolcall *t, bool last)
 {
+    const bool deepseek = t->format == CHAT_TOOLS_DEEPSEEK;
     for (bool more = true; more;) {
         const place at = t->at;
         const size_t left = t->in.n;
         more = false;
         switch (at) {
         case AT_CONTENT: TRY(run_content(t, last, &more)); break;
-        case AT_OPEN: TRY(run_open(t, &more)); break;
-        case AT_NAME: TRY(run_name(t, last, &more)); break;
+        case AT_OPEN: TRY(deepseek ? run_deepseek_open(t, last, &more) : run_open(t, &more)); break;
+        case AT_NAME:
+            TRY(deepseek ? run_deepseek_name(t, last, &more) : run_name(t, last, &more));
+            break;
         case AT_OBJECT: TRY(run_object(t)); break;
-        case AT_CLOSE: TRY(run_close(t, last, &more)); break;
+        case AT_CLOSE:
+            TRY(deepseek ? run_deepseek_close(t, last, &more) : run_close(t, last, &more));
+            break;
+        case AT_FUNCTION: TRY(run_function(t, last, &more)); break;
+        case AT_TAGS: TRY(run_tags(t, last, &more)); break;
         case AT_CODE:
             if (t->in.n > MAX_CALL || last) TRY(run_code(t));
             break;
@@ -585,6 +778,7 @@ err_code toolcall_end(toolcall *t, toolcall_fn fn, void *ud, err *e)
     t->e = e;
     TRY(buf_add(&t->in, "", 0, e));
     TRY(run(t, true));
+    if (t->at == AT_OPEN && t->list && t->format == CHAT_TOOLS_DEEPSEEK) t->back.n = 0;
     if (t->at == AT_OBJECT || t->at == AT_OPEN) {
         TRY(give_back(t));
         return run(t, true);

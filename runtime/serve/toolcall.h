@@ -6,6 +6,7 @@
 #include <stddef.h>
 
 #include "base/err.h"
+#include "base/json.h"
 #include "formats/chat.h"
 
 typedef enum {
@@ -26,6 +27,9 @@ typedef struct toolcall toolcall;
 /* format: chat_tool_format; CHAT_TOOLS_NONE passes everything on as content. */
 err_code toolcall_open(toolcall **out, chat_tools format, err *e);
 void toolcall_close(toolcall **p); /* NULL accepted */
+/* The request's tools (borrowed until the end), whose schemas tell what the text between tags is.
+ * Without them it is strings. */
+void toolcall_tools(toolcall *p, const cJSON *tools);
 /* The answer's next text, with the strings of special tokens in it (decode with skip_special
  * false) but without the stop token that ended it. Holds back what may yet become a call, and
  * white space before one. A single call's text is at most 1 MiB, else it is content. */

@@ -53,7 +53,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     api_request r;
     api_fault f = {0};
     if (n == 0) return 0;
-    if (api_parse(&r, 1u << (data[0] % 7), (const char *)data + 1, n - 1, &l, &f) == OK)
+    if (api_parse(&r, 1u << (data[0] % 8), (const char *)data + 1, n - 1, &l, &f) == OK)
         check_request(&r, &l);
     else
         check_fault(&f);

@@ -51,7 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     joined whole, parts;
     if (n < 2 || n > 4000) return 0;
-    const chat_tools f = (chat_tools)(data[0] % 5);
+    const chat_tools f = (chat_tools)(data[0] % 6);
     const char *text = (const char *)data + 1;
     const int calls = tell(&whole, f, text, n - 1, n);
     for (size_t step = 1; step <= 7; step += 3) {

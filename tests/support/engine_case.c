@@ -89,6 +89,12 @@ static void open_weights(void)
         return;
     }
     if (up_model == CASE_W4) o.w4_group = 32;
+    if (up_model == CASE_W4 && up_device == DEV_CUDA) { /* sizes that the fast kernels take */
+        o.desc.hidden = 256;
+        o.desc.head_dim = o.desc.rope_dims = 64;
+        o.desc.ffn = 384;
+        o.w4_group = 128;
+    }
     if (up_model == CASE_DYNAMIC) {
         o.desc.scaling = (rope_scaling){
             .kind = ROPE_DYNAMIC, .factor = 2, .original_max_positions = 64};
@@ -97,17 +103,22 @@ static void open_weights(void)
     must(tiny_open(&src, &o, &e), &e);
 }
 
+/* CUDA's fast attention wants blocks in multiples of 32. */
+int32_t case_block(void) { return up_device == DEV_CUDA ? 32 : 16; }
+
 void up(const char *isa, int32_t batch, int32_t tokens, engine_opts o)
 {
     err e;
-    model_opts m = {.session_len = SESSION, .max_seqs = batch, .block_tokens = 16};
+    const int32_t block_tokens = case_block();
+    model_opts m = {.session_len = SESSION, .max_seqs = batch, .block_tokens = block_tokens};
     const dev_opts d = {.kind = up_device, .threads = 2, .isa = isa, .deterministic = true};
     must(dev_open(&dev, &d, &e), &e);
     open_weights();
     m.kv = up_kv;
     const model_desc *desc = weights_desc(src);
-    const kv_opts block = {up_kv, desc->layers, desc->kv_heads, desc->head_dim, 16, 1, 1, 1};
-    m.kv_mem_bytes = (int64_t)kv_bytes(&block) * (tokens / 16);
+    const kv_opts block = {up_kv, desc->layers, desc->kv_heads, desc->head_dim, block_tokens, 1, 1,
+                           1};
+    m.kv_mem_bytes = (int64_t)kv_bytes(&block) * (tokens / block_tokens);
     must(model_open(&mdl, dev, src, &m, NULL, &e), &e);
     ck_assert_int_eq(model_session_len(mdl), SESSION);
     must(engine_open(&eng, mdl, &o, NULL, &e), &e);

@@ -19,7 +19,8 @@ typedef enum { CASE_DEMO, CASE_W4, CASE_DYNAMIC } case_model;
 extern case_model up_model;
 extern kv_format up_kv;
 extern dev_kind up_device; /* a deterministic one */
-/* Model and engine with room for `tokens` in the cache, in blocks of 16; sessions of SESSION. */
+int32_t case_block(void);  /* tokens of a block of the cache */
+/* Model and engine with room for `tokens` in the cache; sessions of SESSION. */
 void up(const char *isa, int32_t batch, int32_t tokens, engine_opts o);
 void down(void);
 void must(err_code rc, const err *e);

@@ -1,0 +1,357 @@
+/* Two streams through one block on a device. */
+#include "awq/dev_chain.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <math.h>
+
+#include "base/mem.h"
+#include "kernels/search_ops.h"
+
+enum { SLOTS = 7 };
+
+struct dev_chain {
+    device *d;
+    layer_walk *walk;
+    const model_desc *m;
+    const uint8_t *held_out;
+    int32_t windows, per_pass;
+    int64_t seqlen, widest;
+    bool holds_out;
+    block variant; /* the bound block with what is rounded; its buffers belong to the walk */
+    tensor_role role[SLOTS];
+    f16 *weights[SLOTS]; /* [n,k] */
+    int n_roles;
+    dev_buf buf;
+    float *h[2], *lack[2]; /* trained on, held out: widest^2, widest * hidden */
+    float *square;         /* widest^2 */
+    void *input;           /* act [pass rows, widest]: the 16-bit input, then d */
+    void *out;             /* act [pass rows, hidden]: what outputs lack */
+    float *residual, *y;   /* [pass rows, hidden] */
+    float *diagonal;       /* [widest] */
+    float *host;           /* [widest] on the host */
+    tensor_role tap;
+    bool half; /* the states are those behind the attention */
+    float share;
+    int32_t first; /* window of the pass */
+};
+
+/* ---- memory ---- */
+
+typedef struct {
+    void **out;
+    size_t bytes;
+} chain_part;
+
+enum { PARTS = SLOTS + 10 };
+
+static int parts_of(dev_chain *c, const device *d, const model_desc *m, int64_t rows,
+                    chain_part p[PARTS])
+{
+    const size_t f = sizeof(float), act = dtype_bytes(dev_act(d)), pass = (size_t)rows,
+                 hidden = (size_t)m->hidden;
+    int n = 0;
+    c->n_roles = model_block_linears(m, c->role);
+    for (int i = 0; i < c->n_roles; i++)
+        if (model_linear_k(m, c->role[i]) > c->widest) c->widest = model_linear_k(m, c->role[i]);
+    const size_t k = (size_t)c->widest;
+    for (int i = 0; i < 2; i++) p[n++] = (chain_part){(void **)&c->h[i], k * k * f};
+    p[n++] = (chain_part){(void **)&c->square, k * k * f};
+    for (int i = 0; i < 2; i++) p[n++] = (chain_part){(void **)&c->lack[i], k * hidden * f};
+    p[n++] = (chain_part){&c->input, pass * k * act};
+    p[n++] = (chain_part){&c->out, pass * hidden * act};
+    p[n++] = (chain_part){(void **)&c->residual, pass * hidden * f};
+    p[n++] = (chain_part){(void **)&c->y, pass * hidden * f};
+    p[n++] = (chain_part){(void **)&c->diagonal, k * f};
+    for (int i = 0; i < c->n_roles; i++)
+        p[n++] = (chain_part){
+            (void **)&c->weights[i],
+            (size_t)(model_linear_n(m, c->role[i]) * model_linear_k(m, c->role[i])) * sizeof(f16)};
+    return n;
+}
+
+static size_t lay_out(dev_chain *c, const device *d, const model_desc *m, int64_t rows,
+                      uint8_t *base)
+{
+    chain_part p[PARTS];
+    size_t at = 0;
+    const int n = parts_of(c, d, m, rows, p);
+    for (int i = 0; i < n; i++) {
+        *p[i].out = base ? base + at : NULL;
+        at += (p[i].bytes + 255) & ~(size_t)255;
+    }
+    return at;
+}
+
+size_t dev_chain_bytes(const device *d, const model_desc *m, int64_t pass_rows)
+{
+    dev_chain c = {0};
+    return lay_out(&c, d, m, pass_rows, NULL);
+}
+
+static err_code take_room(dev_chain *c, err *e)
+{
+    const int64_t rows = c->per_pass * c->seqlen;
+    void *host;
+    TRY(dev_alloc(&c->buf, c->d, lay_out(c, c->d, c->m, rows, NULL), "rounded block", e));
+    lay_out(c, c->d, c->m, rows, c->buf.data);
+    TRY(mem_alloc(&host, (size_t)c->widest, sizeof(float), "rounded block", e));
+    c->host = host;
+    return layer_walk_split(c->walk, e);
+}
+
+err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_desc *m,
+                        const tensor *held_out, err *e)
+{
+    void *mem;
+    TRY(mem_alloc(&mem, 1, sizeof(dev_chain), "rounded block", e));
+    dev_chain *c = mem;
+    c->d = d;
+    c->walk = w;
+    c->m = m;
+    c->held_out = held_out->data;
+    c->windows = layer_walk_windows(w);
+    c->per_pass = layer_walk_windows_per_pass(w);
+    c->seqlen = layer_walk_states(w).shape[0] / c->windows;
+    int32_t held = 0;
+    for (int32_t i = 0; i < c->windows; i++) held += c->held_out[i] != 0;
+    c->holds_out = held > 0 && held < c->windows;
+    const err_code rc = take_room(c, e);
+    if (rc != OK) {
+        dev_chain_close(&c);
+        return rc;
+    }
+    layer_walk_use(w, 1);
+    *out = c;
+    return OK;
+}
+
+void dev_chain_close(dev_chain **c)
+{
+    if (!*c) return;
+    dev_free(&(*c)->buf);
+    mem_free((*c)->host);
+    mem_free(*c);
+    *c = NULL;
+}
+
+dev_buf dev_chain_room(const dev_chain *c)
+{
+    dev_buf b = c->buf;
+    b.bytes = (size_t)((uint8_t *)c->input - (uint8_t *)c->buf.data);
+    return b;
+}
+
+float *dev_chain_square(dev_chain *c) { return c->square; }
+
+/* ---- the rounded block ---- */
+
+err_code dev_chain_layer(dev_chain *c, err *e)
+{
+    const block *b = layer_walk_block(c->walk);
+    if (b->n_qkv > 1 ? b->n_qkv != 3 : c->m->qkv == QKV_SPLIT)
+        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
+                       (int)b->layer);
+    c->variant = *b;
+    c->half = false;
+    return OK;
+}
+
+static tensor on_device(const dev_chain *c, void *data, dtype dt, int64_t n, int64_t k)
+{
+    tensor t = tensor_2d(data, dt, n, k);
+    t.mem = dev_mem(c->d);
+    return t;
+}
+
+tensor dev_chain_weights(dev_chain *c, tensor_role r)
+{
+    int i = 0;
+    while (i < c->n_roles && c->role[i] != r) i++;
+    assert(i < c->n_roles);
+    return on_device(c, c->weights[i], DT_F16, model_linear_n(c->m, r), model_linear_k(c->m, r));
+}
+
+static bound_linear *bound_of(block *b, tensor_role r)
+{
+    switch (r) {
+    case ROLE_QKV:
+    case ROLE_Q: return &b->qkv[0];
+    case ROLE_K: return &b->qkv[1];
+    case ROLE_V: return &b->qkv[2];
+    case ROLE_O: return &b->o;
+    case ROLE_GATE: return &b->gate_up[0];
+    case ROLE_UP: return &b->gate_up[1];
+    default: return &b->down;
+    }
+}
+
+void dev_chain_put(dev_chain *c, tensor_role r)
+{
+    bound_of(&c->variant, r)->dense = dev_chain_weights(c, r);
+}
+
+/* ---- moments ---- */
+
+static tensor_role tap_of(tensor_role r)
+{
+    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
+    return r == ROLE_UP ? ROLE_GATE : r;
+}
+
+bool dev_chain_adds(tensor_role r) { return r == ROLE_O || r == ROLE_DOWN; }
+
+/* The attention is done with when gate's input is seen: nobody asks for what entered the block any
+ * more, and what is left starts from here. */
+static err_code enough(dev_chain *c, int stream, int64_t rows, err *e)
+{
+    if (c->tap == ROLE_GATE) {
+        const tensor x = layer_walk_residual(c->walk, rows);
+        TRY(layer_walk_store(c->walk, stream, c->first, &x, e));
+    }
+    return err_set(e, E_CANCELED, "seen");
+}
+
+static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    dev_chain *c = ctx;
+    (void)layer;
+    if (role != c->tap) return OK;
+    tensor input = on_device(c, c->input, dev_act(c->d), x->shape[0], x->shape[1]),
+           kept = on_device(c, c->residual, DT_F32, x->shape[0], c->m->hidden);
+    TRY(op_mix(c->d, &input, 1.f, x, 0.f, NULL, e));
+    if (dev_chain_adds(role)) {
+        const tensor r = layer_walk_residual(c->walk, x->shape[0]);
+        TRY(op_mix(c->d, &kept, 1.f, &r, 0.f, NULL, e));
+    }
+    return enough(c, 0, x->shape[0], e);
+}
+
+/* d W^T + share r into c->out. */
+static err_code outputs_lack(dev_chain *c, const tensor *lack, tensor *out, err *e)
+{
+    const int64_t rows = lack->shape[0];
+    const block *b = layer_walk_block(c->walk);
+    const tensor *w = c->tap == ROLE_O ? &b->o.dense : &b->down.dense;
+    const tensor r = layer_walk_residual(c->walk, rows);
+    tensor y = on_device(c, c->y, DT_F32, rows, c->m->hidden),
+           kept = on_device(c, c->residual, DT_F32, rows, c->m->hidden);
+    *out = on_device(c, c->out, dev_act(c->d), rows, c->m->hidden);
+    TRY(op_gemm(c->d, &y, lack, w, NULL, false, e));
+    TRY(op_mix(c->d, &kept, c->share, &kept, -c->share, &r, e));
+    return op_mix(c->d, out, 1.f, &y, 1.f, &kept, e);
+}
+
+static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    dev_chain *c = ctx;
+    const int64_t k = x->shape[1];
+    (void)layer;
+    if (role != c->tap) return OK;
+    tensor lack = on_device(c, c->input, dev_act(c->d), x->shape[0], k), out;
+    TRY(op_mix(c->d, &lack, 1.f, &lack, -1.f, x, e));
+    if (dev_chain_adds(role)) {
+        TRY(outputs_lack(c, &lack, &out, e));
+        lack = out;
+    }
+    for (int32_t i = 0; i < x->shape[0] / c->seqlen; i++) {
+        const int set = c->holds_out && c->held_out[c->first + i];
+        const tensor rows = tensor_rows(x, i * c->seqlen, c->seqlen),
+                     less = tensor_rows(&lack, i * c->seqlen, c->seqlen);
+        tensor h = on_device(c, c->h[set], DT_F32, k, k),
+               to = on_device(c, c->lack[set], DT_F32, lack.shape[1], k);
+        TRY(op_gram(c->d, &h, &rows, e));
+        TRY(op_cross(c->d, &to, &less, &rows, e));
+    }
+    return enough(c, 1, x->shape[0], e);
+}
+
+static err_code forward(dev_chain *c, const block *b, tensor *x, tap_fn tap, err *e)
+{
+    return (c->half ? layer_walk_feed_forward : layer_walk_forward)(c->walk, b, x, tap, c, e);
+}
+
+static err_code to_tap(dev_chain *c, int stream, const block *b, int32_t n, tap_fn tap, err *e)
+{
+    err failure = {0};
+    tensor x;
+    TRY(layer_walk_load(c->walk, stream, c->first, n, &x, e));
+    const int32_t next = c->first + n, left = c->windows - next;
+    if (stream == 0)
+        TRY(layer_walk_prefetch(c->walk, 1, c->first, n, e));
+    else
+        TRY(layer_walk_prefetch(c->walk, 0, next, left < c->per_pass ? left : c->per_pass, e));
+    const err_code rc = forward(c, b, &x, tap, &failure);
+    if (rc == E_CANCELED) return OK;
+    *e = failure;
+    return rc;
+}
+
+static err_code finish(dev_chain *c, int set, int64_t k, int64_t n, dev_moments *out, err *e)
+{
+    tensor dev = tensor_1d(c->diagonal, DT_F32, k), host = tensor_1d(c->host, DT_F32, k);
+    dev.mem = dev_mem(c->d);
+    out->h = on_device(c, c->h[set], DT_F32, k, k);
+    out->lack = on_device(c, c->lack[set], DT_F32, n, k);
+    TRY(op_gram_finish(c->d, &out->h, e));
+    TRY(op_diagonal(c->d, &dev, &out->h, e));
+    TRY(dev_copy(c->d, &host, &dev, e));
+    TRY(dev_sync(c->d, e));
+    for (int64_t i = 0; i < k; i++)
+        if (!isfinite(c->host[i]))
+            return err_set(e, E_INPUT,
+                           "layer %d: tap %s: channel %" PRId64
+                           ": expected finite activations, found %s",
+                           (int)c->variant.layer, role_name(c->tap), i,
+                           isnan(c->host[i]) ? "nan" : "infinity");
+    return OK;
+}
+
+err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,
+                          dev_moments *train, dev_moments *held, err *e)
+{
+    const int64_t k = model_linear_k(c->m, r), n = dev_chain_adds(r) ? c->m->hidden : k;
+    c->tap = tap_of(r);
+    c->share = share;
+    for (int i = 0; i < 2; i++) {
+        tensor h = on_device(c, c->h[i], DT_F32, k, k),
+               lack = on_device(c, c->lack[i], DT_F32, n, k);
+        TRY(op_zero(c->d, &h, e));
+        TRY(op_zero(c->d, &lack, e));
+    }
+    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
+        const int32_t left = c->windows - c->first, some = left < c->per_pass ? left : c->per_pass;
+        TRY(job_check(j, e));
+        TRY(to_tap(c, 0, layer_walk_block(c->walk), some, keep_input, e));
+        TRY(to_tap(c, 1, &c->variant, some, compare_input, e));
+    }
+    c->half = c->half || c->tap == ROLE_GATE;
+    TRY(finish(c, 0, k, n, train, e));
+    return finish(c, 1, k, n, held, e);
+}
+
+/* ---- the next layer ---- */
+
+static err_code through(dev_chain *c, int stream, const block *b, int32_t n, err *e)
+{
+    const int32_t next = c->first + n, left = c->windows - next;
+    tensor x;
+    TRY(layer_walk_load(c->walk, stream, c->first, n, &x, e));
+    if (stream == 0)
+        TRY(layer_walk_prefetch(c->walk, 1, c->first, n, e));
+    else
+        TRY(layer_walk_prefetch(c->walk, 0, next, left < c->per_pass ? left : c->per_pass, e));
+    TRY(forward(c, b, &x, NULL, e));
+    return layer_walk_store(c->walk, stream, c->first, &x, e);
+}
+
+err_code dev_chain_advance(dev_chain *c, const walk_progress *p, err *e)
+{
+    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
+        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+        TRY(job_check(p->j, e));
+        TRY(through(c, 0, layer_walk_block(c->walk), n, e));
+        TRY(through(c, 1, &c->variant, n, e));
+    }
+    return layer_walk_settle(c->walk, e);
+}

@@ -1,0 +1,39 @@
+/* A block on a device while its linears are rounded one input after another: as chain.h, with the
+ * states in pinned host memory and everything else on the device. o and down, which end in the
+ * residual stream, have what their outputs lack in place of the square of what their inputs lack:
+ * fewer bytes, and no product more. */
+#ifndef TMF_AWQ_DEV_CHAIN_H
+#define TMF_AWQ_DEV_CHAIN_H
+
+#include "awq/method.h"
+#include "runtime/layer_walk.h"
+
+/* Over a set of windows, x the input behind rounded layers, d the 16-bit input less x, r the 16-bit
+ * residual stream less the one behind rounded layers: h = sum x^T x; lack = sum d^T x [k,k], of o
+ * and down sum (d W^T + share r)^T x [n,k]. On the device, f32. */
+typedef struct {
+    tensor h, lack;
+} dev_moments;
+
+size_t dev_chain_bytes(const device *d, const model_desc *m, int64_t pass_rows);
+err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_desc *m,
+                        const tensor *held_out, err *e);
+void dev_chain_close(dev_chain **c);
+/* What the moments of a layer may use until the first dev_chain_gather. */
+dev_buf dev_chain_room(const dev_chain *c);
+
+/* A new layer is bound. */
+err_code dev_chain_layer(dev_chain *c, err *e);
+bool dev_chain_adds(tensor_role r); /* ends in the residual stream */
+/* Of the input of linear r, over the windows trained on and those held out; valid until the next
+ * call. share: of r. */
+err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,
+                          dev_moments *train, dev_moments *held, err *e);
+float *dev_chain_square(dev_chain *c); /* f32 [k,k], free between gathers */
+/* f16 [n,k]: the rounded weights of linear r, which count from dev_chain_put on. */
+tensor dev_chain_weights(dev_chain *c, tensor_role r);
+void dev_chain_put(dev_chain *c, tensor_role r);
+/* Both streams go through the block. */
+err_code dev_chain_advance(dev_chain *c, const walk_progress *p, err *e);
+
+#endif

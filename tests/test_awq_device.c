@@ -1,0 +1,118 @@
+/* The search's steps for devices whose memory the host cannot read: on the CPU they must find what
+ * the CPU's own steps find, and on a GPU, where there is one, about as much, the same every time. */
+#include <stdio.h>
+#include <string.h>
+
+#include "awq/pack.h"
+#include "tests/support/awq_case.h"
+#include "tests/support/tiny_weights.h"
+
+static const char *const methods[] = {"awq"};
+enum { METHODS = sizeof methods / sizeof *methods };
+
+static void search(const char *method, bool on_device, search_summary *s)
+{
+    search_opts o = options(method, NULL);
+    err e;
+    o.kv_fold = 0;
+    o.on_device = on_device;
+    MUST(search_run(s, dev, &o, NULL, &e));
+}
+
+/* Methods that carry rounded inputs on take each code from all before it: one that falls the other
+ * way changes all others, so only how well the whole does can be compared. */
+static void same(const char *method, const search_summary *own, const search_summary *want,
+                 double before, double after)
+{
+    if (own->predicted.windows) {
+        ck_assert_msg(near(own->predicted.nll16, want->predicted.nll16, before),
+                      "%s: 16-bit loss %.6g, expected %.6g", method, own->predicted.nll16,
+                      want->predicted.nll16);
+        ck_assert_msg(near(own->predicted.nll, want->predicted.nll, 0.02),
+                      "%s: loss %.6g, expected %.6g", method, own->predicted.nll,
+                      want->predicted.nll);
+        ck_assert_msg(own->after < 1.3 * want->after, "%s: after %.6g, expected %.6g", method,
+                      own->after, want->after);
+    } else {
+        ck_assert_msg(near(own->before, want->before, before), "%s: before %.8g, expected %.8g",
+                      method, own->before, want->before);
+        ck_assert_msg(near(own->after, want->after, after), "%s: after %.8g, expected %.8g", method,
+                      own->after, want->after);
+    }
+    ck_assert(own->after < own->before);
+}
+
+START_TEST(as_on_the_cpu)
+{
+    const model_desc forms[] = {tiny_llama(), tiny_internlm2(), tiny_qwen2()};
+    search_summary host, own;
+    make_model(small(forms[_i]));
+    for (int i = 0; i < METHODS; i++) {
+        search(methods[i], false, &host);
+        search(methods[i], true, &own);
+        same(methods[i], &own, &host, 1e-4, 5e-3);
+    }
+}
+END_TEST
+
+START_TEST(refused)
+{
+    static const char *const others[] = {"rtn", "lmdeploy", "gptq"};
+    make_model(small(tiny_llama()));
+    for (int i = 0; i < 3; i++) {
+        search_opts o = options(others[i], NULL);
+        search_summary s;
+        err e;
+        o.on_device = true;
+        ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_UNSUPPORTED);
+        ck_assert_ptr_nonnull(strstr(e.msg, others[i]));
+    }
+}
+END_TEST
+
+START_TEST(on_a_gpu)
+{
+    search_summary host[METHODS], own;
+    size_t n;
+    err e;
+    device *gpu = NULL, *cpu = dev;
+    if (dev_open(&gpu, &(dev_opts){.kind = DEV_CUDA, .threads = 2}, &e) != OK) {
+        printf("SKIP on_a_gpu: %s\n", e.msg);
+        return;
+    }
+    make_model(small(tiny_llama()));
+    for (int i = 0; i < METHODS; i++) search(methods[i], false, &host[i]);
+    dev = gpu;
+    weight_src *src = NULL;
+    MUST(weights_open(&src, model_dir, &e));
+    collect_windows(src, WINDOWS);
+    weights_close(&src);
+    for (int i = 0; i < METHODS; i++) {
+        search(methods[i], false, &own);
+        same(methods[i], &own, &host[i], 1e-2, 3e-2);
+        char *bytes = bytes_of(plan_path, &n);
+        search(methods[i], false, &own);
+        same_as(plan_path, bytes, n);
+        mem_free(bytes);
+    }
+    dev_close(&gpu);
+    dev = cpu;
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("awq_device");
+    TCase *t = tcase_create("device");
+    tcase_set_timeout(t, 120);
+    tcase_add_checked_fixture(t, setup, teardown);
+    tcase_add_loop_test(t, as_on_the_cpu, 0, 3);
+    tcase_add_test(t, refused);
+    tcase_add_test(t, on_a_gpu);
+    suite_add_tcase(s, t);
+    SRunner *r = srunner_create(s);
+    srunner_run_all(r, CK_ENV);
+    const int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed != 0;
+}

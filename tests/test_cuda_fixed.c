@@ -1,0 +1,291 @@
+/* Products of a CUDA device opened as deterministic: the bits of a row are the same alone, in any
+ * batch and at any place of it, and near those of doubles. Skipped out loud without a GPU. */
+#include <check.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/half.h"
+#include "base/mem.h"
+#include "kernels/ops.h"
+
+#define ROWS 150
+
+static device *gpu;
+static uint64_t state = 7;
+
+static double uniform(void) /* splitmix64 */
+{
+    uint64_t z = state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+#define OK_(call)                                  \
+    do {                                           \
+        err e_ = {0}, *e = &e_;                    \
+        ck_assert_msg((call) == OK, "%s", e_.msg); \
+    } while (0)
+
+static void *must(size_t n, size_t size)
+{
+    void *p;
+    err e;
+    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
+    return p;
+}
+
+static f16 *halves(int64_t n, double scale)
+{
+    f16 *v = must((size_t)n, sizeof *v);
+    for (int64_t i = 0; i < n; i++) v[i] = f32_to_f16((float)((uniform() * 2 - 1) * scale));
+    return v;
+}
+
+static tensor device_2d(dev_buf *b, dtype dt, int64_t m, int64_t k, void *host)
+{
+    tensor src = tensor_2d(host, dt, m, k), t = src;
+    OK_(dev_alloc(b, gpu, tensor_bytes(&src), "test", e));
+    t.data = b->data;
+    t.mem = dev_mem(gpu);
+    if (host) OK_(dev_copy(gpu, &t, &src, e));
+    OK_(dev_sync(gpu, e));
+    return t;
+}
+
+static void fetch(void *host, const tensor *t)
+{
+    tensor dst = *t;
+    dst.data = host;
+    dst.mem = MEM_HOST;
+    OK_(dev_copy(gpu, &dst, t, e));
+    OK_(dev_sync(gpu, e));
+}
+
+/* One product: dense, or of 4-bit weights. */
+typedef struct {
+    int64_t n, k;
+    bool wide, add;
+    tensor w, bias; /* bias.data NULL: none */
+    w4_weight w4;   /* q.data NULL: dense */
+} product;
+
+static void run(const product *p, tensor *y, const tensor *x)
+{
+    if (p->w4.q.data)
+        OK_(op_gemm_w4(gpu, y, x, &p->w4, p->add, e));
+    else
+        OK_(op_gemm(gpu, y, x, &p->w, p->bias.data ? &p->bias : NULL, p->add, e));
+}
+
+/* Rows [from, from + n) in one call, from what y held before. */
+static void rows_alone(const product *p, const tensor *x, tensor *y, const void *held,
+                       const char *all, int64_t from, int64_t n)
+{
+    const size_t row = (size_t)p->n * dtype_bytes(y->dt);
+    const tensor in = tensor_rows(x, from, n);
+    tensor out = tensor_rows(y, 0, n), src = out;
+    char *got = must((size_t)n, row);
+    src.data = (char *)held + (size_t)from * row; /* const: read only */
+    src.mem = MEM_HOST;
+    OK_(dev_copy(gpu, &out, &src, e));
+    run(p, &out, &in);
+    fetch(got, &out);
+    ck_assert_msg(memcmp(got, all + (size_t)from * row, (size_t)n * row) == 0,
+                  "n %lld k %lld%s: rows %lld + %lld are not those of %d", (long long)p->n,
+                  (long long)p->k, p->w4.q.data ? " w4" : "", (long long)from, (long long)n, ROWS);
+    mem_free(got);
+}
+
+static void check_rows(const product *p, const float *weights, const float *bias)
+{
+    static const int32_t counts[] = {1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128, 129};
+    const dtype dt = p->wide ? DT_F32 : DT_F16;
+    const size_t all = (size_t)ROWS * (size_t)p->n;
+    f16 *x = halves(ROWS * p->k, 1);
+    char *held = must(all, dtype_bytes(dt)), *got = must(all, dtype_bytes(dt));
+    dev_buf xb, yb;
+    for (size_t i = 0; i < all && p->add; i++) {
+        const float v = (float)uniform();
+        if (p->wide)
+            memcpy(held + i * 4, &v, 4);
+        else
+            ((f16 *)(void *)held)[i] = f32_to_f16(v);
+    }
+    const tensor xt = device_2d(&xb, DT_F16, ROWS, p->k, x);
+    tensor y = device_2d(&yb, dt, ROWS, p->n, held);
+    run(p, &y, &xt);
+    fetch(got, &y);
+    double d = 0, w = 0;
+    for (int64_t r = 0; r < ROWS; r += 37)
+        for (int64_t o = 0; o < p->n; o++) {
+            const size_t at = (size_t)(r * p->n + o);
+            double want = bias ? bias[o] : 0, is;
+            for (int64_t k = 0; k < p->k; k++)
+                want += (double)f16_to_f32(x[r * p->k + k]) * weights[o * p->k + k];
+            if (p->wide) {
+                is = ((float *)(void *)got)[at];
+                want += ((float *)(void *)held)[at];
+            } else {
+                is = f16_to_f32(((f16 *)(void *)got)[at]);
+                want += f16_to_f32(((f16 *)(void *)held)[at]);
+            }
+            d += (is - want) * (is - want), w += want * want;
+        }
+    ck_assert_msg(sqrt(d) <= (p->wide && !p->w4.q.data ? 2e-6 : 1e-3) * sqrt(w),
+                  "n %lld k %lld%s: relative error %.3g", (long long)p->n, (long long)p->k,
+                  p->w4.q.data ? " w4" : "", sqrt(d / w));
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        for (int64_t from = 0; from + counts[i] <= ROWS; from += 1 + 41 * (int64_t)(i % 3))
+            rows_alone(p, &xt, &y, held, got, from, counts[i]);
+    dev_free(&xb), dev_free(&yb);
+    mem_free(x), mem_free(held), mem_free(got);
+}
+
+static void dense_case(int64_t n, int64_t k, bool wide, bool add, bool with_bias)
+{
+    product p = {.n = n, .k = k, .wide = wide, .add = add};
+    f16 *w = halves(n * k, 0.1), *b = halves(n, 1);
+    float *wf = must((size_t)(n * k), sizeof *wf), *bf = must((size_t)n, sizeof *bf);
+    dev_buf wb, bb;
+    for (int64_t i = 0; i < n * k; i++) wf[i] = f16_to_f32(w[i]);
+    for (int64_t i = 0; i < n; i++) bf[i] = f16_to_f32(b[i]);
+    p.w = device_2d(&wb, DT_F16, n, k, w);
+    const tensor bias = device_2d(&bb, DT_F16, 1, n, b);
+    if (with_bias) {
+        p.bias = tensor_1d(bias.data, DT_F16, n);
+        p.bias.mem = bias.mem;
+    }
+    check_rows(&p, wf, with_bias ? bf : NULL);
+    dev_free(&wb), dev_free(&bb);
+    mem_free(w), mem_free(b), mem_free(wf), mem_free(bf);
+}
+
+static void w4_case(int64_t n, int64_t k, int32_t group, bool wide, bool add)
+{
+    product p = {.n = n, .k = k, .wide = wide, .add = add};
+    size_t q, s, z;
+    w4_weight w;
+    const w4_weight *part = &w;
+    dev_buf buf;
+    OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
+    uint8_t *mem = must(q + s + z, 1);
+    memset(&w, 0, sizeof w);
+    w4_shape(&w, k, n, group, W4_TM);
+    w.q.data = mem, w.scales.data = mem + q, w.zeros.data = mem + q + s;
+    for (size_t i = 0; i < q; i++) mem[i] = (uint8_t)(uniform() * 256);
+    for (size_t i = 0; i < s / 2; i++)
+        ((f16 *)w.scales.data)[i] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
+    for (size_t i = 0; i < z / 2; i++)
+        ((f16 *)w.zeros.data)[i] = f32_to_f16((float)(int)(uniform() * 16));
+    float *wf = must((size_t)(n * k), sizeof *wf);
+    for (int64_t o = 0; o < n; o++) w4_dequant_row(wf + o * k, &w, o);
+    OK_(w4_upload(gpu, &buf, &p.w4, &part, 1, e));
+    check_rows(&p, wf, NULL);
+    dev_free(&buf);
+    mem_free(mem), mem_free(wf);
+}
+
+START_TEST(dense)
+{
+    dense_case(100, 64, true, false, false);
+    dense_case(96, 520, false, false, true);
+    dense_case(250, 1000, true, true, false);
+    dense_case(33, 2048, false, true, true);
+    dense_case(50, 100, true, true, true); /* 100 inputs: no 16-byte rows */
+}
+END_TEST
+
+START_TEST(four_bit)
+{
+    w4_case(64, 256, 128, false, false);
+    w4_case(136, 1024, 32, true, true);
+    w4_case(72, 2176, 64, false, true);
+    w4_case(304, 1664, 128, true, false);
+}
+END_TEST
+
+/* Norm, product of gate and up, silu: rows alone against all of them. */
+static void norm_case(int64_t half, int64_t k, bool glu)
+{
+    static const int32_t counts[] = {1, 2, 7, 33, 64, 65, 100};
+    const size_t row = (size_t)(glu ? half : 2 * half) * sizeof(f16);
+    size_t q, s, z;
+    w4_weight parts[2], w4;
+    const w4_weight *const both[2] = {&parts[0], &parts[1]};
+    uint8_t *mem[2];
+    dev_buf buf, xb, nb, hb, yb;
+    memset(parts, 0, sizeof parts);
+    for (int i = 0; i < 2; i++) {
+        OK_(w4_sizes(&q, &s, &z, k, half, 128, W4_TM, e));
+        uint8_t *p = mem[i] = must(q + s + z, 1);
+        w4_shape(&parts[i], k, half, 128, W4_TM);
+        parts[i].q.data = p, parts[i].scales.data = p + q, parts[i].zeros.data = p + q + s;
+        for (size_t j = 0; j < q; j++) p[j] = (uint8_t)(uniform() * 256);
+        for (size_t j = 0; j < s / 2; j++)
+            ((f16 *)parts[i].scales.data)[j] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
+        for (size_t j = 0; j < z / 2; j++)
+            ((f16 *)parts[i].zeros.data)[j] = f32_to_f16((float)(int)(uniform() * 16));
+    }
+    OK_(w4_upload(gpu, &buf, &w4, both, 2, e));
+    float *x = must((size_t)(ROWS * k), sizeof *x);
+    for (int64_t i = 0; i < ROWS * k; i++) x[i] = (float)(uniform() * 2 - 1);
+    f16 *norm = halves(k, 1);
+    const tensor xt = device_2d(&xb, DT_F32, ROWS, k, x), nt = device_2d(&nb, DT_F16, 1, k, norm);
+    tensor w = tensor_1d(nt.data, DT_F16, k), h = device_2d(&hb, DT_F16, ROWS, k, NULL),
+           y = device_2d(&yb, DT_F16, ROWS, 2 * half, NULL);
+    w.mem = nt.mem;
+    char *all = must(ROWS, (size_t)half * 4), *got = must(ROWS, (size_t)half * 4);
+    OK_(op_norm_gemm_w4(gpu, &y, &h, &xt, &w, 1e-5f, &w4, glu, e));
+    fetch(all, &y);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        for (int64_t from = 0; from + counts[i] <= ROWS; from += 29) {
+            const tensor in = tensor_rows(&xt, from, counts[i]);
+            tensor hp = tensor_rows(&h, 0, counts[i]), yp = tensor_rows(&y, 0, counts[i]);
+            OK_(op_norm_gemm_w4(gpu, &yp, &hp, &in, &w, 1e-5f, &w4, glu, e));
+            fetch(got, &yp);
+            for (int64_t r = 0; r < counts[i]; r++)
+                ck_assert_msg(memcmp(got + (size_t)(r * half) * 4,
+                                     all + (size_t)((from + r) * half) * 4, row) == 0,
+                              "norm, %lld outputs: row %lld of %lld + %d", (long long)half,
+                              (long long)r, (long long)from, counts[i]);
+        }
+    dev_free(&buf), dev_free(&xb), dev_free(&nb), dev_free(&hb), dev_free(&yb);
+    for (int i = 0; i < 2; i++) mem_free(mem[i]);
+    mem_free(x), mem_free(norm), mem_free(all), mem_free(got);
+}
+
+START_TEST(norm_four_bit)
+{
+    norm_case(256, 512, true);
+    norm_case(200, 2048, true);
+    norm_case(256, 1024, false);
+}
+END_TEST
+
+int main(void)
+{
+    err e;
+    const dev_opts card = {.kind = DEV_CUDA, .threads = 1, .deterministic = true};
+    if (dev_open(&gpu, &card, &e) != OK) {
+        (void)printf("SKIP: %s\n", e.msg);
+        return 77;
+    }
+    const op_limits lim = {ROWS, 4096, 1024, 8, 128, 512, 8};
+    if (ops_reserve(gpu, &lim, &e) != OK) return 1;
+    Suite *s = suite_create("cuda_fixed");
+    TCase *t = tcase_create("products");
+    tcase_set_timeout(t, 120);
+    tcase_add_test(t, dense);
+    tcase_add_test(t, four_bit);
+    tcase_add_test(t, norm_four_bit);
+    suite_add_tcase(s, t);
+    SRunner *r = srunner_create(s);
+    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
+    srunner_run_all(r, CK_NORMAL);
+    const int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    dev_close(&gpu);
+    return failed != 0;
+}
