@@ -94,12 +94,13 @@ err_code attn_cuda(device *d, tensor *y, const tensor *q, const kv_layer *kv,
     TRY(cuda_pass_flush(d, e));
     const bool wgmma = fast && s->sm >= 90 && bits == 16 &&
                        (kv->head_dim == 64 || kv->head_dim == 128);
-    const cudaError_t rc =
-        wgmma  ? attn_prefill_wgmma(&c, kv->head_dim,
-                                    (int64_t)kv->blocks * kv->kv_heads * 2 * kv->block_tokens,
-                                    s->stream)
-        : fast ? attn_prefill(&c, kv->head_dim, bits, s->sm, s->stream)
-               : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream, s->sm >= 90);
+    const cudaError_t rc = wgmma  ? attn_prefill_wgmma(&c, kv->head_dim,
+                                                       (int64_t)kv->blocks * kv->kv_heads * 2 *
+                                                           kv->block_tokens,
+                                                       s->stream)
+                           : fast ? attn_prefill(&c, kv->head_dim, bits, s->sm, s->stream)
+                                  : attn_plain(&c, kv->head_dim, bits, (int)q->shape[0], s->stream,
+                                               s->sm >= 90);
     return cuda_launched(d, fast ? "attn: prefill" : "attn: plain", rc, e);
 }
 

@@ -268,8 +268,7 @@ __global__ void __launch_bounds__(GROUPS * 128 + 128, 1)
     if (b.row0 >= b.rows) return;
     if (threadIdx.x >= GROUPS * 128) {
         fewer_regs<40>();
-        if (threadIdx.x < GROUPS * 128 + 32)
-            produce<D>(c, b, &map, r, box, (int)threadIdx.x & 31);
+        if (threadIdx.x < GROUPS * 128 + 32) produce<D>(c, b, &map, r, box, (int)threadIdx.x & 31);
     } else {
         more_regs<232>();
         consume<D>(c, b, r);

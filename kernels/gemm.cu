@@ -1,5 +1,5 @@
-/* Dense products: 16-bit weights with f32 sums, one row by a kernel of our own, more through cuBLAS;
- * and the f32 products of the search. */
+/* Dense products: 16-bit weights with f32 sums, one row by a kernel of our own, more through
+ * cuBLAS; and the f32 products of the search. */
 #include "kernels/device_cuda.cuh"
 #include "kernels/gemm_one.cuh"
 
@@ -63,10 +63,9 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
     one_row.bias = bias ? (const __half *)bias->data : NULL;
     one_row.n = n, one_row.k = k, one_row.add = add, one_row.wide = y->dt == DT_F32;
     if (m == 1 && gemm_one_takes(&one_row))
-        return cuda_launched(d, "gemm: one row",
-                             gemm_one(&one_row, cuda_of(d)->sms, cuda_of(d)->sm >= 90,
-                                      cuda_of(d)->stream),
-                             e);
+        return cuda_launched(
+            d, "gemm: one row",
+            gemm_one(&one_row, cuda_of(d)->sms, cuda_of(d)->sm >= 90, cuda_of(d)->stream), e);
     TRY(cuda_blas(d, "gemm",
                   cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_T, CUBLAS_OP_N, n, m, k, &one, w->data,
                                CUDA_R_16F, k, x->data, CUDA_R_16F, (int)x->stride[0], &beta,

@@ -349,7 +349,8 @@ static err_code wide_rows(device *d, tensor *y, const tensor *x, const w4_weight
     c.x = (const __half *)x->data, c.y = y->data, c.arrived = s->counters;
     c.m = (int)x->shape[0], c.ldx = (int)x->stride[0], c.ldy = (int)y->stride[0];
     c.add = add, c.wide = y->dt == DT_F32, c.glu = glu;
-    *taken = s->sm >= 90 && !d->deterministic && x->shape[0] > STREAM_ROWS && gemm_w4_wide_takes(&t, &c);
+    *taken = s->sm >= 90 && !d->deterministic && x->shape[0] > STREAM_ROWS &&
+             gemm_w4_wide_takes(&t, &c);
     if (!*taken) return OK;
     TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(c.m, s->sms), "gemm_w4", e));
     TRY(cuda_pass_flush(d, e));

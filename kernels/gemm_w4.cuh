@@ -6,8 +6,9 @@
  * steps s = 2p, 2p + 1 of 32 inputs: bytes 0..3 of word h are codes of row g, inputs 32*s + 16*h +
  * {2t, 2t + 8, 2t + 1, 2t + 9}, in their low nibbles and the same of row g + 8 in the high ones: a
  * word is the A operand of one f16 mma of 16 inputs, and after one mask two words are that of
- * mma.m16n8k32 with inputs in this order. Parameters: for each group of the unit (128 / group of them) 8 x {half2 (scale, zero)
- * of row g, half2 of row g + 8}. Inputs beyond k and rows beyond n have scale 0. */
+ * mma.m16n8k32 with inputs in this order. Parameters: for each group of the unit (128 / group of
+ * them) 8 x {half2 (scale, zero) of row g, half2 of row g + 8}. Inputs beyond k and rows beyond n
+ * have scale 0. */
 #ifndef TMF_KERNELS_GEMM_W4_CUH
 #define TMF_KERNELS_GEMM_W4_CUH
 
@@ -109,7 +110,8 @@ __device__ __forceinline__ int w4_lane_place(int lane)
 }
 
 /* Four values of each lane, 128 of a warp, as 16-bit fixed point in two planes of bytes, in order
- * of the codes. Returns the scale; *sum: the integers of this lane's group added up. All lanes call. */
+ * of the codes. Returns the scale; *sum: the integers of this lane's group added up. All lanes
+ * call. */
 __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t *hi, uint32_t *lo,
                                           int *sum, int lane)
 {

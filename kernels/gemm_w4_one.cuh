@@ -22,8 +22,8 @@ __device__ __forceinline__ void consumers_sync()
 }
 
 /* Planes of a unit: 16 bytes for each (pair of steps i, plane, t) at ((i*2 + plane)*4 + t)*16: the
- * two steps' inputs in the order of codes. Scales: scale, then the integer sum of each group. N units `step`
- * apart at once; those from `units` on are not stored. */
+ * two steps' inputs in the order of codes. Scales: scale, then the integer sum of each group. N
+ * units `step` apart at once; those from `units` on are not stored. */
 template <int GROUP, int N>
 __device__ __forceinline__ void many_planes(uint8_t *planes, float *scales, int unit, int step,
                                             int units, const float (*v)[4], int lane)

@@ -13,7 +13,7 @@
 
 #define TILE_ROWS 256
 #define W4_TILES  (TILE_ROWS / 16)
-#define BAND      16         /* token tiles that share weights in L2 */
+#define BAND      16 /* token tiles that share weights in L2 */
 #define RING_MOST (208 << 10)
 
 /* How the tiles of a product are dealt out. */
@@ -23,11 +23,11 @@ typedef struct {
 } w_plan;
 
 template <int NT, int GROUP> struct w_shape {
-    static constexpr int GROUPS = NT == 128 ? 2 : 4,   /* warpgroups that multiply */
-        PARTS = 4 / GROUPS,                            /* 64 outputs each of one */
+    static constexpr int GROUPS = NT == 128 ? 2 : 4, /* warpgroups that multiply */
+        PARTS = 4 / GROUPS,                          /* 64 outputs each of one */
         THREADS = GROUPS * 128, UNIT = 1024 + 64 * (128 / GROUP), CODES = W4_TILES * UNIT,
-                         X = NT * 256, STAGE = CODES + X,
-                         FIT = RING_MOST / STAGE, STAGES = FIT < 8 ? FIT : 8,
+                         X = NT * 256, STAGE = CODES + X, FIT = RING_MOST / STAGE,
+                         STAGES = FIT < 8 ? FIT : 8,
                          ROW = PARTS * 128 + 16, /* bytes of a staged token */
         SMEM = 1024 + STAGES * STAGE + GROUPS * 16 * ROW;
     static_assert(STAGE % 1024 == 0, "swizzled tiles begin at multiples of 1024");
@@ -232,8 +232,8 @@ template <int PARTS> struct w_pieces {
 
 /* Piece (half h, part i) of step s; mine: shared address of the lane's codes of a unit. */
 template <int NT, int GROUP>
-__device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *f,
-                                           uint32_t mine, int s, int h, int i)
+__device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *f, uint32_t mine,
+                                           int s, int h, int i)
 {
     typedef w_shape<NT, GROUP> S;
     uint32_t word = f->later[i];
@@ -241,8 +241,8 @@ __device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *
         const uint2 q = shared_load8(mine + i * 4 * S::UNIT + (s >> 1) * 512 + (s & 1) * 8);
         word = q.x, f->later[i] = q.y;
         if (s * 32 % GROUP == 0)
-            f->param[i] = param_of(shared_load8(f->param_at + mine + i * 4 * S::UNIT +
-                                                s * 32 / GROUP * 64));
+            f->param[i] = param_of(
+                shared_load8(f->param_at + mine + i * 4 * S::UNIT + s * 32 / GROUP * 64));
     }
     fragment_of(f->a[s & 1][h][i], word, f->param[i]);
 }
@@ -251,14 +251,14 @@ __device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *
  * four pieces (two with one part) earlier is made anew: the tensor cores always have work left. */
 template <int NT, int GROUP>
 __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS][NT / 2],
-                                         uint8_t *ring, uint64_t *full, uint64_t *empty,
-                                         int units, int *slot, int *round, const w_thread &th)
+                                         uint8_t *ring, uint64_t *full, uint64_t *empty, int units,
+                                         int *slot, int *round, const w_thread &th)
 {
     typedef w_shape<NT, GROUP> S;
     w_pieces<S::PARTS> f;
     int last = -1;
-    const uint32_t lane_at = smem_addr(ring) + S::X + (th.group * S::PARTS * 4 + th.warp) * S::UNIT +
-                             th.lane * 16;
+    const uint32_t lane_at = smem_addr(ring) + S::X +
+                             (th.group * S::PARTS * 4 + th.warp) * S::UNIT + th.lane * 16;
     f.param_at = 1024 + (th.lane >> 2) * 8 - th.lane * 16;
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
@@ -443,8 +443,7 @@ __device__ __forceinline__ void put_any(const w4_tiles &w, const w4_wide_call &c
 }
 
 /* Piece `p` of the outputs of a token that a warpgroup staged, 8 of them: the first, or -1. */
-template <bool GLU>
-__device__ __forceinline__ int piece_row(const w4_tiles &w, int tile, int p)
+template <bool GLU> __device__ __forceinline__ int piece_row(const w4_tiles &w, int tile, int p)
 {
     if (!w.paired) {
         const int o = tile * 16 + p * 8;
@@ -485,12 +484,10 @@ __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w
 {
     typedef w_shape<NT, GROUP> S;
     constexpr int PIECES = S::PARTS * (GLU ? 4 : 8);
-    const int in = th.warp * 32 + th.lane, piece = in % PIECES,
-              o = piece_row<GLU>(w, tile, piece);
+    const int in = th.warp * 32 + th.lane, piece = in % PIECES, o = piece_row<GLU>(w, tile, piece);
     float2 bias[S::PARTS];
 #pragma unroll
-    for (int i = 0; i < S::PARTS; i++)
-        bias[i] = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
+    for (int i = 0; i < S::PARTS; i++) bias[i] = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
 #pragma unroll
     for (int j = 0; j < NT / 16; j++) {
         if (token + j * 16 >= c.m) break;
@@ -501,8 +498,8 @@ __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w
 #pragma unroll
         for (int r = in / PIECES; r < 16; r += 128 / PIECES)
             if (token + j * 16 + r < c.m && o >= 0)
-                *(uint4 *)((__half *)c.y + (size_t)(token + j * 16 + r) * c.ldy + o) =
-                    *(const uint4 *)(stage + r * S::ROW + piece * 16);
+                *(uint4 *)((__half *)c.y + (size_t)(token + j * 16 + r) * c.ldy +
+                           o) = *(const uint4 *)(stage + r * S::ROW + piece * 16);
         bar_sync_id(2 + th.group, 128);
     }
 }
@@ -541,8 +538,8 @@ __device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_
 
 /* Sums lie as [block][2][float4 of a thread][THREADS]: the second for a tile that the block only
  * begins behind another. */
-template <int NT, int GROUP> __device__ __forceinline__ float4 *sums_of(const w4_wide_call &c,
-                                                                      int block, int second)
+template <int NT, int GROUP>
+__device__ __forceinline__ float4 *sums_of(const w4_wide_call &c, int block, int second)
 {
     typedef w_shape<NT, GROUP> S;
     return (float4 *)c.sums + ((size_t)block * 2 + second) * (S::PARTS * NT / 8) * S::THREADS;
@@ -616,7 +613,8 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
               me = (int)blockIdx.x - first;
     const int2 place = place_of(p, tile);
     if (threadIdx.x == 0)
-        while (seen(arrived) < n) {}
+        while (seen(arrived) < n) {
+        }
     bar_sync<1, S::THREADS>();
     const int end = (me + 1) * ITEMS / n;
     for (int item = me * ITEMS / n; item < end; item += BATCH) {
@@ -666,8 +664,7 @@ __device__ __forceinline__ void consume(uint8_t *ring, uint64_t *full, uint64_t 
 template <int NT, int GROUP>
 __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
     gemm_w4_wide_kernel(const __grid_constant__ CUtensorMap codes,
-                        const __grid_constant__ CUtensorMap x, w4_tiles w, w4_wide_call c,
-                        w_plan p)
+                        const __grid_constant__ CUtensorMap x, w4_tiles w, w4_wide_call c, w_plan p)
 {
 #ifdef TMF_SM90A
     typedef w_shape<NT, GROUP> S;

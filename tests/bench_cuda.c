@@ -13,10 +13,10 @@
 #include "base/mem.h"
 #include "kernels/ops.h"
 
-#define RUNS   9
+#define RUNS      9
 #define MOST_ROWS 16
-#define COPIES 64
-#define COLD   ((size_t)480 << 20) /* bytes that one replay goes through */
+#define COPIES    64
+#define COLD      ((size_t)480 << 20) /* bytes that one replay goes through */
 
 static device *d;
 static uint64_t state = 1;
