@@ -103,14 +103,12 @@ static err_code pick_fold(search *s, err *e)
 
 static err_code pick_rotation(search *s, err *e)
 {
-    static const char *const names[] = {"auto", "none", "vo"};
-    const char *name = s->o->rotate ? s->o->rotate : names[0];
-    int i = 0;
-    while (i < 3 && strcmp(name, names[i]) != 0) i++;
-    if (i == 3) return err_set(e, E_USAGE, "rotation '%s': expected auto, none or vo", name);
-    if (i == 2 && !s->q.kv_fold)
+    const char *name = s->o->rotate ? s->o->rotate : "none";
+    s->q.turn = strcmp(name, "vo") == 0;
+    if (!s->q.turn && strcmp(name, "none") != 0)
+        return err_set(e, E_USAGE, "rotation '%s': expected none or vo", name);
+    if (s->q.turn && !s->q.kv_fold)
         return err_set(e, E_USAGE, "rotation 'vo': expected folds of k and v (--kv-fold yes)");
-    s->q.turn = s->q.kv_fold && i != 1;
     if (!s->q.turn) return OK;
     TRY(rotated_open(&s->turned, s->base, s->d, &(tensor){0}, e));
     s->src = rotated_src(s->turned);

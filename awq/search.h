@@ -15,7 +15,8 @@ typedef struct {
     const char *loss; /* NULL: the method's own; "blocks", "gram", "module" */
     int32_t group;
     int kv_fold; /* factors of k and v for a 4-bit cache: 1 yes, 0 no, -1 as the method does */
-    const char *rotate; /* "none", "vo", "auto"; NULL: auto */
+    const char
+        *rotate; /* "none", "vo": of keys and values where their 4-bit error gains; NULL: none */
     int64_t gram_bytes; /* second moments beyond this are gathered one at a time */
     double save_s;      /* least seconds between two savings of the hidden states */
     bool force;

@@ -76,7 +76,7 @@ typedef enum {
     CHAT_TOOLS_INTERNLM2, /* <|action_start|><|plugin|>{"name":..,"parameters":..}<|action_end|> */
     CHAT_TOOLS_LLAMA3,    /* {"name":..,"parameters":..}, perhaps behind <|python_tag|> */
     CHAT_TOOLS_MISTRAL,   /* [TOOL_CALLS][{"name":..,"arguments":..}] */
-    CHAT_TOOLS_DEEPSEEK /* <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>name<｜tool▁sep｜>{..} */
+    CHAT_TOOLS_DEEPSEEK   /* name, a mark, {..}: between marks of its own */
 } chat_tools;
 chat_tools chat_tool_format(const chat *c);
 

@@ -524,6 +524,17 @@ static err_code set_float16(cJSON *config, err *e)
     return out_of_memory("config.json", e);
 }
 
+/* A head that is written beside the embedding is one of its own. */
+static err_code set_untied(const w4_dir_writer *w, cJSON *config, err *e)
+{
+    static const char key[] = "tie_word_embeddings";
+    if (w->m.tied_embed || !cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(config, key))) return OK;
+    cJSON *v = cJSON_CreateFalse();
+    if (v && cJSON_ReplaceItemInObjectCaseSensitive(config, key, v)) return OK;
+    cJSON_Delete(v);
+    return out_of_memory("config.json", e);
+}
+
 static err_code write_config(w4_dir_writer *w, err *e)
 {
     char path[PATH_CAP];
@@ -534,7 +545,8 @@ static err_code write_config(w4_dir_writer *w, err *e)
     TRY(json_load(&config, path, CONFIG_MAX_BYTES, e));
     if (!cJSON_IsObject(config))
         rc = err_set(e, E_INPUT, "%s: expected an object", path);
-    else if ((rc = set_float16(config, e)) == OK && (rc = add_quantization(w, config, e)) == OK)
+    else if ((rc = set_float16(config, e)) == OK && (rc = set_untied(w, config, e)) == OK &&
+             (rc = add_quantization(w, config, e)) == OK)
         rc = write_json(dir_writer_path(w->dir), "config.json", config, e);
     cJSON_Delete(config);
     return rc;

@@ -81,12 +81,17 @@ static void tell(story *s, chat_tools f, const char *text, size_t at, size_t ste
     cJSON_Delete(tools);
 }
 
-#define H CHAT_TOOLS_HERMES
-#define I CHAT_TOOLS_INTERNLM2
-#define L CHAT_TOOLS_LLAMA3
-#define M CHAT_TOOLS_MISTRAL
-#define D CHAT_TOOLS_DEEPSEEK
-#define A "{\"x\": 1, \"s\": \"}{\\\"<\"}"
+#define H       CHAT_TOOLS_HERMES
+#define I       CHAT_TOOLS_INTERNLM2
+#define L       CHAT_TOOLS_LLAMA3
+#define M       CHAT_TOOLS_MISTRAL
+#define D       CHAT_TOOLS_DEEPSEEK
+#define D_CALLS "<｜tool▁calls▁begin｜>"
+#define D_CALL  "<｜tool▁call▁begin｜>"
+#define D_MARK  "<｜tool▁sep｜>"
+#define D_END   "<｜tool▁call▁end｜>"
+#define D_LAST  "<｜tool▁calls▁end｜>"
+#define A       "{\"x\": 1, \"s\": \"}{\\\"<\"}"
 static const struct {
     chat_tools f;
     const char *text, *want;
@@ -169,22 +174,15 @@ static const struct {
     {M, "[1, 2] is a list", "[1, 2] is a list"},
     {M, "[TOOL_CALLS] nothing here", "[TOOL_CALLS] nothing here"},
     {D,
-     "Well.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n" A
-     "\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```"
-     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+     "Well.\n" D_CALLS D_CALL "function" D_MARK "f\n```json\n" A "\n```" D_END "\n" D_CALL
+     "function" D_MARK "g\n```json\n{}\n```" D_END D_LAST,
      "Well.|f(" A ")|g({})|"},
-    {D,
-     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>" A
-     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>g<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
-     "<｜tool▁calls▁end｜> bye",
+    {D, D_CALLS D_CALL "f" D_MARK A D_END D_CALL "g" D_MARK "{}" D_END D_LAST " bye",
      "f(" A ")|g({})| bye"},
-    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>\n",
-     "f({\"a\": 1})|"},
-    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a\": [", "f({\"a\": [)|"},
-    {D, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
-     "<｜tool▁calls▁begin｜>"
-     "<｜tool▁call▁begin｜>f<｜tool▁sep｜>"},
-    {D, "<｜tool▁calls▁begin｜>nothing", "<｜tool▁calls▁begin｜>nothing"},
+    {D, D_CALLS D_CALL "f" D_MARK "{\"a\": 1}" D_END "\n", "f({\"a\": 1})|"},
+    {D, D_CALLS D_CALL "f" D_MARK "{\"a\": [", "f({\"a\": [)|"},
+    {D, D_CALLS D_CALL "f" D_MARK, D_CALLS D_CALL "f" D_MARK},
+    {D, D_CALLS "nothing", D_CALLS "nothing"},
     {D, "<｜tool▁calls", "<｜tool▁calls"},
 };
 

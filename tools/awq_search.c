@@ -26,9 +26,9 @@ static const cli_option options[] = {
      "best]",
      .choices = "yes|no"},
     {"rotate", 0, CLI_CHOICE, &opt.rotate, "WHAT",
-     "other bases that compute the same, where they win: vo, of keys and values for the cache "
-     "[auto]",
-     .choices = "auto|none|vo"},
+     "other bases that compute the same: vo, of keys and values where their 4-bit error gains "
+     "[none]",
+     .choices = "none|vo"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},

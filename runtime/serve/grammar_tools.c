@@ -22,8 +22,12 @@ static const frame frames[] = {
                               ", \"parameters\": ", "}<|action_end|>", "\n"},
     [CHAT_TOOLS_LLAMA3] = {"", "", "{\"name\": ", ", \"parameters\": ", "}", "; "},
     [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS] [", "]", "{\"name\": ", ", \"arguments\": ", "}", ", "},
-    [CHAT_TOOLS_DEEPSEEK] = {"<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
-                             "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "",
+    [CHAT_TOOLS_DEEPSEEK] = {.open = "<｜tool▁calls▁begin｜>",
+                             .close = "<｜tool▁calls▁end｜>",
+                             .begin = "<｜tool▁call▁begin｜>",
+                             .named = "<｜tool▁sep｜>",
+                             .end = "<｜tool▁call▁end｜>",
+                             .between = "",
                              .bare = true},
 };
 

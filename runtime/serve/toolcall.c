@@ -102,6 +102,12 @@ static size_t spaces(const text_buf *b)
 
 /* ---- begin and end of a call ---- */
 
+#define DEEPSEEK_OPEN "<｜tool▁calls▁begin｜>"
+static const char deepseek_begin[] = "<｜tool▁call▁begin｜>";
+static const char deepseek_mark[] = "<｜tool▁sep｜>";
+static const char deepseek_end[] = "<｜tool▁call▁end｜>";
+static const char deepseek_last[] = "<｜tool▁calls▁end｜>";
+
 static const char *opener(chat_tools f, int i)
 {
     static const char *const all[][3] = {[CHAT_TOOLS_NONE] = {NULL},
@@ -111,7 +117,7 @@ static const char *opener(chat_tools f, int i)
                                                                    NULL},
                                          [CHAT_TOOLS_LLAMA3] = {"<|python_tag|>", NULL},
                                          [CHAT_TOOLS_MISTRAL] = {"[TOOL_CALLS]", NULL},
-                                         [CHAT_TOOLS_DEEPSEEK] = {"<｜tool▁calls▁begin｜>", NULL}};
+                                         [CHAT_TOOLS_DEEPSEEK] = {DEEPSEEK_OPEN, NULL}};
     return all[f][i];
 }
 
@@ -548,9 +554,6 @@ static err_code run_name(toolcall *t, bool last, bool *more)
 }
 
 /* ---- DeepSeek's: name or "function", a mark, perhaps the name and a fence, the object ---- */
-
-static const char deepseek_begin[] = "<｜tool▁call▁begin｜>", deepseek_mark[] = "<｜tool▁sep｜>",
-                  deepseek_end[] = "<｜tool▁call▁end｜>", deepseek_last[] = "<｜tool▁calls▁end｜>";
 
 static err_code run_deepseek_open(toolcall *t, bool last, bool *more)
 {
