@@ -258,12 +258,13 @@ static err_code rounded_weights(rounding *q, int way, err *e)
 static err_code judge(rounding *q, int way, err *e)
 {
     const tensor w = tile(q, 0), lack = tile(q, 3);
-    tensor x = tile(q, 2), work = tile(q, 4), form = sums_of(q, SUM_FORM + way),
-           dot = sums_of(q, SUM_DOT + way);
+    tensor x = tile(q, 2), form = sums_of(q, SUM_FORM + way), dot = sums_of(q, SUM_DOT + way),
+           half = dev_2d(q->s, q->s->tile[4], DT_BF16, q->rows, q->k);
     TRY(rounded_weights(q, way, e));
     TRY(op_mix(q->b->d, &x, 1.f, &x, -1.f, &w, e));
     TRY(op_row_dots(q->b->d, &dot, &x, &lack, e));
-    return op_form(q->b->d, &form, &x, &q->held.h, &work, e);
+    TRY(op_mix(q->b->d, &half, 1.f, &x, 0.f, NULL, e));
+    return op_form(q->b->d, &form, &half, &q->held.h, &x, e);
 }
 
 static err_code distance_after(rounding *q, int way, err *e)

@@ -23,13 +23,15 @@ struct dev_chain {
     f16 *weights[SLOTS]; /* [n,k] */
     int n_roles;
     dev_buf buf;
-    float *h[2], *lack[2]; /* trained on, held out: widest^2, widest * hidden */
-    float *square;         /* widest^2 */
-    void *input;           /* act [pass rows, widest]: the 16-bit input, then d */
-    void *out;             /* act [pass rows, hidden]: what outputs lack */
-    float *residual, *y;   /* [pass rows, hidden] */
-    float *diagonal;       /* [widest] */
-    float *host;           /* [widest] on the host */
+    float *h;            /* widest^2 trained on */
+    bf16 *held;          /* widest^2 held out: it only tells ways apart */
+    float *lack[2];      /* widest * hidden: trained on, held out */
+    float *square;       /* widest^2 */
+    void *input;         /* act [pass rows, widest]: the 16-bit input, then d */
+    void *out;           /* act [pass rows, hidden]: what outputs lack */
+    float *residual, *y; /* [pass rows, hidden] */
+    float *diagonal;     /* [widest] */
+    float *host;         /* [widest] on the host */
     tensor_role tap;
     bool half; /* the states are those behind the attention */
     float share;
@@ -55,9 +57,10 @@ static int parts_of(dev_chain *c, const device *d, const model_desc *m, int64_t 
     for (int i = 0; i < c->n_roles; i++)
         if (model_linear_k(m, c->role[i]) > c->widest) c->widest = model_linear_k(m, c->role[i]);
     const size_t k = (size_t)c->widest;
-    for (int i = 0; i < 2; i++) p[n++] = (chain_part){(void **)&c->h[i], k * k * f};
-    p[n++] = (chain_part){(void **)&c->square, k * k * f};
+    p[n++] = (chain_part){(void **)&c->h, k * k * f};
+    p[n++] = (chain_part){(void **)&c->held, k * k * sizeof(bf16)};
     for (int i = 0; i < 2; i++) p[n++] = (chain_part){(void **)&c->lack[i], k * hidden * f};
+    p[n++] = (chain_part){(void **)&c->square, k * k * f};
     p[n++] = (chain_part){&c->input, pass * k * act};
     p[n++] = (chain_part){&c->out, pass * hidden * act};
     p[n++] = (chain_part){(void **)&c->residual, pass * hidden * f};
@@ -138,7 +141,15 @@ void dev_chain_close(dev_chain **c)
 dev_buf dev_chain_room(const dev_chain *c)
 {
     dev_buf b = c->buf;
-    b.bytes = (size_t)((uint8_t *)c->input - (uint8_t *)c->buf.data);
+    b.bytes = (size_t)((uint8_t *)c->square - (uint8_t *)c->buf.data);
+    return b;
+}
+
+dev_buf dev_chain_pass_room(const dev_chain *c)
+{
+    dev_buf b = c->buf;
+    b.data = c->input;
+    b.bytes = (size_t)((uint8_t *)c->diagonal - (uint8_t *)c->input);
     return b;
 }
 
@@ -258,7 +269,7 @@ static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const 
         const int set = c->holds_out && c->held_out[c->first + i];
         const tensor rows = tensor_rows(x, i * c->seqlen, c->seqlen),
                      less = tensor_rows(&lack, i * c->seqlen, c->seqlen);
-        tensor h = on_device(c, c->h[set], DT_F32, k, k),
+        tensor h = on_device(c, set ? c->square : c->h, DT_F32, k, k),
                to = on_device(c, c->lack[set], DT_F32, lack.shape[1], k);
         TRY(op_gram(c->d, &h, &rows, e));
         TRY(op_cross(c->d, &to, &less, &rows, e));
@@ -291,7 +302,7 @@ static err_code finish(dev_chain *c, int set, int64_t k, int64_t n, dev_moments 
 {
     tensor dev = tensor_1d(c->diagonal, DT_F32, k), host = tensor_1d(c->host, DT_F32, k);
     dev.mem = dev_mem(c->d);
-    out->h = on_device(c, c->h[set], DT_F32, k, k);
+    out->h = on_device(c, set ? c->square : c->h, DT_F32, k, k);
     out->lack = on_device(c, c->lack[set], DT_F32, n, k);
     TRY(op_gram_finish(c->d, &out->h, e));
     TRY(op_diagonal(c->d, &dev, &out->h, e));
@@ -314,7 +325,7 @@ err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j
     c->tap = tap_of(r);
     c->share = share;
     for (int i = 0; i < 2; i++) {
-        tensor h = on_device(c, c->h[i], DT_F32, k, k),
+        tensor h = on_device(c, i ? c->square : c->h, DT_F32, k, k),
                lack = on_device(c, c->lack[i], DT_F32, n, k);
         TRY(op_zero(c->d, &h, e));
         TRY(op_zero(c->d, &lack, e));
@@ -327,7 +338,11 @@ err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j
     }
     c->half = c->half || c->tap == ROLE_GATE;
     TRY(finish(c, 0, k, n, train, e));
-    return finish(c, 1, k, n, held, e);
+    TRY(finish(c, 1, k, n, held, e));
+    tensor half = on_device(c, c->held, DT_BF16, k, k);
+    TRY(op_mix(c->d, &half, 1.f, &held->h, 0.f, NULL, e));
+    held->h = half;
+    return OK;
 }
 
 /* ---- the next layer ---- */

@@ -10,7 +10,7 @@
 
 /* Over a set of windows, x the input behind rounded layers, d the 16-bit input less x, r the 16-bit
  * residual stream less the one behind rounded layers: h = sum x^T x; lack = sum d^T x [k,k], of o
- * and down sum (d W^T + share r)^T x [n,k]. On the device, f32. */
+ * and down sum (d W^T + share r)^T x [n,k]. On the device, f32; h of windows held out bf16. */
 typedef struct {
     tensor h, lack;
 } dev_moments;
@@ -19,8 +19,12 @@ size_t dev_chain_bytes(const device *d, const model_desc *m, int64_t pass_rows);
 err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_desc *m,
                         const tensor *held_out, err *e);
 void dev_chain_close(dev_chain **c);
-/* What the moments of a layer may use until the first dev_chain_gather. */
+/* What the moments of a layer may use until the first dev_chain_gather; dev_chain_square is not in
+ * it. */
 dev_buf dev_chain_room(const dev_chain *c);
+
+/* What passes alone use: free while a linear is rounded. */
+dev_buf dev_chain_pass_room(const dev_chain *c);
 
 /* A new layer is bound. */
 err_code dev_chain_layer(dev_chain *c, err *e);

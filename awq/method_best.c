@@ -193,4 +193,5 @@ const quant_method method_best = {
     .fixes_codes = true,
     .folds = true,
     .carries = true,
+    .on_device = true,
     .plan_block = plan_best};

@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "awq/dev_chain.h"
 #include "awq/moments.h"
 #include "base/mem.h"
 #include "runtime/layer_walk.h"
@@ -42,15 +43,24 @@ typedef struct {
 
 enum { PARTS = 24 };
 
-static int parts_of(dev_scratch *s, bool carries, scratch_part p[PARTS])
+/* `lent`: bytes of device memory for the last tiles. */
+static int own_tiles(const dev_scratch *s, bool carries, size_t lent)
+{
+    if (!carries) return 3;
+    const size_t borrowed = lent / ((size_t)s->elems * sizeof(float));
+    return borrowed < DEV_TILES ? DEV_TILES - (int)borrowed : 0;
+}
+
+static int parts_of(dev_scratch *s, bool carries, size_t lent, scratch_part p[PARTS])
 {
     const size_t f = sizeof(float), elems = (size_t)s->elems, widest = (size_t)s->widest,
                  groups = (size_t)s->groups, tall = (size_t)(s->elems / s->narrowest);
     int n = 0;
-    for (int i = 0; i < (carries ? DEV_TILES : 3); i++)
+    for (int i = 0; i < own_tiles(s, carries, lent); i++)
         p[n++] = (scratch_part){(void **)&s->tile[i], elems * f};
     p[n++] = (scratch_part){(void **)&s->col, widest * f};
     p[n++] = (scratch_part){(void **)&s->row, (size_t)s->rows * f};
+    if (!carries) p[n++] = (scratch_part){(void **)&s->half, widest * widest * sizeof(bf16)};
     p[n++] = (scratch_part){(void **)&s->square, widest * 128 * f};
     p[n++] = (scratch_part){(void **)&s->sums, sums_count(s) * sizeof(double)};
     p[n++] = (scratch_part){(void **)&s->scale, groups * sizeof(f16)};
@@ -70,11 +80,11 @@ static int parts_of(dev_scratch *s, bool carries, scratch_part p[PARTS])
     return n;
 }
 
-static size_t lay_out(dev_scratch *s, bool carries, uint8_t *base)
+static size_t lay_out(dev_scratch *s, bool carries, size_t lent, uint8_t *base)
 {
     scratch_part p[PARTS];
     size_t at = 0;
-    const int n = parts_of(s, carries, p);
+    const int n = parts_of(s, carries, lent, p);
     for (int i = 0; i < n; i++) {
         *p[i].out = base ? base + at : NULL;
         at += (p[i].bytes + 255) & ~(size_t)255;
@@ -85,7 +95,7 @@ static size_t lay_out(dev_scratch *s, bool carries, uint8_t *base)
 size_t dev_scratch_bytes(const model_desc *m, int32_t group, bool carries)
 {
     dev_scratch s = shape_of(m, group);
-    return lay_out(&s, carries, NULL) + sums_count(&s) * sizeof(double);
+    return lay_out(&s, carries, 0, NULL) + sums_count(&s) * sizeof(double);
 }
 
 static err_code put_identity(dev_scratch *s, err *e)
@@ -94,6 +104,14 @@ static err_code put_identity(dev_scratch *s, err *e)
     for (int64_t i = 0; i < s->widest; i++) p[i] = (int32_t)i;
     TRY(dev_put(s, s->identity, p, (size_t)s->widest * sizeof *p, e));
     return dev_sync(s->d, e);
+}
+
+/* What is free there until the block is rounded, and while it is. */
+static void borrow(dev_scratch *s, dev_chain *inputs, const dev_buf *lent)
+{
+    const int own = own_tiles(s, true, lent->bytes);
+    s->half = (bf16 *)dev_chain_square(inputs);
+    for (int i = own; i < DEV_TILES; i++) s->tile[i] = (float *)lent->data + (i - own) * s->elems;
 }
 
 err_code dev_scratch_open(dev_scratch **out, device *d, const model_desc *m, int32_t group,
@@ -105,12 +123,14 @@ err_code dev_scratch_open(dev_scratch **out, device *d, const model_desc *m, int
     *s = shape_of(m, group);
     s->d = d;
     s->chain = inputs;
+    const dev_buf lent = inputs ? dev_chain_pass_room(inputs) : (dev_buf){0};
     err_code rc = mem_alloc(&host, sums_count(s), sizeof(double), "search", e);
     if (rc == OK) {
         s->host = host;
-        rc = dev_alloc(&s->buf, d, lay_out(s, inputs, NULL), "search tiles", e);
+        rc = dev_alloc(&s->buf, d, lay_out(s, inputs, lent.bytes, NULL), "search tiles", e);
     }
-    if (rc == OK) lay_out(s, inputs, s->buf.data);
+    if (rc == OK) lay_out(s, inputs, lent.bytes, s->buf.data);
+    if (inputs) borrow(s, inputs, &lent);
     if (rc == OK && inputs) rc = put_identity(s, e);
     if (rc != OK) {
         dev_scratch_close(&s);
@@ -247,7 +267,7 @@ static err_code add_sums(const dev_scratch *s, int n, int64_t rows, double *loss
     return OK;
 }
 
-/* Tiles of all rows of one target under the factors in s->col. */
+/* Tiles of all rows of one target under the factors in s->col; errors of h's type. */
 static err_code candidate_rows(const quant_block *b, const tensor *w, const tensor *h, int at,
                                err *e)
 {
@@ -257,7 +277,7 @@ static err_code candidate_rows(const quant_block *b, const tensor *w, const tens
     for (int64_t from = 0; from < n; from += step) {
         const int64_t rows = least(step, n - from);
         const tensor part = tensor_rows(w, from, rows);
-        tensor x = dev_2d(s, s->tile[0], DT_F32, rows, k),
+        tensor x = dev_2d(s, s->tile[0], h->dt, rows, k),
                y = dev_2d(s, s->tile[1], DT_F32, rows, k),
                out = dev_1d(s, s->sums + at * n + from, DT_F64, rows);
         TRY(op_try_factors(b->d, &x, &part, &col, b->o->group, e));
@@ -271,9 +291,10 @@ err_code dev_losses(const quant_block *b, const smooth_group *g, const float *s,
 {
     const int64_t k = model_linear_k(b->m, g->targets[0]);
     second_moment h;
-    tensor w;
+    tensor w, half = dev_2d(b->dev, b->dev->half, DT_BF16, k, k);
     memset(loss, 0, (size_t)n * sizeof *loss);
     TRY(moment_of(b, g->targets[0], &h, e));
+    TRY(op_mix(b->d, &half, 1.f, &h.full, 0.f, NULL, e));
     for (int t = 0; t < g->n_targets; t++) {
         TRY(dev_weights(b, g->targets[t], &w, e));
         for (int c = 0; c < n; c += DEV_CANDIDATES) {
@@ -281,7 +302,7 @@ err_code dev_losses(const quant_block *b, const smooth_group *g, const float *s,
             for (int i = 0; i < some; i++) {
                 TRY(job_check(b->j, e));
                 TRY(dev_put(b->dev, b->dev->col, s + (c + i) * k, (size_t)k * sizeof *s, e));
-                TRY(candidate_rows(b, &w, &h.full, i, e));
+                TRY(candidate_rows(b, &w, &half, i, e));
             }
             TRY(add_sums(b->dev, some, w.shape[0], loss + c, e));
         }

@@ -16,6 +16,7 @@ struct dev_scratch {
     dev_chain *chain;       /* borrowed; NULL: what follows zero has no room */
     float *tile[DEV_TILES]; /* [elems] */
     float *col, *row;       /* [widest], [most rows]: factors of the linear at work */
+    bf16 *half;             /* [widest,widest] H that candidates are compared by */
     float *square;          /* [widest,128] diagonal blocks of the calib file */
     double *sums;           /* [DEV_CANDIDATES, most rows], or [widest] */
     f16 *scale;             /* [most groups] of the linear at work */

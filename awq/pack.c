@@ -112,6 +112,7 @@ static w4_dir_opts dir_opts(const pack *p, const char *const *meta)
                          .dense_roles = p->o->dense ? linear_roles(p->m) : 0,
                          .shard_bytes = p->o->shard_bytes,
                          .clamp_f16 = p->o->clamp_f16,
+                         .workers = dev_pool(p->d),
                          .force = true, /* pack_state has refused what is not ours */
                          .meta = meta};
 }
@@ -146,14 +147,65 @@ static err_code take_block(pack *p, int32_t layer, err *e)
     return fold_init(&p->fold, p->m, &p->block, e);
 }
 
-static err_code fixed_codes(pack *p, const plan_linear *l, int64_t count)
+#define ITEM_ROWS 32
+
+typedef struct {
+    uint8_t *to;
+    const uint8_t *packed;
+    int64_t n, half; /* rows, bytes of a packed row */
+} unpack_job;
+
+static void unpack_rows(void *ctx, int64_t item, int worker)
 {
-    const uint8_t *packed = l->codes.data;
-    for (int64_t i = 0; i < count / 2; i++) {
-        p->codes[2 * i] = packed[i] & 15;
-        p->codes[2 * i + 1] = packed[i] >> 4;
+    const unpack_job *j = ctx;
+    const int64_t last = (item + 1) * ITEM_ROWS < j->n ? (item + 1) * ITEM_ROWS : j->n;
+    (void)worker;
+    for (int64_t i = item * ITEM_ROWS * j->half; i < last * j->half; i++) {
+        j->to[2 * i] = j->packed[i] & 15;
+        j->to[2 * i + 1] = j->packed[i] >> 4;
     }
-    return OK;
+}
+
+static void fixed_codes(pack *p, const plan_linear *l)
+{
+    unpack_job j = {p->codes, l->codes.data, l->codes.shape[0], l->codes.shape[1]};
+    pool_run(dev_pool(p->d), unpack_rows, &j, (j.n + ITEM_ROWS - 1) / ITEM_ROWS);
+}
+
+typedef struct {
+    pack *p;
+    const tensor *dense;
+    tensor_role role;
+    int64_t at, n;
+    err_code *rc; /* of each item */
+    err *e;
+} fold_job;
+
+static void fold_item(void *ctx, int64_t item, int worker)
+{
+    fold_job *j = ctx;
+    const int64_t from = item * ITEM_ROWS, left = j->n - from, k = j->dense->shape[1];
+    tensor out = {.data = j->p->tile + from * k};
+    (void)worker;
+    j->rc[item] = fold_rows(&out, j->dense, fold_find(&j->p->fold, j->role), j->at + from,
+                            left < ITEM_ROWS ? left : ITEM_ROWS, j->p->layer, j->role, &j->e[item]);
+}
+
+/* Rows of a linear with their factors into p->tile, on all threads; the first bad one is told. */
+static err_code fold_tile(pack *p, const tensor *dense, tensor_role r, int64_t at, int64_t n,
+                          err *e)
+{
+    const int64_t items = (n + ITEM_ROWS - 1) / ITEM_ROWS;
+    void *mem;
+    TRY(mem_alloc(&mem, (size_t)items, sizeof(err) + sizeof(err_code), "rows", e));
+    err *errs = mem;
+    fold_job j = {p, dense, r, at, n, (err_code *)(errs + items), errs};
+    pool_run(dev_pool(p->d), fold_item, &j, items);
+    err_code rc = OK;
+    for (int64_t i = 0; i < items && rc == OK; i++)
+        if ((rc = j.rc[i]) != OK) *e = errs[i];
+    mem_free(mem);
+    return rc;
 }
 
 static err_code rounded_codes(pack *p, const plan_linear *l, const tensor *dense, err *e)
@@ -161,10 +213,11 @@ static err_code rounded_codes(pack *p, const plan_linear *l, const tensor *dense
     const int64_t n = dense->shape[0], k = dense->shape[1], step = most(1, TILE_ELEMS / k);
     for (int64_t at = 0; at < n; at += step) {
         const int64_t rows = n - at < step ? n - at : step;
-        tensor w = {.data = p->tile}, codes = tensor_2d(p->codes + at * k, DT_U8, rows, k);
+        const tensor w = tensor_2d(p->tile, DT_F32, rows, k);
+        tensor codes = tensor_2d(p->codes + at * k, DT_U8, rows, k);
         const tensor scale = tensor_rows(&l->scale, at, rows),
                      zero = tensor_rows(&l->zero, at, rows);
-        TRY(fold_rows(&w, dense, fold_find(&p->fold, l->role), at, rows, p->layer, l->role, e));
+        TRY(fold_tile(p, dense, l->role, at, rows, e));
         TRY(op_quant_codes(p->d, &codes, &w, &scale, &zero, p->info->group, e));
     }
     return OK;
@@ -177,7 +230,7 @@ static err_code pack_linear(pack *p, const plan_linear *l, w4_weight *out, err *
     TRY(weights_linear(p->src, l->role, p->layer, -1, &v, e));
     const int64_t n = v.dense.shape[0], k = v.dense.shape[1];
     if (l->codes.data)
-        TRY(fixed_codes(p, l, n * k));
+        fixed_codes(p, l);
     else
         TRY(rounded_codes(p, l, &v.dense, e));
     w4_shape(out, k, n, p->info->group, W4_CODES);

@@ -242,7 +242,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         if (s.method->carries && on_device(&s))
             memory_plan_add(p, "rounded inputs",
                             dev_chain_bytes(d, s.m, (int64_t)per_pass * c->seqlen) +
-                                chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
+                                (size_t)(2 * (int64_t)s.m->hidden * c->samples * c->seqlen));
         else if (s.method->carries)
             memory_plan_add(p, "rounded inputs",
                             chain_bytes(s.m, (int64_t)per_pass * c->seqlen, c->seqlen) +
@@ -376,6 +376,9 @@ static err_code first_layer(search *s, int32_t *first, err *e)
 static err_code predict(search *s, search_summary *out, bool walked, err *e)
 {
     if (!carries(s) || !walked) return OK;
+    moments_close(&s->moments); /* the head needs their memory more than they do */
+    dev_scratch_close(&s->dev);
+    dev_chain_close(&s->dev_chain);
     const tensor tokens = calib_tokens(s->calib), held_out = calib_held_out(s->calib);
     TRY(predict_losses(&out->predicted, s->d, s->src, s->walk, &tokens, &held_out, s->j, e));
     const prediction *p = &out->predicted;

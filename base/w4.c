@@ -489,7 +489,33 @@ static void copy_part(const tensor *dst, const tensor *src)
                (size_t)src->shape[1] * item);
 }
 
+typedef struct {
+    w4_weight *dst;
+    const w4_weight *src;
+} repack_job;
+
+/* TILE_N outputs. */
+static void repack_stripe(void *ctx, int64_t item, int worker)
+{
+    const repack_job *j = ctx;
+    const int64_t n0 = item * TILE_N, cols = j->src->n - n0;
+    tile p;
+    (void)worker;
+    for (int64_t k0 = 0; k0 < j->src->k; k0 += TILE_K) {
+        const int64_t rows = j->src->k - k0;
+        const tile_at at = {k0, n0, (int)(rows < TILE_K ? rows : TILE_K),
+                            (int)(cols < TILE_N ? cols : TILE_N)};
+        layouts[j->src->layout].read(&p, j->src, &at);
+        layouts[j->dst->layout].write(j->dst, &p, &at);
+    }
+}
+
 err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e)
+{
+    return w4_repack_on(dst, src, NULL, e);
+}
+
+err_code w4_repack_on(w4_weight *dst, const w4_weight *src, pool *workers, err *e)
 {
     TRY(w4_check(src, "repack source", e));
     TRY(w4_check(dst, "repack target", e));
@@ -504,15 +530,12 @@ err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e)
         return OK;
     }
     TRY(repack_groups(dst, src, e)); /* two different layouts: n % 8 == 0 by check_dims */
-    tile p;
-    for (int64_t n0 = 0; n0 < src->n; n0 += TILE_N)
-        for (int64_t k0 = 0; k0 < src->k; k0 += TILE_K) {
-            const int64_t rows = src->k - k0, cols = src->n - n0;
-            const tile_at at = {k0, n0, (int)(rows < TILE_K ? rows : TILE_K),
-                                (int)(cols < TILE_N ? cols : TILE_N)};
-            layouts[src->layout].read(&p, src, &at);
-            layouts[dst->layout].write(dst, &p, &at);
-        }
+    repack_job j = {dst, src};
+    const int64_t stripes = (src->n + TILE_N - 1) / TILE_N;
+    if (workers)
+        pool_run(workers, repack_stripe, &j, stripes);
+    else
+        for (int64_t i = 0; i < stripes; i++) repack_stripe(&j, i, 0);
     return OK;
 }
 

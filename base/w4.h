@@ -13,6 +13,7 @@
 #define TMF_BASE_W4_H
 
 #include "base/half.h"
+#include "base/pool.h"
 #include "base/tensor.h"
 
 typedef enum { W4_CODES, W4_AWQ, W4_GPTQ, W4_TM, W4_TM_A, W4_DEVICE } w4_layout;
@@ -39,6 +40,8 @@ err_code w4_sizes(size_t *q, size_t *scales, size_t *zeros, int64_t k, int64_t n
  */
 void w4_shape(w4_weight *w, int64_t k, int64_t n, int32_t group, w4_layout layout);
 err_code w4_repack(w4_weight *dst, const w4_weight *src, err *e);
+/* The same on the threads of a pool; NULL: on this one. */
+err_code w4_repack_on(w4_weight *dst, const w4_weight *src, pool *workers, err *e);
 /* View of inputs [from, from+count), without the bias: both multiples of the group, and of the
  * layout's unit (8 for W4_GPTQ, 32 for W4_TM_A). */
 w4_weight w4_inputs(const w4_weight *w, int64_t from, int64_t count);

@@ -400,7 +400,7 @@ err_code w4_dir_linear(w4_dir_writer *w, tensor_role r, int32_t layer, int32_t e
                        (long long)model_linear_n(&w->m, r), w->o.group, (long long)codes->k,
                        (long long)codes->n, codes->group);
     w4_shape(&w->awq, codes->k, codes->n, codes->group, W4_AWQ);
-    if (w4_repack(&w->awq, codes, e) != OK) return err_wrap(e, "%s", base);
+    if (w4_repack_on(&w->awq, codes, w->o.workers, e) != OK) return err_wrap(e, "%s", base);
     TRY(put_words(w, base, ".qweight", &w->awq.q, e));
     TRY(put_words(w, base, ".qzeros", &w->awq.zeros, e));
     TRY(put_float(w, base, ".scales", &w->awq.scales, e)); /* refuses scales that are not finite */

@@ -17,6 +17,7 @@ typedef struct {
     int64_t shard_bytes;  /* 0: 4 GB (10^9); a tensor is never cut */
     bool clamp_f16;       /* beyond f16: +-65504 with a warning; else E_INPUT naming them */
     bool force;           /* replace what is at the output path */
+    pool *workers;        /* threads to lay codes out with; NULL: none */
     /* Provenance "key", "value", ..., NULL: no paths, no times; NULL: none. "parent" and "options"
      * also go to the manifest. */
     const char *const *meta;

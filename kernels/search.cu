@@ -16,16 +16,13 @@ __global__ void mix_kernel(void *y, dtype ydt, int64_t ldy, float alpha, const v
          i += (int64_t)gridDim.x * THREADS) {
         float v = __fmul_rn(alpha, load_any(a, row * lda + i, adt));
         if (b) v = __fadd_rn(v, __fmul_rn(beta, load_any(b, row * ldb + i, bdt)));
-        if (ydt == DT_F16)
-            ((__half *)y)[row * ldy + i] = __float2half_rn(v);
-        else
-            ((float *)y)[row * ldy + i] = v;
+        store_any(y, row * ldy + i, ydt, v);
     }
 }
 
 /* One block a row, fixed order. */
-__global__ void row_dots_kernel(double *out, const float *a, int64_t lda, const float *b,
-                                int64_t ldb, int64_t k)
+__global__ void row_dots_kernel(double *out, const void *a, dtype adt, int64_t lda, const void *b,
+                                dtype bdt, int64_t ldb, int64_t k)
 {
     __shared__ double part[THREADS];
     const int64_t row = blockIdx.x;
@@ -33,7 +30,7 @@ __global__ void row_dots_kernel(double *out, const float *a, int64_t lda, const 
     pdl_launch();
     pdl_wait();
     for (int64_t j = threadIdx.x; j < k; j += THREADS)
-        s += (double)a[row * lda + j] * (double)b[row * ldb + j];
+        s += (double)load_any(a, row * lda + j, adt) * (double)load_any(b, row * ldb + j, bdt);
     part[threadIdx.x] = s;
     __syncthreads();
     for (int i = THREADS / 2; i; i >>= 1) {
@@ -103,8 +100,8 @@ __global__ void __launch_bounds__(32 * SUM_WARPS)
 /* A warp a group of a row. */
 template <int V>
 __global__ void __launch_bounds__(THREADS)
-    try_factors_kernel(float *y, int64_t ldy, const void *w, dtype dt, int64_t ldw, const float *s,
-                       int64_t groups)
+    try_factors_kernel(void *y, dtype ydt, int64_t ldy, const void *w, dtype dt, int64_t ldw,
+                       const float *s, int64_t groups)
 {
     const int64_t group = (int64_t)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5),
                   at = group * 32 * V + (threadIdx.x & 31), row = blockIdx.y;
@@ -122,8 +119,8 @@ __global__ void __launch_bounds__(THREADS)
     hi = warp_max(hi);
     const float scale = __half2float(range_scale(lo, hi)), zero = range_zero(lo, scale);
     for (int j = 0; j < V; j++)
-        y[row * ldy + at + 32 * j] = __fdiv_rn(
-            __fsub_rn(__fmul_rn(step_of(v[j], scale, zero), scale), v[j]), f[j]);
+        store_any(y, row * ldy + at + 32 * j, ydt,
+                  __fdiv_rn(__fsub_rn(__fmul_rn(step_of(v[j], scale, zero), scale), v[j]), f[j]));
 }
 
 typedef struct {
@@ -155,10 +152,7 @@ __global__ void rounded_kernel(rounded_call c)
         float v = __fmul_rn(step, scale);
         if (c.col) v = __fdiv_rn(v, c.col[i]);
         if (c.row) v = __fmul_rn(v, c.row[r]);
-        if (c.ydt == DT_F16)
-            ((__half *)c.y)[r * c.ldy + i] = __float2half_rn(v);
-        else
-            ((float *)c.y)[r * c.ldy + i] = v;
+        store_any(c.y, r * c.ldy + i, c.ydt, v);
     }
 }
 
@@ -203,8 +197,8 @@ static err_code mix_cuda(device *d, tensor *y, float alpha, const tensor *a, flo
 static err_code row_dots_cuda(device *d, tensor *out, const tensor *a, const tensor *b, err *e)
 {
     return cuda_launch(d, "row_dots", row_dots_kernel, dim3((unsigned)a->shape[0]), dim3(THREADS),
-                       0, e, (double *)out->data, (const float *)a->data, a->stride[0],
-                       (const float *)b->data, b->stride[0], a->shape[1]);
+                       0, e, (double *)out->data, (const void *)a->data, a->dt, a->stride[0],
+                       (const void *)b->data, b->dt, b->stride[0], a->shape[1]);
 }
 
 static err_code gram_blocks_cuda(device *d, tensor *h, const tensor *x, err *e)
@@ -243,19 +237,21 @@ static err_code diagonal_cuda(device *d, tensor *out, const tensor *h, err *e)
                        (float *)out->data, (const float *)h->data, h->stride[0], k);
 }
 
-/* Products on the tensor cores keep 11 bits of x and H: losses are compared at a part in a
- * thousand, and full f32 takes seven times as long. */
+/* Products on the tensor cores keep 11 bits of f32 x and H: losses are compared at a part in a
+ * thousand, and full f32 takes seven times as long. With bf16 they take half as long again; that
+ * its 8 bits round each by itself averages out over the sums of a candidate. */
 static err_code form_cuda(device *d, tensor *out, const tensor *x, const tensor *h, tensor *work,
                           err *e)
 {
     const float one = 1.f, zero = 0.f;
     const int k = (int)x->shape[1], m = (int)x->shape[0];
+    const cudaDataType_t type = x->dt == DT_BF16 ? CUDA_R_16BF : CUDA_R_32F;
     TRY(cuda_pass_flush(d, e));
     TRY(cuda_blas(d, "form",
                   cublasGemmEx(cuda_blas_of(d), CUBLAS_OP_N, CUBLAS_OP_N, k, m, k, &one, h->data,
-                               CUDA_R_32F, (int)h->stride[0], x->data, CUDA_R_32F,
-                               (int)x->stride[0], &zero, work->data, CUDA_R_32F,
-                               (int)work->stride[0], CUBLAS_COMPUTE_32F_FAST_TF32,
+                               type, (int)h->stride[0], x->data, type, (int)x->stride[0], &zero,
+                               work->data, CUDA_R_32F, (int)work->stride[0],
+                               x->dt == DT_BF16 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32,
                                CUBLAS_GEMM_DEFAULT),
                   e));
     return row_dots_cuda(d, out, work, x, e);
@@ -286,14 +282,14 @@ static err_code try_factors_cuda(device *d, tensor *y, const tensor *w, const te
                                  err *e)
 {
     const int64_t groups = w->shape[1] / g, per = THREADS / 32;
-    void (*const kernel)(float *, int64_t, const void *, dtype, int64_t, const float *,
+    void (*const kernel)(void *, dtype, int64_t, const void *, dtype, int64_t, const float *,
                          int64_t) = g == 128  ? try_factors_kernel<4>
                                     : g == 64 ? try_factors_kernel<2>
                                               : try_factors_kernel<1>;
     TRY(check_rows_fit("try_factors", w->shape[0], e));
     return cuda_launch(d, "try_factors", kernel,
                        dim3((unsigned)((groups + per - 1) / per), (unsigned)w->shape[0]),
-                       dim3(THREADS), 0, e, (float *)y->data, y->stride[0], (const void *)w->data,
+                       dim3(THREADS), 0, e, y->data, y->dt, y->stride[0], (const void *)w->data,
                        w->dt, w->stride[0], (const float *)s->data, groups);
 }
 

@@ -22,6 +22,16 @@ __device__ __forceinline__ float load_any(const void *p, int64_t i, dtype dt)
     return ((const float *)p)[i];
 }
 
+__device__ __forceinline__ void store_any(void *p, int64_t i, dtype dt, float v)
+{
+    if (dt == DT_F16)
+        ((__half *)p)[i] = __float2half_rn(v);
+    else if (dt == DT_BF16)
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(v);
+    else
+        ((float *)p)[i] = v;
+}
+
 __device__ __forceinline__ float warp_max(float v)
 {
     for (int i = 16; i; i >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));

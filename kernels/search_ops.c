@@ -17,7 +17,8 @@ static err_code check_group(const char *op, int64_t k, int32_t g, err *e)
 static err_code check_mixed(const device *d, const tensor *t, const char *what,
                             const int64_t *shape, err *e)
 {
-    return check_tensor(d, t, what, t->dt == DT_F16 ? DT_F16 : DT_F32, 2, shape, e);
+    return check_tensor(d, t, what, t->dt == DT_F16 || t->dt == DT_BF16 ? t->dt : DT_F32, 2, shape,
+                        e);
 }
 
 static err_code check_vector(const device *d, const tensor *t, const char *what, int64_t n, err *e)
@@ -42,8 +43,8 @@ err_code op_mix(device *d, tensor *y, float alpha, const tensor *a, float beta, 
 
 err_code op_row_dots(device *d, tensor *out, const tensor *a, const tensor *b, err *e)
 {
-    TRY(check_tensor(d, a, "op_row_dots: a", DT_F32, 2, SHAPE(-1, -1), e));
-    TRY(check_tensor(d, b, "op_row_dots: b", DT_F32, 2, a->shape, e));
+    TRY(check_mixed(d, a, "op_row_dots: a", SHAPE(-1, -1), e));
+    TRY(check_mixed(d, b, "op_row_dots: b", a->shape, e));
     TRY(check_tensor(d, out, "op_row_dots: out", DT_F64, 1, a->shape, e));
     return tensor_count(out) ? d->ops.search->row_dots(d, out, a, b, e) : OK;
 }
@@ -78,8 +79,9 @@ err_code op_diagonal(device *d, tensor *out, const tensor *h, err *e)
 
 err_code op_form(device *d, tensor *out, const tensor *x, const tensor *h, tensor *work, err *e)
 {
-    TRY(check_tensor(d, x, "op_form: x", DT_F32, 2, SHAPE(-1, -1), e));
-    TRY(check_tensor(d, h, "op_form: h", DT_F32, 2, SHAPE(x->shape[1], x->shape[1]), e));
+    const dtype dt = x->dt == DT_BF16 ? DT_BF16 : DT_F32;
+    TRY(check_tensor(d, x, "op_form: x", dt, 2, SHAPE(-1, -1), e));
+    TRY(check_tensor(d, h, "op_form: h", dt, 2, SHAPE(x->shape[1], x->shape[1]), e));
     TRY(check_tensor(d, work, "op_form: work", DT_F32, 2, x->shape, e));
     TRY(check_tensor(d, out, "op_form: out", DT_F64, 1, x->shape, e));
     return tensor_count(x) ? d->ops.search->form(d, out, x, h, work, e) : OK;
@@ -106,7 +108,7 @@ err_code op_relative_sum(device *d, tensor *sum, const tensor *w, int32_t g, dou
 err_code op_try_factors(device *d, tensor *y, const tensor *w, const tensor *s, int32_t g, err *e)
 {
     TRY(check_weight(d, w, "op_try_factors: w", 2, SHAPE(-1, -1), e));
-    TRY(check_tensor(d, y, "op_try_factors: y", DT_F32, 2, w->shape, e));
+    TRY(check_mixed(d, y, "op_try_factors: y", w->shape, e));
     TRY(check_vector(d, s, "op_try_factors: s", w->shape[1], e));
     TRY(check_group("op_try_factors", w->shape[1], g, e));
     return tensor_count(w) ? d->ops.search->try_factors(d, y, w, s, g, e) : OK;

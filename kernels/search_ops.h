@@ -9,10 +9,11 @@
 
 /* ---- rows ---- */
 err_code op_zero(device *d, tensor *t, err *e); /* contiguous */
-/* y [m,k] = alpha a + beta b, each f16 or f32; b NULL: alpha a. Beyond f16: infinity. y may be a. */
+/* y [m,k] = alpha a + beta b, each f16, bf16 or f32; b NULL: alpha a. Beyond f16: infinity. y may be
+ * a. */
 err_code op_mix(device *d, tensor *y, float alpha, const tensor *a, float beta, const tensor *b,
                 err *e);
-/* out f64 [m] = sum over k of a b, f32 [m,k] */
+/* out f64 [m] = sum over k of a b, f32 or bf16 [m,k] */
 err_code op_row_dots(device *d, tensor *out, const tensor *a, const tensor *b, err *e);
 
 /* ---- second moments ---- */
@@ -21,8 +22,8 @@ err_code op_gram_blocks(device *d, tensor *h, const tensor *x, err *e);
 /* y f32 [n,k] += a^T b, a act [m,n], b act [m,k]; y contiguous */
 err_code op_cross(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 err_code op_diagonal(device *d, tensor *out, const tensor *h, err *e); /* f32 [k] of f32 [k,k] */
-/* out f64 [m] = x_i H x_i^T as op_quad, with work f32 [m,k] for x H; products may round x and H to
- * 11 bits each (CUDA) */
+/* out f64 [m] = x_i H x_i^T as op_quad, with work f32 [m,k] for x H; x and h both f32 or both bf16;
+ * products may round f32 to 11 bits (CUDA) */
 err_code op_form(device *d, tensor *out, const tensor *x, const tensor *h, tensor *work, err *e);
 
 /* ---- weights ---- */
@@ -31,7 +32,7 @@ err_code op_scaled(device *d, tensor *y, const tensor *w, const tensor *col, con
                    err *e);
 /* sum f64 [k] += |w| / (the largest |w| of its row's group + eps); w as in op_scaled */
 err_code op_relative_sum(device *d, tensor *sum, const tensor *w, int32_t g, double eps, err *e);
-/* y f32 [n,k] = Q(w s) / s - w under plain rounding (quant_group.h); w as in op_scaled, s f32 [k] */
+/* y f32 or bf16 [n,k] = Q(w s) / s - w under plain rounding (quant_group.h); w as in op_scaled, s f32 [k] */
 err_code op_try_factors(device *d, tensor *y, const tensor *w, const tensor *s, int32_t g, err *e);
 /* y f32 or f16 [n,k] = w' / col * row: of codes u8 [n,k/2] (low nibble first) where there are some,
  * else of w f32 [n,k] rounded; scale f16 [n,k/g], zero u8 [n,k/g] */

@@ -21,6 +21,8 @@ static void put(tensor *t, int64_t i, int64_t j, float v)
     const int64_t at = i * t->stride[0] + j;
     if (t->dt == DT_F16)
         ((f16 *)t->data)[at] = f32_to_f16(v);
+    else if (t->dt == DT_BF16)
+        ((bf16 *)t->data)[at] = f32_to_bf16(v);
     else
         ((float *)t->data)[at] = v;
 }
@@ -94,7 +96,17 @@ static err_code diagonal_ref(device *d, tensor *out, const tensor *h, err *e)
 static err_code form_ref(device *d, tensor *out, const tensor *x, const tensor *h, tensor *work,
                          err *e)
 {
-    TRY(op_matmul(d, work, x, h, e));
+    const int64_t k = x->shape[1];
+    if (x->dt == DT_F32) {
+        TRY(op_matmul(d, work, x, h, e));
+        return op_row_dots(d, out, work, x, e);
+    }
+    for (int64_t i = 0; i < x->shape[0]; i++)
+        for (int64_t j = 0; j < k; j++) {
+            double sum = 0;
+            for (int64_t t = 0; t < k; t++) sum += (double)get(x, i, t) * get(h, t, j);
+            put(work, i, j, (float)sum);
+        }
     return op_row_dots(d, out, work, x, e);
 }
 
@@ -131,16 +143,18 @@ enum { WIDEST = 1 << 17 };
 static err_code try_factors_ref(device *d, tensor *y, const tensor *w, const tensor *s, int32_t g,
                                 err *e)
 {
+    float row[WIDEST];
     f16 scale[WIDEST / 32];
     uint8_t zero[WIDEST / 32];
     const int64_t k = w->shape[1];
     if (k > WIDEST) return err_set(e, E_LIMIT, "op_try_factors: more than %d inputs", WIDEST);
     for (int64_t i = 0; i < w->shape[0]; i++) {
-        tensor row = tensor_rows(y, i, 1), sc = tensor_2d(scale, DT_F16, 1, k / g),
+        tensor x = tensor_2d(row, DT_F32, 1, k), sc = tensor_2d(scale, DT_F16, 1, k / g),
                z = tensor_2d(zero, DT_U8, 1, k / g);
-        for (int64_t j = 0; j < k; j++) put(y, i, j, get(w, i, j) * entry(s, j));
-        TRY(op_quant_range(d, &sc, &z, &row, NULL, g, e));
-        TRY(op_quant_error(d, &row, &row, &sc, &z, s, g, e));
+        for (int64_t j = 0; j < k; j++) row[j] = get(w, i, j) * entry(s, j);
+        TRY(op_quant_range(d, &sc, &z, &x, NULL, g, e));
+        TRY(op_quant_error(d, &x, &x, &sc, &z, s, g, e));
+        for (int64_t j = 0; j < k; j++) put(y, i, j, row[j]);
     }
     return OK;
 }

@@ -2,6 +2,7 @@
 #include "runtime/layer_walk.h"
 
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "base/mem.h"
@@ -12,7 +13,7 @@
  * over rows depends on it. */
 #define PASS_ROWS 2048
 /* Bytes of pinned states; beyond, the second stream is on the device. */
-#define HOST_STATES ((int64_t)3700 * 1000 * 1000)
+#define HOST_STATES ((int64_t)3350 * 1000 * 1000)
 #define KV_BLOCK    64
 
 struct layer_walk {
@@ -370,6 +371,66 @@ const block *layer_walk_block(const layer_walk *w) { return &w->b; }
 
 /* ---- binding ---- */
 
+#define CHECK_ROWS 256 /* of an item */
+
+typedef struct {
+    tensor part[7]; /* [n,k] */
+    int64_t end[7]; /* items up to and with each part */
+    int n;
+    atomic_bool bad;
+} finite_job;
+
+static void check_item(void *ctx, int64_t item, int worker)
+{
+    finite_job *j = ctx;
+    int i = 0;
+    err ignored;
+    (void)worker;
+    while (item >= j->end[i]) i++;
+    const int64_t from = (item - (i ? j->end[i - 1] : 0)) * CHECK_ROWS,
+                  left = j->part[i].shape[0] - from;
+    const tensor rows = tensor_rows(&j->part[i], from, left < CHECK_ROWS ? left : CHECK_ROWS);
+    if (weights_check_tensor(&rows, "", NULL, NULL, &ignored) != OK) atomic_store(&j->bad, true);
+}
+
+/* The large matrices on all threads, which also brings their pages; whatever is found is told by
+ * weights_check_layer. */
+static bool finite_layer(layer_walk *w, int32_t layer)
+{
+    tensor_role roles[7];
+    finite_job j = {.n = model_block_linears(w->m, roles)};
+    int64_t items = 0;
+    err ignored;
+    for (int i = 0; i < j.n; i++) {
+        linear_view v;
+        if (weights_linear(w->src, roles[i], layer, -1, &v, &ignored) != OK || v.w4 ||
+            v.bias.data || !tensor_contiguous(&v.dense))
+            return false;
+        j.part[i] = v.dense;
+        j.end[i] = items += (v.dense.shape[0] + CHECK_ROWS - 1) / CHECK_ROWS;
+    }
+    pool_run(dev_pool(w->d), check_item, &j, items);
+    return !atomic_load(&j.bad);
+}
+
+static err_code check_norms(layer_walk *w, int32_t layer, err *e)
+{
+    static const tensor_role norms[] = {ROLE_ATTN_NORM, ROLE_FFN_NORM, ROLE_Q_NORM, ROLE_K_NORM};
+    tensor view;
+    for (int i = 0; i < (w->m->qk_norm ? 4 : 2); i++) {
+        TRY(weights_tensor(w->src, norms[i], layer, &view, e));
+        TRY(weights_check_tensor(&view, role_name(norms[i]), NULL, NULL, e));
+    }
+    return OK;
+}
+
+static err_code check_layer(layer_walk *w, int32_t layer, err *e)
+{
+    err ignored;
+    if (finite_layer(w, layer) && check_norms(w, layer, &ignored) == OK) return OK;
+    return weights_check_layer(w->src, layer, NULL, NULL, e);
+}
+
 err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
 {
     if (w->bound) {
@@ -378,7 +439,7 @@ err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e)
         w->bound = false;
     }
     weights_prefetch(w->src, layer);
-    TRY(weights_check_layer(w->src, layer, NULL, NULL, e));
+    TRY(check_layer(w, layer, e));
     TRY(block_bind(&w->b, w->d, w->src, layer, e));
     w->bound = true;
     return OK;

@@ -7,7 +7,7 @@
 #include "tests/support/awq_case.h"
 #include "tests/support/tiny_weights.h"
 
-static const char *const methods[] = {"awq"};
+static const char *const methods[] = {"awq", "best"};
 enum { METHODS = sizeof methods / sizeof *methods };
 
 static void search(const char *method, bool on_device, search_summary *s)

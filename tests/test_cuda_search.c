@@ -52,6 +52,8 @@ static void put(tensor *t, int64_t i, double v)
 {
     if (t->dt == DT_F16)
         ((f16 *)t->data)[i] = f32_to_f16((float)v);
+    else if (t->dt == DT_BF16)
+        ((bf16 *)t->data)[i] = f32_to_bf16((float)v);
     else if (t->dt == DT_F32)
         ((float *)t->data)[i] = (float)v;
     else if (t->dt == DT_F64)
@@ -62,11 +64,12 @@ static void put(tensor *t, int64_t i, double v)
 
 static double get(const tensor *t, int64_t i)
 {
-    return t->dt == DT_F16   ? f16_to_f32(((f16 *)t->data)[i])
-           : t->dt == DT_F32 ? ((float *)t->data)[i]
-           : t->dt == DT_F64 ? ((double *)t->data)[i]
-           : t->dt == DT_I32 ? ((int32_t *)t->data)[i]
-                             : ((uint8_t *)t->data)[i];
+    return t->dt == DT_F16    ? f16_to_f32(((f16 *)t->data)[i])
+           : t->dt == DT_BF16 ? bf16_to_f32(((bf16 *)t->data)[i])
+           : t->dt == DT_F32  ? ((float *)t->data)[i]
+           : t->dt == DT_F64  ? ((double *)t->data)[i]
+           : t->dt == DT_I32  ? ((int32_t *)t->data)[i]
+                              : ((uint8_t *)t->data)[i];
 }
 
 static void send(both *t) { OK_(dev_copy(gpu, &t->dev, &t->host, e)); }
@@ -180,6 +183,17 @@ START_TEST(moments)
     OK_(op_form(cpu, &out.host, &v.host, &full.host, &work.host, e));
     OK_(op_form(gpu, &out.dev, &v.dev, &full.dev, &work.dev, e));
     same(&out, 3e-3, "form");
+    both hv = filled(DT_BF16, n, k, 0), hh = filled(DT_BF16, k, k, 0);
+    OK_(op_mix(cpu, &hv.host, 1.f, &v.host, 0.f, NULL, e));
+    OK_(op_mix(gpu, &hv.dev, 1.f, &v.dev, 0.f, NULL, e));
+    same(&hv, 0, "mix to bf16");
+    OK_(op_mix(cpu, &hh.host, 1.f, &full.host, 0.f, NULL, e));
+    OK_(dev_copy(gpu, &hh.dev, &hh.host, e));
+    OK_(op_form(cpu, &out.host, &hv.host, &hh.host, &work.host, e));
+    OK_(op_form(gpu, &out.dev, &hv.dev, &hh.dev, &work.dev, e));
+    same(&out, 1e-5, "form in bf16");
+    drop(&hv);
+    drop(&hh);
     mem_free(wx.data);
     mem_free(wa.data);
     both *all[] = {&x, &a, &y, &h, &full, &v, &work, &out};
