@@ -617,7 +617,8 @@ static void stack_case(const attn_shape *a, int32_t held, double tol)
 }
 
 /* What is recorded as one kernel is what its ops are one by one, but for the roundings between them
- * (decode_pass.cuh); in few bits a code of the newest token may round to its neighbour, and scores here are steep. */
+ * (decode_pass.cuh); in few bits a code of the newest token may round to its neighbour, and scores
+ * are steep here. */
 START_TEST(recorded_pass)
 {
     static const attn_shape shapes[] = {{4, 4, 128, 64, 0, KV_16, true},
