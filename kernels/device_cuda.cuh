@@ -83,8 +83,8 @@ err_code cuda_load_tiled(device *d, err *e);
 err_code cuda_load_end(device *d, err *e); /* waits, and gives the slots back */
 err_code cuda_map(void **out, device *d, const void *host, size_t bytes, err *e);
 void cuda_unmap(device *d, void *host);
-/* A thread makes the handle; who asks first waits for it. NULL when it could not be made, with which
- * every call of cuBLAS fails. */
+/* A thread makes the handle; who asks first waits for it. NULL when it could not be made: every
+ * call of cuBLAS fails with it. */
 err_code cuda_blas_open(device *d, int index, err *e);
 cublasHandle_t cuda_blas_of(const device *d);
 void cuda_blas_close(device *d);
