@@ -1,26 +1,36 @@
 /* Split-KV decode attention straight from the 16, 8 and 4-bit cache.
  *
- * Scores are an mma with 16 tokens as rows and up to 8 query heads of one KV head as columns;
- * outputs one with 16 channels as rows, the same heads as columns, tokens as k. Codes become f16
- * integers in registers; scale and zero of a token are factored out of both products:
+ * Scores are an mma with 16 tokens as rows and up to 8 query heads of one KV head as columns: of
+ * f16, or, from codes, of integers, with the queries as 16-bit fixed point in two planes. Outputs
+ * are one with 16 channels as rows, the same heads as columns, tokens as k; codes become f16
+ * integers in registers. Scale and zero of a token are factored out of both products:
  *   q.k = s_k (q.k_int) + z_k sum(q),    sum p v = sum (p s_v) v_int + sum p z_v
  * so nothing is done per element but unpacking. Warps own disjoint tokens; warps, then splits,
  * merge in a fixed order, the splits in the block that arrives last. */
 #include "kernels/attn_decode_body.cuh"
 
-template <int D, int BITS, int U>
-__global__ void __launch_bounds__(NWARPS * 32) attn_decode_kernel(attn_decode_call c)
+template <int D, int BITS, int U, int H>
+__global__ void __launch_bounds__(NWARPS * 32, D > 128 || BITS == 16 ? 2 : 3)
+    attn_decode_kernel(attn_decode_call c)
 {
     __shared__ __align__(16) uint8_t memory[ATTN_TEAM_BYTES(D, 8)];
     __shared__ __align__(16) out_rows<D == 128 ? 128 : 1> outs;
     __shared__ float angles[2][128];
     const attn_team tm = {(int)threadIdx.x, 0};
-    const int hg = (int)blockIdx.y % ((c.group + 7) / 8);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, seq = blockIdx.z;
+    const attn_part p = part_of<U>(c, (int)blockIdx.x, (int)blockIdx.y, seq);
+    const int32_t *table = c.table + (size_t)seq * c.table_stride;
+    tile_regs<D, BITS> cur[U];
     pdl_launch();
-    if (c.fused) newest_angles(angles, c.rope, c.kv_len[blockIdx.z] - 1);
-    attn_decode_item<D, BITS, U, true, true>(
-        tm, c, attn_memory_of<D>(memory, min(8, c.group - hg * 8), angles), (out_rows<D> *)&outs,
-        (int)blockIdx.x, (int)blockIdx.y, (int)blockIdx.z);
+    /* Before the wait nothing but the newest token may be missing in the cache. */
+    const bool early = c.fused || p.lo + warp < (p.len - 1) / (U * TILE);
+    if (early) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
+    if (c.fused) newest_angles(angles, c.rope, p.len - 1);
+    team_sync(tm);
+    pdl_wait();
+    if (!early) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
+    attn_decode_item<D, BITS, U, true, H>(tm, c, attn_memory_of<D>(memory, p.heads, angles),
+                                          (out_rows<D> *)&outs, p, cur, seq);
 }
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits)
@@ -46,7 +56,7 @@ int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int slots,
     return best;
 }
 
-template <int D, int BITS, int U>
+template <int D, int BITS, int U, int H>
 static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
@@ -61,21 +71,26 @@ static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool p
         attr[0].val.programmaticStreamSerializationAllowed = 1;
         cfg.numAttrs = 1;
     }
-    return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U>, *c);
+    return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U, H>, *c);
 }
 
 cudaError_t attn_decode(const attn_decode_call *c, int head_dim, int bits, cudaStream_t stream,
                         bool pdl)
 {
-#define CASE(D)                                           \
-    if (head_dim == D)                                    \
-    return bits == 16  ? launch<D, 16, 1>(c, stream, pdl) \
-           : bits == 8 ? launch<D, 8, 1>(c, stream, pdl)  \
-                       : launch<D, 4, 2>(c, stream, pdl)
+#define BITS_OF(D, H)                                        \
+    return bits == 16  ? launch<D, 16, 1, H>(c, stream, pdl) \
+           : bits == 8 ? launch<D, 8, 1, H>(c, stream, pdl)  \
+                       : launch<D, 4, 2, H>(c, stream, pdl)
+#define CASE(D)                          \
+    if (head_dim == D) {                 \
+        if (c->group > 4) BITS_OF(D, 2); \
+        BITS_OF(D, 1);                   \
+    }
     CASE(64);
     CASE(96);
     CASE(128);
     CASE(256);
 #undef CASE
+#undef BITS_OF
     return cudaErrorInvalidValue;
 }

@@ -3,290 +3,7 @@
 #ifndef TMF_KERNELS_ATTN_DECODE_BODY_CUH
 #define TMF_KERNELS_ATTN_DECODE_BODY_CUH
 
-#include "kernels/attn_decode.cuh"
-
-#ifndef ATTN_WARPS
-#define ATTN_WARPS 4 /* of a team */
-#endif
-#define NWARPS  ATTN_WARPS
-#define TILE    16
-#define P_SCALE 2048.f /* keeps p * s_v out of the f16 subnormals; undone at the end */
-
-__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t s)
-{
-    return __byte_perm(a, b, s);
-}
-__device__ __forceinline__ uint32_t h2sub(uint32_t a, uint32_t b)
-{
-    __half2 r = __hsub2(*(__half2 *)&a, *(__half2 *)&b);
-    return *(uint32_t *)&r;
-}
-__device__ __forceinline__ uint32_t h2fma(uint32_t a, uint32_t b, uint32_t c)
-{
-    __half2 r = __hfma2(*(__half2 *)&a, *(__half2 *)&b, *(__half2 *)&c);
-    return *(uint32_t *)&r;
-}
-template <uint32_t MASK> __device__ __forceinline__ uint32_t magic(uint32_t q)
-{
-    uint32_t v;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(q), "n"(MASK), "r"(0x64006400u));
-    return v;
-}
-/* 8 nibbles to 4 half2 of integers: nibble i beside nibble i + 4. */
-__device__ __forceinline__ void unpack4(uint32_t o[4], uint32_t q)
-{
-    const uint32_t k1024 = 0x64006400u, k16th = 0x2c002c00u, km64 = 0xd400d400u;
-    o[0] = h2sub(magic<0x000f000fu>(q), k1024);
-    o[1] = h2fma(magic<0x00f000f0u>(q), k16th, km64);
-    q >>= 8;
-    o[2] = h2sub(magic<0x000f000fu>(q), k1024);
-    o[3] = h2fma(magic<0x00f000f0u>(q), k16th, km64);
-}
-__device__ __forceinline__ uint32_t bytes_h2(uint32_t pair) /* {b0, b1, ...} low two bytes */
-{
-    return h2sub(prmt(pair, 0x64646464u, 0x4140), 0x64006400u);
-}
-__device__ __forceinline__ uint32_t bytes_h2_high(uint32_t pair)
-{
-    return h2sub(prmt(pair, 0x64646464u, 0x4342), 0x64006400u);
-}
-__device__ __forceinline__ uint32_t transpose8x8(uint32_t v)
-{
-    uint32_t r;
-#if __CUDA_ARCH__ >= 750
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-#else
-    r = v;
-#endif
-    return r;
-}
-/* Not through the read-only path: a block may have written the newest token itself. */
-template <int BYTES> __device__ __forceinline__ void load_vec(uint32_t *o, const void *p)
-{
-    if (BYTES == 16) {
-        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(o[0]), "=r"(o[1]), "=r"(o[2]), "=r"(o[3])
-                     : "l"(p)
-                     : "memory");
-    } else if (BYTES == 8) {
-        asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                     : "=r"(o[0]), "=r"(o[1])
-                     : "l"(p)
-                     : "memory");
-    } else
-        asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(o[0]) : "l"(p) : "memory");
-}
-
-constexpr int pow2_part(int n) { return n % 16 == 0 ? 16 : n % 8 == 0 ? 8 : 4; }
-
-/* Which bytes of a token's row a lane reads, and which channels they are. K: lane t takes a
- * quarter of the row; V: lane g an eighth (of a padded row for head size 96 at 4 bit). */
-template <int D, int BITS> struct geom {
-    static constexpr int ROW = D * BITS / 8;
-    static constexpr int KV = pow2_part(ROW / 4); /* bytes of one load */
-    static constexpr int KN = ROW / 4 / KV;       /* loads of a row */
-    static constexpr int KW = ROW / 16;           /* words of a row */
-    static constexpr int KD = KV * 8 / BITS;      /* channels of one load */
-    static constexpr int VV = ROW % 32 ? 4 : pow2_part(ROW / 8);
-    static constexpr int VN = (ROW + 8 * VV - 1) / (8 * VV);
-    static constexpr int VW = VN * VV / 4;
-    static constexpr int VD = VV * 8 / BITS;
-    static constexpr int F = VN * VD; /* channels a lane g holds */
-    static constexpr int STEPS = D / 16;
-    static constexpr int PART = 8 * (D + 2); /* floats a split leaves: out[8][D], max, sum */
-};
-
-template <int D, int BITS> struct tile_regs {
-    uint32_t k[2][geom<D, BITS>::KW]; /* tokens g, g + 8 */
-    uint32_t v[4][geom<D, BITS>::VW]; /* tokens 2t, 2t + 1, 2t + 8, 2t + 9 */
-    __half2 kp[2], vp[2];             /* tokens g, g + 8 */
-};
-
-template <int D, int BITS>
-__device__ __forceinline__ void load_tile(tile_regs<D, BITS> *r, const attn_decode_call &c,
-                                          int32_t block, int head, int first, int g, int t)
-{
-    typedef geom<D, BITS> G;
-    const size_t region = ((size_t)block * c.kv_heads + head) * 2 * c.block_tokens;
-    const uint8_t *kb = c.data + (region + first) * G::ROW;
-    const uint8_t *vb = c.data + (region + c.block_tokens + first) * G::ROW;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int n = 0; n < G::KN; n++)
-            load_vec<G::KV>(&r->k[i][n * G::KV / 4],
-                            kb + (g + 8 * i) * G::ROW + (n * 4 + t) * G::KV);
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int n = 0; n < G::VN; n++) {
-            const int at = (n * 8 + g) * G::VV;
-            uint32_t *o = &r->v[i][n * G::VV / 4];
-            if (G::VN * 8 * G::VV == G::ROW || at < G::ROW)
-                load_vec<G::VV>(o, vb + (2 * t + (i & 1) + 8 * (i >> 1)) * G::ROW + at);
-            else
-#pragma unroll
-                for (int w = 0; w < G::VV / 4; w++) o[w] = 0;
-        }
-    if (BITS < 16)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            r->kp[i] = c.param[region + first + g + 8 * i];
-            r->vp[i] = c.param[region + c.block_tokens + first + g + 8 * i];
-        }
-}
-
-/* Scores of 16 tokens for heads 2t, 2t + 1: s[0..1] token g, s[2..3] token g + 8; before scale and
- * zero. */
-template <int D, int BITS>
-__device__ __forceinline__ void tile_scores(float s[4], const tile_regs<D, BITS> &r,
-                                            const uint32_t q[D / 16][2])
-{
-    s[0] = s[1] = s[2] = s[3] = 0.f;
-    if (BITS == 4) {
-#pragma unroll
-        for (int w = 0; w < D / 32; w++) {
-            uint32_t x[4], y[4];
-            unpack4(x, r.k[0][w]);
-            unpack4(y, r.k[1][w]);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint32_t a[4] = {x[2 * h], y[2 * h], x[2 * h + 1], y[2 * h + 1]};
-                mma_16816(s, a, q[2 * w + h][0], q[2 * w + h][1]);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            uint32_t a[4];
-            if (BITS == 8) {
-                a[0] = bytes_h2(r.k[0][i]), a[1] = bytes_h2(r.k[1][i]);
-                a[2] = bytes_h2_high(r.k[0][i]), a[3] = bytes_h2_high(r.k[1][i]);
-            } else {
-                a[0] = r.k[0][2 * i], a[1] = r.k[1][2 * i];
-                a[2] = r.k[0][2 * i + 1], a[3] = r.k[1][2 * i + 1];
-            }
-            mma_16816(s, a, q[i][0], q[i][1]);
-        }
-    }
-}
-
-/* out += V^T p: two channels of each lane g a tile, 16 tokens. */
-template <int D, int BITS>
-__device__ __forceinline__ void tile_values(float (*o)[4], const tile_regs<D, BITS> &r, uint32_t b0,
-                                            uint32_t b1)
-{
-    typedef geom<D, BITS> G;
-#pragma unroll
-    for (int w = 0; w < G::VW; w++) {
-        if (BITS == 4) { /* channel 2i sits in nibble i, 2i + 1 in nibble i + 4 */
-            uint32_t e0[4], o0[4], e1[4], o1[4];
-            unpack4(e0, prmt(r.v[0][w], r.v[1][w], 0x5410));
-            unpack4(o0, prmt(r.v[0][w], r.v[1][w], 0x7632));
-            unpack4(e1, prmt(r.v[2][w], r.v[3][w], 0x5410));
-            unpack4(o1, prmt(r.v[2][w], r.v[3][w], 0x7632));
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t a[4] = {e0[i], o0[i], e1[i], o1[i]};
-                mma_16816(o[w * 4 + i], a, b0, b1);
-            }
-        } else if (BITS == 8) {
-            const uint32_t x0 = prmt(r.v[0][w], r.v[1][w], 0x5140),
-                           x1 = prmt(r.v[0][w], r.v[1][w], 0x7362);
-            const uint32_t y0 = prmt(r.v[2][w], r.v[3][w], 0x5140),
-                           y1 = prmt(r.v[2][w], r.v[3][w], 0x7362);
-            const uint32_t a[4] = {bytes_h2(x0), bytes_h2_high(x0), bytes_h2(y0),
-                                   bytes_h2_high(y0)};
-            const uint32_t b[4] = {bytes_h2(x1), bytes_h2_high(x1), bytes_h2(y1),
-                                   bytes_h2_high(y1)};
-            mma_16816(o[w * 2], a, b0, b1);
-            mma_16816(o[w * 2 + 1], b, b0, b1);
-        } else {
-            const uint32_t a[4] = {
-                prmt(r.v[0][w], r.v[1][w], 0x5410), prmt(r.v[0][w], r.v[1][w], 0x7632),
-                prmt(r.v[2][w], r.v[3][w], 0x5410), prmt(r.v[2][w], r.v[3][w], 0x7632)};
-            mma_16816(o[w], a, b0, b1);
-        }
-    }
-}
-
-/* Running softmax of heads 2t, 2t + 1 over this lane's tokens. */
-template <int D, int BITS> struct softmax_state {
-    float max[2], sum[2], zsum[2];
-    float o[geom<D, BITS>::F / 2][4];
-};
-
-/* seen(u, i, h): whether head 2t + h sees token g + 8 * i of tile u. */
-template <int D, int BITS, int U, typename S>
-__device__ __forceinline__ void
-consume_where(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
-              const uint32_t q[D / 16][2], const float sumq[2], float scale_log2, S seen)
-{
-    float s[U][4], top[2] = {st->max[0], st->max[1]};
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        tile_scores<D, BITS>(s[u], r[u], q);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float v = s[u][2 * i + h];
-                if (BITS < 16) v = __low2float(r[u].kp[i]) * v + __high2float(r[u].kp[i]) * sumq[h];
-                v = seen(u, i, h) ? v * scale_log2 : -INFINITY;
-                s[u][2 * i + h] = v;
-                top[h] = fmaxf(top[h], v);
-            }
-        }
-    }
-#pragma unroll
-    for (int x = 4; x < 32; x <<= 1)
-#pragma unroll
-        for (int h = 0; h < 2; h++) top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], x));
-    float base[2], fix[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        base[h] = top[h] == -INFINITY ? 0.f : top[h];
-        fix[h] = exp2f(st->max[h] - base[h]);
-        st->max[h] = top[h];
-        st->sum[h] *= fix[h];
-        st->zsum[h] *= fix[h];
-    }
-#pragma unroll
-    for (int i = 0; i < geom<D, BITS>::F / 2; i++) {
-        st->o[i][0] *= fix[0], st->o[i][1] *= fix[1];
-        st->o[i][2] *= fix[0], st->o[i][3] *= fix[1];
-    }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        uint32_t b[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float p[2];
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                p[h] = exp2f(s[u][2 * i + h] - base[h]);
-                st->sum[h] += p[h];
-                if (BITS < 16) {
-                    st->zsum[h] += p[h] * __high2float(r[u].vp[i]);
-                    p[h] *= __low2float(r[u].vp[i]) * P_SCALE;
-                }
-            }
-            const __half2 h2 = __floats2half2_rn(p[0], p[1]);
-            b[i] = transpose8x8(*(const uint32_t *)&h2);
-        }
-        tile_values<D, BITS>(st->o, r[u], b[0], b[1]);
-    }
-}
-template <int D, int BITS, int U>
-__device__ __forceinline__ void consume(softmax_state<D, BITS> *st, const tile_regs<D, BITS> r[U],
-                                        const uint32_t q[D / 16][2], const float sumq[2],
-                                        float scale_log2, int pos, int from, int to, int g)
-{
-    consume_where<D, BITS, U>(st, r, q, sumq, scale_log2, [&](int u, int i, int) {
-        const int at = pos + u * TILE + g + 8 * i;
-        return at >= from && at < to;
-    });
-}
+#include "kernels/attn_decode_tile.cuh"
 
 /* Channel f (0..F-1) that lane g holds; D or more when it is padding. */
 template <int D, int BITS> __device__ __forceinline__ int channel_of(int i, int odd, int g)
@@ -319,32 +36,52 @@ typedef struct {
     __half *turned_q;           /* [heads][D] */
     float *weight, *norm;       /* [heads][ATTN_MAX_SPLITS], [heads] */
     const float (*angles)[128]; /* cos and sin of the newest position; not the team's alone */
+    uint32_t *newest; /* [2][D / 2 + 1] K and V of the newest token: a row, scale and zero */
     int *last;
+    const uint32_t *in; /* or NULL: fresh words of what lies from rope.q on */
+    uint32_t *out;      /* or NULL: fresh words of y */
+    uint32_t in_tag, out_tag;
+    bool quiet; /* y itself is not written */
 } attn_memory;
-#define ATTN_TEAM_BYTES(D, heads) \
-    ((heads) * (NWARPS * ((D) + 2) * 4 + (D)*2 + (ATTN_MAX_SPLITS + 1) * 4) + 16)
+#define NEWEST_WORDS(D) ((D) / 2 + 1)
+#define ATTN_TEAM_BYTES(D, heads)                                                  \
+    ((heads) * (NWARPS * ((D) + 2) * 4 + (D)*2 + (ATTN_MAX_SPLITS + 1) * 4) + 16 + \
+     2 * NEWEST_WORDS(D) * 4)
 
 /* Cuts `memory`, ATTN_TEAM_BYTES aligned to 16. */
 template <int D>
 __device__ __forceinline__ attn_memory attn_memory_of(uint8_t *memory, int heads,
                                                       const float (*angles)[128])
 {
-    attn_memory m;
+    attn_memory m = {};
     m.turned_q = (__half *)memory;
     m.merged = (float *)(m.turned_q + heads * D);
     m.weight = m.merged + NWARPS * heads * (D + 2);
     m.norm = m.weight + heads * ATTN_MAX_SPLITS;
-    m.last = (int *)(m.norm + heads);
+    m.newest = (uint32_t *)(m.norm + heads);
+    m.last = (int *)(m.newest + 2 * NEWEST_WORDS(D));
     m.angles = angles;
     return m;
 }
+/* Channels d and d + 1 of head h. */
 template <int D>
-__device__ __forceinline__ void store_out(const attn_decode_call &c, out_rows<D> *rows, int seq,
-                                          int head, int hg, int h, int d, float o)
+__device__ __forceinline__ void store_out(const attn_decode_call &c, const attn_memory &sh,
+                                          out_rows<D> *rows, int seq, int head, int hg, int h,
+                                          int d, float o0, float o1)
 {
-    const __half r = __float2half_rn(o);
-    c.y[seq * c.y_row + ((size_t)head * c.group + hg * 8 + h) * D + d] = r;
-    if (D == 128 && c.planes.planes) rows->v[h][d] = __half2float(r);
+    const size_t at = ((size_t)head * c.group + hg * 8 + h) * D + d;
+    __half2 r = __floats2half2_rn(o0, o1);
+    if (sh.out) {
+        const uint32_t w = fresh_pair(*(const uint32_t *)&r);
+        fresh_store(sh.out + at / 2, w | sh.out_tag);
+        r = *(const __half2 *)&w;
+    }
+    if (!sh.quiet) {
+        c.y[seq * c.y_row + at] = __low2half(r);
+        c.y[seq * c.y_row + at + 1] = __high2half(r);
+    }
+    if (D == 128 && c.planes.planes)
+        rows->v[h][d] = __low2float(r), rows->v[h][d + 1] = __high2float(r);
 }
 template <int D>
 __device__ __forceinline__ void store_out_planes(const attn_team &tm, const attn_decode_call &c,
@@ -360,6 +97,8 @@ __device__ __forceinline__ void store_out_planes(const attn_team &tm, const attn
         w4_store_planes(c.planes, head * c.group + hg * 8 + h, seq, v, lane);
     }
 }
+
+#define MERGE_LOADS 16 /* of a channel in flight; divides ATTN_MAX_SPLITS */
 
 /* The last block adds up the splits, in their order: first how much each counts, then the
  * channels, whose loads do not wait for each other. */
@@ -390,14 +129,20 @@ merge_splits(const attn_team &tm, const attn_decode_call &c, const float *all,
         if (lane == 0) sh.norm[h] = 1.f / sum;
     }
     team_sync(tm);
-    for (int i = tm.thread; i < heads * D; i += NWARPS * 32) {
-        const int h = i / D, d = i % D;
-        float o = 0.f;
-#pragma unroll 8
-        for (int s = 0; s < c.splits; s++)
-            o += sh.weight[h * ATTN_MAX_SPLITS + s] *
-                 __ldcg(all + (size_t)s * PART + h * (D + 2) + d);
-        store_out<D>(c, rows, seq, head, hg, h, d, o * sh.norm[h]);
+    for (int i = tm.thread; i < heads * D / 2; i += NWARPS * 32) {
+        const int h = i / (D / 2), d = i % (D / 2) * 2;
+        const float *at = all + h * (D + 2) + d, *weight = sh.weight + h * ATTN_MAX_SPLITS;
+        float2 o = make_float2(0.f, 0.f);
+        for (int s = 0; s < c.splits; s += MERGE_LOADS) {
+            float2 v[MERGE_LOADS];
+#pragma unroll
+            for (int j = 0; j < MERGE_LOADS; j++) /* beyond the last split weights are 0 */
+                v[j] = __ldcg((const float2 *)(at + (size_t)min(s + j, c.splits - 1) * PART));
+#pragma unroll
+            for (int j = 0; j < MERGE_LOADS; j++)
+                o.x += weight[s + j] * v[j].x, o.y += weight[s + j] * v[j].y;
+        }
+        store_out<D>(c, sh, rows, seq, head, hg, h, d, o.x * sh.norm[h], o.y * sh.norm[h]);
     }
     store_out_planes<D>(tm, c, rows, seq, head, hg, heads);
 }
@@ -412,219 +157,434 @@ __device__ __forceinline__ void newest_angles(float (*cs)[128], const rope_call 
     }
 }
 
-__device__ __forceinline__ float turned(const __half *x, int c, const rope_call &r,
-                                        const float (*cs)[128])
+/* A rotated (`turn`) or plain vector: lane holds channels lane + 32 * i. All loads at once. */
+template <int D>
+__device__ __forceinline__ void turned(float v[D / 32], const __half *x, const rope_call &r,
+                                       const float (*cs)[128], bool turn, int lane)
 {
-    const float v = __half2float(x[c]);
-    if (c >= r.dims) return v;
-    const int half = r.dims / 2, j = r.interleaved ? c / 2 : c % half;
-    const bool first = r.interleaved ? !(c & 1) : c < half;
-    const float o = __half2float(x[r.interleaved ? c ^ 1 : first ? c + half : c - half]);
-    return first ? v * cs[0][j] - o * cs[1][j] : v * cs[0][j] + o * cs[1][j];
+    const int dims = turn ? r.dims : 0, half = dims / 2;
+    float o[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        const int c = lane + 32 * i, other = c >= dims       ? c
+                                             : r.interleaved ? c ^ 1
+                                             : c < half      ? c + half
+                                                             : c - half;
+        v[i] = __half2float(x[c]), o[i] = __half2float(x[other]);
+    }
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        const int c = lane + 32 * i;
+        if (c >= dims) continue;
+        const int j = r.interleaved ? c >> 1 : c < half ? c : c - half;
+        const bool first = r.interleaved ? !(c & 1) : c < half;
+        v[i] = first ? v[i] * cs[0][j] - o[i] * cs[1][j] : v[i] * cs[0][j] + o[i] * cs[1][j];
+    }
 }
 
-/* Rotates the block's query heads into `q`, and where the block reads the newest token, puts that
- * into the cache. */
+/* What store_vector stores of a vector that lies as `turned` leaves it, to the cache and to
+ * `newest`; codes: [D] bytes. */
+template <int D, int BITS>
+__device__ __forceinline__ void store_newest(const rope_call &r, const float v[D / 32],
+                                             int64_t slot, uint32_t *newest, uint8_t *codes,
+                                             int lane)
+{
+    constexpr int ROW = D * BITS / 8;
+    uint8_t *out = r.data + slot * ROW;
+    if (BITS == 16) {
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            const __half h = __float2half_rn(fminf(fmaxf(v[i], -65504.f), 65504.f));
+            ((__half *)newest)[lane + 32 * i] = h, ((__half *)out)[lane + 32 * i] = h;
+        }
+        return;
+    }
+    float lo = INFINITY, hi = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) lo = fminf(lo, v[i]), hi = fmaxf(hi, v[i]);
+#pragma unroll
+    for (int x = 16; x; x >>= 1) {
+        lo = fminf(lo, __shfl_xor_sync(~0u, lo, x));
+        hi = fmaxf(hi, __shfl_xor_sync(~0u, hi, x));
+    }
+    const float top = BITS == 8 ? 255.f : 15.f;
+    const __half scale = __float2half_rn((hi - lo) / top), zero = __float2half_rn(lo);
+    const float s = __half2float(scale), z = __half2float(zero), inv = s > 0.f ? 1.f / s : 0.f;
+    const __half2 both = __halves2half2(scale, zero);
+    if (lane == 0) r.param[slot] = both, newest[D / 2] = *(const uint32_t *)&both;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+        codes[lane + 32 * i] = (uint8_t)fminf(fmaxf(rintf((v[i] - z) * inv), 0.f), top);
+    __syncwarp();
+    for (int w = lane; w < ROW / 4; w += 32) {
+        uint32_t q;
+        if (BITS == 8)
+            q = ((const uint32_t *)codes)[w];
+        else { /* channels 2i in nibble i, 2i + 1 in nibble i + 4 */
+            const uint32_t a = ((const uint32_t *)codes)[2 * w],
+                           b = ((const uint32_t *)codes)[2 * w + 1];
+            const uint32_t even = (a & 0xffu) | (a >> 12 & 0xf0u) | (b & 0xffu) << 8 |
+                                  (b >> 4 & 0xf000u),
+                           odd = (a >> 8 & 0xffu) | (a >> 20 & 0xf0u) | (b & 0xff00u) |
+                                 (b >> 12 & 0xf000u);
+            q = even | odd << 16;
+        }
+        newest[w] = q, ((uint32_t *)out)[w] = q;
+    }
+}
+
+/* Fresh words of a vector, one an element, once they are there, into `room` as f16. One warp. */
 template <int D>
+__device__ __forceinline__ void stage_vector(uint16_t *room, const uint32_t *in, uint32_t tag,
+                                             int lane)
+{
+    uint32_t w[D / 32], late;
+    do {
+        late = 0;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) w[i] = fresh_load(in + lane + 32 * i);
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) late |= w[i] ^ tag;
+    } while (__any_sync(~0u, late & 1));
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) room[lane + 32 * i] = (uint16_t)(w[i] >> 16);
+    __syncwarp();
+}
+
+/* Rotates the block's query heads into `turned_q`, and where the block reads the newest token, puts
+ * that into the cache. */
+template <int D, int BITS>
 __device__ __forceinline__ void enter_newest(const attn_team &tm, const attn_decode_call &c,
-                                             __half *q, float *kv, const float (*cs)[128], int seq,
-                                             int head, int hg, int heads, int pos, int32_t block,
-                                             bool append)
+                                             const attn_memory &sh, int seq, int head, int hg,
+                                             int heads, int pos, int32_t block, bool append)
 {
     const rope_call &r = c.rope;
-    const int lane = tm.thread & 31, warp = tm.thread >> 5;
-    for (int i = tm.thread; i < heads * D; i += NWARPS * 32) {
-        const __half *x = r.q + seq * r.q_row + head * r.q_head + (hg * 8 + i / D) * r.q_sub;
-        q[i] = __float2half_rn(turned(x, i % D, r, cs));
-    }
-    if (append && warp < 2) {
-        const __half *x = warp ? r.v + seq * r.v_row + head * r.v_head
-                               : r.k + seq * r.k_row + head * r.k_head;
-        for (int i = lane; i < D; i += 32)
-            kv[warp * D + i] = warp ? __half2float(x[i]) : turned(x, i, r, cs);
-        __syncwarp();
-        store_vector(r, kv + warp * D,
-                     ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens +
-                         warp * r.block_tokens + pos % r.block_tokens,
-                     lane);
+    const int lane = tm.thread & 31, warp = tm.thread >> 5, more = append ? 2 : 0;
+    for (int i = warp; i < heads + more; i += NWARPS) { /* k, v, query heads */
+        const int h = i - more;
+        const __half *x = h >= 0 ? r.q + seq * r.q_row + head * r.q_head + (hg * 8 + h) * r.q_sub
+                          : i    ? r.v + seq * r.v_row + head * r.v_head
+                                 : r.k + seq * r.k_row + head * r.k_head;
+        float v[D / 32];
+        if (sh.in) { /* behind the codes */
+            uint16_t *room = (uint16_t *)sh.merged + (1 + warp) * D;
+            stage_vector<D>(room, sh.in + (x - r.q), sh.in_tag, lane);
+            x = (const __half *)room;
+        }
+        turned<D>(v, x, r, sh.angles, h >= 0 || i == 0, lane);
+        if (h < 0) {
+            store_newest<D, BITS>(r, v,
+                                  ((int64_t)block * r.kv_heads + head) * 2 * r.block_tokens +
+                                      i * r.block_tokens + pos % r.block_tokens,
+                                  sh.newest + i * NEWEST_WORDS(D), (uint8_t *)sh.merged + i * D,
+                                  lane);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < D / 32; j++) sh.turned_q[h * D + lane + 32 * j] = __float2half_rn(v[j]);
     }
     team_sync(tm);
 }
 
-/* Query fragments of this lane's head, and the sums of heads 2t, 2t + 1. */
+/* Puts the newest token, which is number `at` of a tile, into what was loaded before it was made.
+ * */
 template <int D, int BITS>
-__device__ __forceinline__ void load_query(uint32_t q[D / 16][2], float sumq[2], const __half *qr,
-                                           bool real, int t)
+__device__ __forceinline__ void patch_tile(tile_regs<D, BITS> *r, const uint32_t *newest, int at,
+                                           int g, int t)
 {
     typedef geom<D, BITS> G;
-    float sum = 0.f;
+    const uint32_t *k = newest, *v = newest + NEWEST_WORDS(D);
 #pragma unroll
-    for (int s = 0; s < G::STEPS; s++)
+    for (int i = 0; i < 2; i++) {
+        if (g + 8 * i != at) continue;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int e = 4 * s + 2 * i, d = (e / G::KD * 4 + t) * G::KD + e % G::KD;
-            q[s][i] = real ? *(const uint32_t *)(qr + d) : 0u;
-            const float2 f = __half22float2(*(__half2 *)&q[s][i]);
-            sum += f.x + f.y;
+        for (int w = 0; w < G::KW; w++)
+            r->k[i][w] = k[(w / (G::KV / 4) * 4 + t) * (G::KV / 4) + w % (G::KV / 4)];
+        if (BITS < 16)
+            r->kp[i] = *(const __half2 *)&k[D / 2], r->vp[i] = *(const __half2 *)&v[D / 2];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (2 * t + (i & 1) + 8 * (i >> 1) != at) continue;
+#pragma unroll
+        for (int w = 0; w < G::VW; w++) {
+            const int word = (w / (G::VV / 4) * 8 + g) * (G::VV / 4) + w % (G::VV / 4);
+            r->v[i][w] = word < G::ROW / 4 ? v[word] : 0;
         }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    sumq[0] = __shfl_sync(~0u, sum, 8 * t);
-    sumq[1] = __shfl_sync(~0u, sum, 8 * t + 4);
+    }
 }
 
-/* A warp's state into its [8][D + 2]: channels, then max and sum. */
-template <int D, int BITS>
-__device__ __forceinline__ void leave_warp(float *out, softmax_state<D, BITS> *st, int heads, int g,
-                                           int t)
+/* Channel of the first code of word w of lane t's part of a K row. */
+template <int D, int BITS> __device__ __forceinline__ int channel_of_word(int w, int t)
+{
+    typedef geom<D, BITS> G;
+    return ((w / (G::KV / 4) * 4 + t) * (G::KV / 4) + w % (G::KV / 4)) * 32 / BITS;
+}
+
+/* From qr, rows q_sub apart. */
+template <int D, int BITS, int H>
+__device__ __forceinline__ void load_query(query_regs<D, BITS, H> *q, const __half *qr,
+                                           int64_t q_sub, int heads, float scale_log2, int g, int t)
+{
+    constexpr int WORDS = geom<D, BITS>::KW, PER = 32 / BITS; /* channels of a word */
+    float sum[2] = {}, scale[2] = {};
+    if (BITS == 16) {
+        const int head = (g >> 1) + 4 * (g & 1);
+        const __half *x = qr + (head < heads ? head : 0) * q_sub;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++)
+            q->b[w / 2][w % 2] = head < heads && (H == 2 || !(g & 1))
+                                     ? *(const uint32_t *)(x + channel_of_word<D, BITS>(w, t))
+                                     : 0u;
+        scale[0] = scale[1] = scale_log2;
+    } else {
+#pragma unroll
+        for (int h = 0; h < H; h++) {
+            const int head = (g >> 1) + 4 * h;
+            const __half2 *x = (const __half2 *)(qr + (head < heads ? head : 0) * q_sub);
+            float top = 0.f;
+            uint32_t raw[WORDS][PER / 2];
+#pragma unroll
+            for (int w = 0; w < WORDS; w++)
+#pragma unroll
+                for (int i = 0; i < PER / 2; i++) {
+                    const __half2 v = x[channel_of_word<D, BITS>(w, t) / 2 + i];
+                    const float2 f = __half22float2(v);
+                    raw[w][i] = *(const uint32_t *)&v;
+                    sum[h] += f.x + f.y;
+                    top = fmaxf(top, fmaxf(fabsf(f.x), fabsf(f.y)));
+                }
+#pragma unroll
+            for (int m = 1; m < 4; m <<= 1) {
+                sum[h] += __shfl_xor_sync(~0u, sum[h], m);
+                top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+            }
+            const float inv = top > 0.f ? 32512.f / top : 0.f;
+            scale[h] = top * (scale_log2 / 32512.f);
+#pragma unroll
+            for (int w = 0; w < WORDS; w++) {
+                uint32_t byte[PER]; /* of this lane's plane */
+#pragma unroll
+                for (int i = 0; i < PER / 2; i++) {
+                    const float2 f = __half22float2(*(const __half2 *)&raw[w][i]);
+                    const int a = __float2int_rn(f.x * inv), b = __float2int_rn(f.y * inv);
+                    byte[2 * i] = (uint32_t)(g & 1 ? a : (a + 128) >> 8) & 255u;
+                    byte[2 * i + 1] = (uint32_t)(g & 1 ? b : (b + 128) >> 8) & 255u;
+                }
+                if (BITS == 8)
+                    q->b[h * (D / 32) + w / 2][w % 2] = byte[0] | byte[1] << 8 |
+                                                        byte[2 % PER] << 16 | byte[3 % PER] << 24;
+                else /* byte j of the low nibbles is nibble 2j: channels 0, 4, 1, 5 */
+                    q->b[h * (D / 32) + w % (D / 32)][0] = byte[0] | byte[4 % PER] << 8 |
+                                                           byte[1] << 16 | byte[5 % PER] << 24,
+                                                 q->b[h * (D / 32) + w % (D / 32)][1] =
+                                                     byte[2 % PER] | byte[6 % PER] << 8 |
+                                                     byte[3 % PER] << 16 | byte[7 % PER] << 24;
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < H; h++) { /* of head t + 4h: lanes of g = 2t have it */
+        q->scale[h] = BITS == 16 ? scale[h] : __shfl_sync(~0u, scale[h], 8 * t);
+        q->sum[h] = BITS == 16 ? 0.f : __shfl_sync(~0u, sum[h], 8 * t) * scale_log2;
+    }
+}
+
+/* A warp's state into its [heads][D + 2]: channels, then max and sum. */
+template <int D, int BITS, int H>
+__device__ __forceinline__ void leave_warp(float *out, softmax_state<D, BITS, H> *st, int heads,
+                                           int g, int t)
 {
 #pragma unroll
     for (int x = 4; x < 32; x <<= 1)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < H; h++) {
             st->sum[h] += __shfl_xor_sync(~0u, st->sum[h], x);
+            if (BITS == 16) continue;
             st->zsum[h] += __shfl_xor_sync(~0u, st->zsum[h], x);
+            st->psum[h] += __shfl_xor_sync(~0u, st->psum[h], x);
         }
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float *m = out + (2 * t + h) * (D + 2);
-        if (2 * t + h >= heads) continue;
+    for (int h = 0; h < H; h++) {
+        float *m = out + (t + 4 * h) * (D + 2);
+        if (t + 4 * h >= heads) continue;
         if (g == 0) m[D] = st->max[h], m[D + 1] = st->sum[h];
+        const float more = st->zsum[h] - st->psum[h] * (CODE_MORE<BITS> / P_SCALE);
 #pragma unroll
         for (int i = 0; i < geom<D, BITS>::F / 2; i++)
 #pragma unroll
             for (int odd = 0; odd < 2; odd++) {
                 const int d = channel_of<D, BITS>(i, odd, g);
                 const float v = st->o[i][2 * odd + h];
-                if (d < D) m[d] = BITS < 16 ? v * (1.f / P_SCALE) + st->zsum[h] : v;
+                if (d < D) m[d] = BITS < 16 ? v * (1.f / P_SCALE) + more : v;
             }
     }
 }
 
-/* The warps of the block in order 0.., one thread per (head, channel). */
+/* The warps of the block in order 0.., one thread for two channels of a head. */
 template <int D>
 __device__ __forceinline__ void merge_warps(const attn_team &tm, const attn_decode_call &c,
-                                            const float *merged, float *work, out_rows<D> *rows,
+                                            const attn_memory &sh, float *work, out_rows<D> *rows,
                                             int seq, int head, int hg, int heads)
 {
-    for (int i = tm.thread; i < heads * D; i += NWARPS * 32) {
-        const int h = i / D, d = i % D;
-        const float *at = merged + h * (D + 2);
-        float m = -INFINITY, sum = 0.f, o = 0.f;
+    for (int i = tm.thread; i < heads * D / 2; i += NWARPS * 32) {
+        const int h = i / (D / 2), d = i % (D / 2) * 2, stride = heads * (D + 2);
+        const float *at = sh.merged + h * (D + 2);
+        float m = -INFINITY, sum = 0.f;
+        float2 o = make_float2(0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < NWARPS; w++) m = fmaxf(m, at[w * heads * (D + 2) + D]);
+        for (int w = 0; w < NWARPS; w++) m = fmaxf(m, at[w * stride + D]);
         const float base = m == -INFINITY ? 0.f : m;
 #pragma unroll
         for (int w = 0; w < NWARPS; w++) {
-            const float f = exp2f(at[w * heads * (D + 2) + D] - base);
-            sum += f * at[w * heads * (D + 2) + D + 1];
-            o += f * at[w * heads * (D + 2) + d];
+            const float f = exp2f(at[w * stride + D] - base);
+            const float2 v = *(const float2 *)(at + w * stride + d);
+            sum += f * at[w * stride + D + 1];
+            o.x += f * v.x, o.y += f * v.y;
         }
         if (c.splits == 1)
-            store_out<D>(c, rows, seq, head, hg, h, d, o / sum);
+            store_out<D>(c, sh, rows, seq, head, hg, h, d, o.x / sum, o.y / sum);
         else {
-            work[h * (D + 2) + d] = o;
+            *(float2 *)(work + h * (D + 2) + d) = o;
             if (d == 0) work[h * (D + 2) + D] = m, work[h * (D + 2) + D + 1] = sum;
         }
     }
 }
 
-/* Tiles tile, tile + NWARPS .. of a warp, each loaded while the one before is worked on. */
-template <int D, int BITS, int U>
-__device__ __forceinline__ void walk_ahead(softmax_state<D, BITS> *st, const attn_decode_call &c,
-                                           const int32_t *table, const uint32_t q[D / 16][2],
-                                           const float sumq[2], float scale_log2, int tile, int hi,
-                                           int head, int from, int len, int g, int t)
+/* A part of a head's work: tiles lo.. of U * TILE tokens up to hi. */
+typedef struct {
+    int split, head, hg, heads, slot; /* slot: of the head group among all */
+    int len, from, lo, hi;
+} attn_part;
+
+template <int U>
+__device__ __forceinline__ attn_part part_of(const attn_decode_call &c, int split, int slot_y,
+                                             int seq)
 {
-    tile_regs<D, BITS> cur[U], next[U];
-    const int per_block = c.block_tokens / (U * TILE);
-    int32_t ahead = tile + NWARPS < hi ? table[(tile + NWARPS) / per_block] : 0;
-    if (tile < hi)
+    attn_part p;
+    const int head_groups = (c.group + 7) / 8;
+    p.split = split, p.head = slot_y, p.hg = 0;
+    if (head_groups > 1) p.head = slot_y / head_groups, p.hg = slot_y % head_groups;
+    p.heads = min(8, c.group - p.hg * 8);
+    p.slot = seq * c.kv_heads * head_groups + slot_y;
+    /* Tables come from copies, which no launch overtakes. */
+    p.len = c.kv_len[seq], p.from = c.window > 0 ? max(0, p.len - c.window) : 0;
+    const int tiles = (p.len + U * TILE - 1) / (U * TILE), first = p.from / (U * TILE);
+    p.lo = first, p.hi = tiles;
+    if (c.splits > 1) {
+        p.lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
+        p.hi = first + (int)((int64_t)(tiles - first) * (split + 1) / c.splits);
+    }
+    return p;
+}
+
+/* Keys and values, or WHICH of them, of U tiles beside each other: tile `tile` of U * TILE
+ * tokens. */
+template <int D, int BITS, int U, int WHICH = 3>
+__device__ __forceinline__ void load_tiles(tile_regs<D, BITS> r[U], const attn_decode_call &c,
+                                           const int32_t *table, int tile, int head, int g, int t)
+{
+    const int per_block = c.block_tokens / (U * TILE), block = tile / per_block;
 #pragma unroll
-        for (int u = 0; u < U; u++)
-            load_tile<D, BITS>(&cur[u], c, table[tile / per_block], head,
-                               (tile % per_block * U + u) * TILE, g, t);
-    for (; tile < hi; tile += NWARPS) {
-        const int n = tile + NWARPS;
-        if (n < hi) {
-#pragma unroll
-            for (int u = 0; u < U; u++)
-                load_tile<D, BITS>(&next[u], c, ahead, head, (n % per_block * U + u) * TILE, g, t);
-            if (n + NWARPS < hi) ahead = table[(n + NWARPS) / per_block];
+    for (int u = 0; u < U; u++)
+        load_tile<D, BITS, WHICH>(&r[u], c, table[block], head,
+                                  ((tile - block * per_block) * U + u) * TILE, g, t);
+}
+
+/* The first tile of each warp. It may be asked for before the newest token is known. */
+template <int D, int BITS, int U>
+__device__ __forceinline__ void load_first(tile_regs<D, BITS> cur[U], const attn_decode_call &c,
+                                           const attn_part &p, const int32_t *table, int warp,
+                                           int g, int t)
+{
+    if (p.lo + warp < p.hi) load_tiles<D, BITS, U>(cur, c, table, p.lo + warp, p.head, g, t);
+}
+
+/* Tiles tile, tile + NWARPS .. of a warp, the first of which is in `cur`. With AHEAD each is loaded
+ * while the one before is worked on, else into the same registers as they become free. */
+template <int D, int BITS, int U, bool AHEAD, int H>
+__device__ __forceinline__ void walk(softmax_state<D, BITS, H> *st, const attn_decode_call &c,
+                                     const attn_part &p, const int32_t *table,
+                                     tile_regs<D, BITS> cur[U], const query_regs<D, BITS, H> &q,
+                                     int warp, int g, int t)
+{
+    const auto nothing = [] {};
+    int tile = p.lo + warp;
+    if constexpr (!AHEAD) {
+#pragma unroll 1
+        for (; tile < p.hi; tile += NWARPS) {
+            const int n = tile + NWARPS;
+            consume<D, BITS, U, H>(
+                st, cur, q, tile * U * TILE, p.from, p.len, g,
+                [&] {
+                    if (n < p.hi) load_tiles<D, BITS, U, 1>(cur, c, table, n, p.head, g, t);
+                },
+                [&] {
+                    if (n < p.hi) load_tiles<D, BITS, U, 2>(cur, c, table, n, p.head, g, t);
+                });
         }
-        consume<D, BITS, U>(st, cur, q, sumq, scale_log2, tile * U * TILE, from, len, g);
-#pragma unroll
-        for (int u = 0; u < U; u++) cur[u] = next[u];
+    } else {
+        tile_regs<D, BITS> next[U];
+        while (tile < p.hi) {
+            if (tile + NWARPS < p.hi)
+                load_tiles<D, BITS, U>(next, c, table, tile + NWARPS, p.head, g, t);
+            consume<D, BITS, U, H>(st, cur, q, tile * U * TILE, p.from, p.len, g, nothing, nothing);
+            tile += NWARPS;
+            if (tile >= p.hi) break;
+            if (tile + NWARPS < p.hi)
+                load_tiles<D, BITS, U>(cur, c, table, tile + NWARPS, p.head, g, t);
+            consume<D, BITS, U, H>(st, next, q, tile * U * TILE, p.from, p.len, g, nothing,
+                                   nothing);
+            tile += NWARPS;
+        }
     }
 }
 
-/* Part `split` of c.splits of the heads of `slot_y` (KV head, group of 8 query heads). With PDL the
- * wait for earlier kernels is inside, behind what needs none of them. */
-template <int D, int BITS, int U, bool PDL, bool AHEAD>
-__device__ __forceinline__ void attn_decode_item(const attn_team &tm, const attn_decode_call &c,
-                                                 const attn_memory &sh, out_rows<D> *rows,
-                                                 int split, int slot_y, int seq)
+/* Part p of the heads of a sequence; cur: what load_first left. */
+template <int D, int BITS, int U, bool AHEAD, int H>
+__device__ __forceinline__ void
+attn_decode_item(const attn_team &tm, const attn_decode_call &c, const attn_memory &sh,
+                 out_rows<D> *rows, const attn_part &p, tile_regs<D, BITS> cur[U], int seq)
 {
     typedef geom<D, BITS> G;
     const int lane = tm.thread & 31, warp = tm.thread >> 5, g = lane >> 2, t = lane & 3;
-    const int head_groups = (c.group + 7) / 8, hg = slot_y % head_groups,
-              head = slot_y / head_groups, heads = min(8, c.group - hg * 8);
-    /* Tables come from copies, which no launch overtakes. */
-    const int len = c.kv_len[seq], from = c.window > 0 ? max(0, len - c.window) : 0;
-    const int tiles = (len + U * TILE - 1) / (U * TILE), first = from / (U * TILE);
-    const int lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
-    const int hi = first + (int)((int64_t)(tiles - first) * (split + 1) / c.splits);
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
-    uint32_t q[G::STEPS][2];
-    float sumq[2];
-    const int r = hg * 8 + g;
-    const __half *qr = c.q + seq * c.q_row + head * c.q_head + (r < c.group ? r : 0) * c.q_sub;
-    const int32_t newest = table[(len - 1) / c.block_tokens];
-    if (PDL) {
-        team_sync(tm);
-        pdl_wait();
-    }
+    const int last = p.len - 1;
+    const __half *qr = c.q + seq * c.q_row + p.head * c.q_head + p.hg * 8 * c.q_sub;
     if (c.fused) { /* `merged` is free until the end */
-        enter_newest<D>(tm, c, sh.turned_q, sh.merged, sh.angles, seq, head, hg, heads, len - 1,
-                        newest, split == c.splits - 1);
-        qr = sh.turned_q + (r < c.group ? g : 0) * D;
-    }
-    load_query<D, BITS>(q, sumq, qr, r < c.group, t);
-    softmax_state<D, BITS> st = {};
-    st.max[0] = st.max[1] = -INFINITY;
-    const float scale_log2 = c.scale * 1.44269504f;
-    const int per_block = c.block_tokens / (U * TILE);
-    if (AHEAD)
-        walk_ahead<D, BITS, U>(&st, c, table, q, sumq, scale_log2, lo + warp, hi, head, from, len,
-                               g, t);
-    else
-        for (int tile = lo + warp; tile < hi; tile += NWARPS) {
-            tile_regs<D, BITS> cur[U];
+        const bool append = p.split == c.splits - 1;
+        enter_newest<D, BITS>(tm, c, sh, seq, p.head, p.hg, p.heads, last,
+                              table[last / c.block_tokens], append);
+        qr = sh.turned_q;
+        if (append && p.lo + warp == p.hi - 1)
 #pragma unroll
             for (int u = 0; u < U; u++)
-                load_tile<D, BITS>(&cur[u], c, table[tile / per_block], head,
-                                   (tile % per_block * U + u) * TILE, g, t);
-            consume<D, BITS, U>(&st, cur, q, sumq, scale_log2, tile * U * TILE, from, len, g);
-        }
-    leave_warp<D, BITS>(sh.merged + warp * heads * (D + 2), &st, heads, g, t);
+                patch_tile<D, BITS>(&cur[u], sh.newest, last - ((p.hi - 1) * U + u) * TILE, g, t);
+    }
+    query_regs<D, BITS, H> q;
+    load_query<D, BITS, H>(&q, qr, c.fused ? D : c.q_sub, p.heads, c.scale * 1.44269504f, g, t);
+    softmax_state<D, BITS, H> st = {};
+#pragma unroll
+    for (int h = 0; h < H; h++) st.max[h] = -INFINITY;
+    walk<D, BITS, U, AHEAD, H>(&st, c, p, table, cur, q, warp, g, t);
+    leave_warp<D, BITS, H>(sh.merged + warp * p.heads * (D + 2), &st, p.heads, g, t);
     team_sync(tm);
-    const size_t slot = ((size_t)seq * c.kv_heads + head) * head_groups + hg;
-    float *work = c.work + (slot * c.splits + split) * G::PART;
-    merge_warps<D>(tm, c, sh.merged, work, rows, seq, head, hg, heads);
+    float *all = c.work + (size_t)p.slot * c.splits * G::PART;
+    merge_warps<D>(tm, c, sh, all + p.split * G::PART, rows, seq, p.head, p.hg, p.heads);
     if (c.splits == 1) {
-        store_out_planes<D>(tm, c, rows, seq, head, hg, heads);
+        store_out_planes<D>(tm, c, rows, seq, p.head, p.hg, p.heads);
         return;
     }
     __threadfence();
     team_sync(tm);
     if (tm.thread == 0) {
-        *sh.last = atomicAdd(&c.counters[slot], 1) == c.splits - 1;
-        if (*sh.last) c.counters[slot] = 0;
+        *sh.last = atomicAdd(&c.counters[p.slot], 1) == c.splits - 1;
+        if (*sh.last) c.counters[p.slot] = 0;
     }
     team_sync(tm);
     if (!*sh.last) return;
     __threadfence();
-    merge_splits<D>(tm, c, c.work + slot * c.splits * G::PART, sh, rows, seq, head, hg, heads);
+    merge_splits<D>(tm, c, all, sh, rows, seq, p.head, p.hg, p.heads);
 }
 
 #endif

@@ -8,7 +8,7 @@
  * score stays, so they are scaled by 1, and weights of 0 are added. */
 #include <string.h>
 
-#include "kernels/attn_decode_body.cuh"
+#include "kernels/attn_fixed_tile.cuh"
 #include "kernels/device_cuda.cuh"
 
 #define SHORT_SPLIT 256 /* tokens; */

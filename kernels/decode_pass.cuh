@@ -1,7 +1,7 @@
 /* A whole decode pass of one sequence as one kernel: products of one row and decode attention in
- * turn. One block a multiprocessor walks the steps; a counter in memory holds the blocks together
- * between steps, while the stream of weights runs on into the steps to come, because weights depend
- * on nothing. Private to kernels/. */
+ * turn. One block a multiprocessor walks the steps, each block as far as what it reads is there,
+ * while the stream of weights runs on into the steps to come, because weights depend on nothing.
+ * Private to kernels/. */
 #ifndef TMF_KERNELS_DECODE_PASS_CUH
 #define TMF_KERNELS_DECODE_PASS_CUH
 
@@ -22,11 +22,26 @@ typedef struct {
     int16_t first; /* tile of block 0: steps begin where the one before ended */
     uint8_t norm_dt;
     uint8_t attn : 1, paired : 1, glu : 1, add : 1, wide : 1;
+    int8_t in, held; /* steps back to the one that made x, or what y holds; 0: memory */
+    bool single;     /* of f16 in the exchange: one a word, exact */
+    bool quiet;      /* a later step writes over y: only the exchange is written */
 } decode_step;
+
+/* Steps hand their results on as fresh words, whose bit 0 says whether they are written: an f32
+ * less its last bit, two f16 of which the first is rounded to 10 bits, or, for attention, one
+ * f16. So no barrier stands between a step and the next, and data is its own announcement. Step i
+ * writes slot i % 5, and the bit alternates with each use of a slot; no step reads what is 4 or
+ * more back, and a block writes in a step when all have left the step before the last. Of two
+ * sets a launch uses one and clears the other. */
+#define DECODE_PASS_SLOTS      5
+#define DECODE_PASS_BACK       3
+#define DECODE_PASS_SLOT_WORDS 16384
+#define DECODE_PASS_SET_WORDS  (DECODE_PASS_SLOTS * DECODE_PASS_SLOT_WORDS + DECODE_PASS_STEPS)
 
 typedef struct {
     attn_decode_call attn; /* of every layer but for its cache and window */
-    int32_t *arrivals;     /* [3], zero before and after */
+    int32_t *launches;     /* [2]: blocks that ended, zero before and after; launches so far */
+    uint32_t *exchange; /* [2][DECODE_PASS_SET_WORDS] zero at first: slots, blocks behind a step */
     int32_t n, stages, attn_items;
     decode_step steps[DECODE_PASS_STEPS];
 } decode_pass;

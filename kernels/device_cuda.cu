@@ -228,8 +228,8 @@ static err_code open_footprint(device *d, err *e)
 static err_code open_handles(device *d, cuda_state *s, int index, err *e)
 {
     CUDA_TRY(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking), e);
-    CUDA_TRY(cudaMalloc((void **)&s->counters, (CUDA_COUNTERS + 4) * sizeof(int32_t)), e);
-    CUDA_TRY(cudaMemsetAsync(s->counters, 0, (CUDA_COUNTERS + 4) * sizeof(int32_t), s->stream), e);
+    CUDA_TRY(cudaMalloc((void **)&s->counters, CUDA_COUNTER_BYTES), e);
+    CUDA_TRY(cudaMemsetAsync(s->counters, 0, CUDA_COUNTER_BYTES, s->stream), e);
     return cuda_blas_open(d, index, e);
 }
 
@@ -267,7 +267,7 @@ err_code device_cuda_open(device *d, const dev_opts *o, err *e)
     int maps;
     CUDA_TRY(cudaDeviceGetAttribute(&maps, cudaDevAttrHostRegisterReadOnlySupported, o->index), e);
     d->maps = maps;
-    d->footprint.own_bytes = CUDA_BLAS_BYTES + CUDA_COUNTERS * sizeof(int32_t);
+    d->footprint.own_bytes = CUDA_BLAS_BYTES + CUDA_COUNTER_BYTES;
     TRY(open_handles(d, s, o->index, e));
     if (!d->deterministic) TRY(cuda_pass_make(d, e)); /* its splits follow the batch */
     ops_init_cuda(&d->ops, sm);

@@ -12,8 +12,10 @@ extern "C" {
 #include "kernels/device_internal.h"
 }
 
-#define CUDA_COUNTERS   (1 << 16) /* arrival counters of split attention */
-#define CUDA_BLAS_BYTES ((size_t)32 << 20)
+#define CUDA_COUNTERS      (1 << 16)                    /* arrival counters of split attention */
+#define CUDA_PASS_WORDS    (16 + 2 * (5 * 16384 + 384)) /* of the decode pass: decode_pass.cuh */
+#define CUDA_COUNTER_BYTES ((size_t)(CUDA_COUNTERS + CUDA_PASS_WORDS) * sizeof(int32_t))
+#define CUDA_BLAS_BYTES    ((size_t)32 << 20)
 
 /* The planes that lie at the end of the scratch: of these activations, until any op but a product
  * is queued. */
@@ -33,7 +35,7 @@ typedef struct {
     cudaStream_t stream;
     cuda_blas_maker *maker; /* of the cuBLAS handle */
     cuda_load *load;        /* NULL while nothing is loaded */
-    int32_t *counters;      /* [CUDA_COUNTERS], then 4 of the decode pass: zero between ops */
+    int32_t *counters;      /* [CUDA_COUNTERS], zero between ops, then CUDA_PASS_WORDS */
     cuda_pass *pass;        /* NULL below sm_90 */
     const char *last_op;    /* for errors that surface later */
     int w4_group; /* of the weight uploaded last: what producers make planes for; 0 none */
@@ -81,8 +83,8 @@ err_code cuda_load_tiled(device *d, err *e);
 err_code cuda_load_end(device *d, err *e); /* waits, and gives the slots back */
 err_code cuda_map(void **out, device *d, const void *host, size_t bytes, err *e);
 void cuda_unmap(device *d, void *host);
-/* A thread makes the handle; who asks first waits for it. NULL when it could not be made, with which
- * every call of cuBLAS fails. */
+/* A thread makes the handle; who asks first waits for it. NULL when it could not be made: every
+ * call of cuBLAS fails with it. */
 err_code cuda_blas_open(device *d, int index, err *e);
 cublasHandle_t cuda_blas_of(const device *d);
 void cuda_blas_close(device *d);

@@ -9,6 +9,10 @@ struct cuda_pass {
     decode_pass call;
     bool open, has_attn;
     int head_dim, bits, work_bytes, next_tile;
+    int32_t words[DECODE_PASS_SLOTS]; /* what steps leave in a slot, always as many */
+    struct {
+        const uint8_t *from, *to;
+    } made[DECODE_PASS_STEPS]; /* the memory that a step writes */
 };
 
 err_code cuda_pass_make(device *d, err *e)
@@ -32,6 +36,7 @@ static void forget(cuda_pass *p)
     p->call.n = 0;
     p->call.attn_items = 0;
     p->has_attn = false;
+    memset(p->words, 0, sizeof p->words);
     p->head_dim = p->bits = p->work_bytes = p->next_tile = 0;
 }
 
@@ -48,7 +53,13 @@ err_code cuda_pass_flush(device *d, err *e)
     const cuda_state *s = cuda_of(d);
     cuda_pass *p = s->pass;
     if (!p || !p->call.n) return OK;
-    p->call.arrivals = s->counters + CUDA_COUNTERS;
+    static_assert(CUDA_PASS_WORDS == 16 + 2 * DECODE_PASS_SET_WORDS, "exchange");
+    p->call.launches = s->counters + CUDA_COUNTERS;
+    p->call.exchange = (uint32_t *)p->call.launches + 16;
+    for (int i = 0; i < p->call.n; i++)
+        for (int j = i + 1; j < p->call.n; j++)
+            if (p->made[j].from == p->made[i].from && p->made[j].to >= p->made[i].to)
+                p->call.steps[i].quiet = true;
     const cudaError_t rc = decode_pass_run(&p->call, p->has_attn ? p->head_dim : 64,
                                            p->has_attn ? p->bits : 16, p->work_bytes, s->sms,
                                            s->stream);
@@ -63,15 +74,42 @@ err_code cuda_pass_stop(device *d, err *e)
     return OK;
 }
 
-/* The next step of the pass, zeroed, or NULL when no pass is recorded. */
-static err_code next_step(device *d, decode_step **out, err *e)
+/* Which step made what lies at from..to: *back steps ago, 0 none of the pass. False: not as a step
+ * left it, or too long ago. */
+static bool made_by(const cuda_pass *p, const void *from, size_t bytes, int *back)
+{
+    const uint8_t *lo = (const uint8_t *)from, *hi = lo + bytes;
+    *back = 0;
+    for (int i = p->call.n - 1; i >= 0; i--) {
+        if (p->made[i].to <= lo || p->made[i].from >= hi) continue;
+        *back = p->call.n - i;
+        return p->made[i].from == lo && p->made[i].to >= hi && *back <= DECODE_PASS_BACK;
+    }
+    return true;
+}
+
+/* The next step of the pass, zeroed, or NULL when no pass is recorded: it writes `n` values of
+ * `size` bytes at y, and reads as many bytes at x and, with `add`, what y holds. */
+static err_code next_step(device *d, decode_step **out, const void *x, size_t x_bytes, void *y,
+                          int64_t n, int size, bool add, err *e)
 {
     cuda_pass *p = cuda_of(d)->pass;
+    const int64_t words = n * size / 4;
+    int in, held = 0;
     *out = NULL;
-    if (!p || !p->open) return OK;
-    if (p->call.n == DECODE_PASS_STEPS) TRY(cuda_pass_flush(d, e));
+    if (!p || !p->open || words > DECODE_PASS_SLOT_WORDS || n % 4) return OK;
+    int32_t *had = &p->words[p->call.n % DECODE_PASS_SLOTS];
+    if (!made_by(p, x, x_bytes, &in) || (add && !made_by(p, y, (size_t)(n * size), &held)) ||
+        p->call.n == DECODE_PASS_STEPS || (*had && *had != words)) {
+        TRY(cuda_pass_flush(d, e));
+        in = held = 0, had = &p->words[0];
+    }
+    *had = (int32_t)words;
+    p->made[p->call.n].from = (const uint8_t *)y;
+    p->made[p->call.n].to = (const uint8_t *)y + n * size;
     *out = &p->call.steps[p->call.n++];
     memset(*out, 0, sizeof **out);
+    (*out)->in = (int8_t)in, (*out)->held = (int8_t)held;
     return OK;
 }
 
@@ -88,7 +126,9 @@ err_code cuda_pass_product(device *d, const w4_tiles *w, const w4_one_call *c, b
     decode_step *s;
     *taken = false;
     if (w->group != DECODE_PASS_GROUP || !decode_pass_fits(w->k)) return OK;
-    TRY(next_step(d, &s, e));
+    TRY(next_step(d, &s, c->x ? (const void *)c->x : (const void *)c->resid,
+                  (size_t)w->k * (c->x ? 2 : 4), c->y, c->glu ? w->n / 2 : w->n, c->wide ? 4 : 2,
+                  c->add, e));
     if (!s) return OK;
     cuda_pass *p = cuda_of(d)->pass;
     s->data = w->data, s->extra = w->bias;
@@ -126,7 +166,14 @@ err_code cuda_pass_attn(device *d, const attn_decode_call *c, int head_dim, int 
     if (p->has_attn &&
         (p->head_dim != head_dim || p->bits != bits || memcmp(&a, &p->call.attn, sizeof a) != 0))
         TRY(cuda_pass_flush(d, e));
-    TRY(next_step(d, &s, e));
+    if (p->call.n && p->call.steps[p->call.n - 1].n > DECODE_PASS_SLOT_WORDS)
+        TRY(cuda_pass_flush(d, e)); /* its results cannot lie one a word */
+    const __half *first = c->rope.q,
+                 *last = c->rope.v + (c->kv_heads - 1) * c->rope.v_head + head_dim;
+    TRY(next_step(d, &s, first, (size_t)((const uint8_t *)last - (const uint8_t *)first), c->y,
+                  (int64_t)c->kv_heads * c->group * head_dim, 2, false, e));
+    if (!s) return OK;
+    if (s->in) p->call.steps[p->call.n - 1 - s->in].single = true;
     p->has_attn = true, p->head_dim = head_dim, p->bits = bits;
     memcpy(&p->call.attn, &a, sizeof a);
     p->call.attn_items = c->splits * c->kv_heads * ((c->group + 7) / 8);

@@ -42,7 +42,7 @@ typedef struct dev_backend {
     err_code (*sync)(device *d, err *e);
     err_code (*memory)(device *d, size_t *free_bytes, size_t *total_bytes, err *e);
     err_code (*upload)(device *d, dev_buf *buf, tensor *out, const tensor *host, err *e);
-    void (*close)(device *d); /* what dev_open of the backend made, scratch included */
+    void (*close)(device *d);           /* what dev_open of the backend made, scratch included */
     err_code (*use)(device *d, err *e); /* NULL: any thread may */
     /* recorded work; NULL where the device cannot */
     err_code (*record_begin)(device *d, err *e);

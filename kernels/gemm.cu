@@ -79,7 +79,8 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
 }
 
 /* Columns of h by panels, each from its diagonal down: with panels of a sixth of a wide h that
- * saves two fifths of the work. Row-major h += x^T x is column-major h += X X^T with X = x as [k, m] of leading dimension ldx. */
+ * saves two fifths of the work. Row-major h += x^T x is column-major h += X X^T with X = x as
+ * [k, m] of leading dimension ldx. */
 err_code gram_cuda(device *d, tensor *h, const tensor *x, err *e)
 {
     const float one = 1.f;

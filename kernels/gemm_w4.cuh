@@ -117,20 +117,18 @@ __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t 
 {
     const float top = warp_most(
         fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3]))));
-    const float inv = top > 0.f ? 32512.f / top : 0.f;
-    *sum = 0;
-    *hi = *lo = 0;
+    const float inv = top > 1e-30f ? __fdividef(32512.f, top) : 0.f;
+    int q[4];
+    uint32_t r[4]; /* byte 1: the high plane, rounded */
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int q = __float2int_rn(v[i] * inv), h = (q + 128) >> 8;
-        *hi |= (uint32_t)(h & 255) << (8 * i);
-        *lo |= (uint32_t)((q - h * 256) & 255) << (8 * i);
-        *sum += q;
-    }
+    for (int i = 0; i < 4; i++) q[i] = __float2int_rn(v[i] * inv), r[i] = (uint32_t)(q[i] + 128);
+    *hi = __byte_perm(__byte_perm(r[0], r[1], 0x0051), __byte_perm(r[2], r[3], 0x0051), 0x5410);
+    *lo = __byte_perm(__byte_perm(q[0], q[1], 0x0040), __byte_perm(q[2], q[3], 0x0040), 0x5410);
+    *sum = q[0] + q[1] + q[2] + q[3];
     *sum = group_sum(*sum, group);
     *hi = w4_in_order(*hi, lane);
     *lo = w4_in_order(*lo, lane);
-    return top > 0.f ? top / 32512.f : 0.f;
+    return top * (1.f / 32512.f);
 }
 
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.

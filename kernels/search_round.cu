@@ -5,7 +5,6 @@
 #define WIDTH 128
 #define V     (WIDTH / 32)
 #define WARPS 8
-#define ROWS  4 /* of a warp, so that the block's square is loaded once for 32 */
 
 /* ---- a block of columns ---- */
 
@@ -69,28 +68,26 @@ __global__ void __launch_bounds__(32 * WARPS) feedback_kernel(block_call q)
         if (i == j) pivot[i] = in ? v : 1.f;
     }
     __syncthreads();
-    for (int i = 0; i < ROWS; i++) {
-        const int64_t row = ((int64_t)blockIdx.x * WARPS + warp) * ROWS + i;
-        block_row r;
-        if (row >= q.n) return;
-        load_row(q, row, &r);
+    const int64_t row = (int64_t)blockIdx.x * WARPS + warp;
+    block_row r;
+    if (row >= q.n) return;
+    load_row(q, row, &r);
 #pragma unroll
-        for (int b = 0; b < V; b++) {
-            const float p = pivot[lane + 32 * b];
-            for (int c = 0; c < 32 && b * 32 + c < q.width; c++) {
-                const float step = step_of(r.x[b], r.scale[b], r.zero[b]),
-                            miss = __fdiv_rn(r.x[b] - step * r.scale[b], p),
-                            m = __shfl_sync(~0u, miss, c);
-                if (lane == c) {
-                    r.code[b] = step + r.zero[b];
-                    r.move[b] = m;
-                }
-#pragma unroll
-                for (int j = b; j < V; j++) r.x[j] -= m * u[(b * 32 + c) * WIDTH + lane + 32 * j];
+    for (int b = 0; b < V; b++) {
+        const float p = pivot[lane + 32 * b];
+        for (int c = 0; c < 32 && b * 32 + c < q.width; c++) {
+            const float step = step_of(r.x[b], r.scale[b], r.zero[b]),
+                        miss = __fdiv_rn(r.x[b] - step * r.scale[b], p),
+                        m = __shfl_sync(~0u, miss, c);
+            if (lane == c) {
+                r.code[b] = step + r.zero[b];
+                r.move[b] = m;
             }
+#pragma unroll
+            for (int j = b; j < V; j++) r.x[j] -= m * u[(b * 32 + c) * WIDTH + lane + 32 * j];
         }
-        store_row(q, row, &r);
     }
+    store_row(q, row, &r);
 }
 
 /* ---- coordinate descent ---- */
@@ -199,19 +196,17 @@ __global__ void __launch_bounds__(32 * WARPS) sweep_kernel(block_call q)
     for (int b = 0; b < V; b++)
         col[b] = q.col && lane + 32 * b < q.width ? q.col[q.at + lane + 32 * b] : 1.f;
     __syncthreads();
-    for (int i = 0; i < ROWS; i++) {
-        const int64_t row = ((int64_t)blockIdx.x * WARPS + warp) * ROWS + i;
-        block_row r;
-        if (row >= q.n) return;
-        load_row(q, row, &r);
+    const int64_t row = (int64_t)blockIdx.x * WARPS + warp;
+    block_row r;
+    if (row >= q.n) return;
+    load_row(q, row, &r);
 #pragma unroll
-        for (int b = 0; b < V; b++) r.x[b] = __fdiv_rn(r.x[b], col[b]);
-        move_codes(q, h, &r);
-        if (q.refit) refit_block(q, row, h, &r);
+    for (int b = 0; b < V; b++) r.x[b] = __fdiv_rn(r.x[b], col[b]);
+    move_codes(q, h, &r);
+    if (q.refit) refit_block(q, row, h, &r);
 #pragma unroll
-        for (int b = 0; b < V; b++) r.move[b] = __fdiv_rn(r.move[b], col[b]);
-        store_row(q, row, &r);
-    }
+    for (int b = 0; b < V; b++) r.move[b] = __fdiv_rn(r.move[b], col[b]);
+    store_row(q, row, &r);
 }
 
 /* ---- columns ---- */
@@ -323,12 +318,12 @@ static err_code run_block(device *d, const char *op, void (*kernel)(block_call),
                           int64_t at, err *e)
 {
     const int smem = (int)sizeof(float) * (WIDTH * WIDTH + WIDTH);
-    const int64_t left = q->k - at, per = WARPS * ROWS;
+    const int64_t left = q->k - at;
     q->at = (int)at;
     q->width = (int)(left < WIDTH ? left : WIDTH);
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), e);
-    return cuda_launch(d, op, kernel, dim3((unsigned)((q->n + per - 1) / per)), dim3(32 * WARPS),
-                       (size_t)smem, e, *q);
+    return cuda_launch(d, op, kernel, dim3((unsigned)((q->n + WARPS - 1) / WARPS)),
+                       dim3(32 * WARPS), (size_t)smem, e, *q);
 }
 
 static codes_call codes_of(const round_state *s, const tensor *w, const tensor *col)

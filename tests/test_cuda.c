@@ -671,7 +671,9 @@ static void stack_case(const attn_shape *a, int32_t held, double tol)
     stack_close(&s);
 }
 
-/* What is recorded as one kernel is what its ops are one by one. */
+/* What is recorded as one kernel is what its ops are one by one, but for the roundings between them
+ * (decode_pass.cuh); in few bits a code of the newest token may round to its neighbour, and scores
+ * are steep here. */
 START_TEST(recorded_pass)
 {
     static const attn_shape shapes[] = {{4, 4, 128, 64, 0, KV_16, true},
@@ -679,15 +681,16 @@ START_TEST(recorded_pass)
                                         {18, 2, 64, 32, 50, KV_16, true},
                                         {4, 2, 96, 64, 0, KV_16, false}};
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
+    static const double tol[] = {2e-3, 2e-2, 1e-1};
     if (!gpu) return;
     limits(1024, 2048, 4096);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += few ? 2 : 1) {
         for (int f = 0; f < 3; f++) {
             attn_shape a = shapes[i];
             a.format = formats[f];
-            if (!few) stack_case(&a, 1, 1e-3);
-            if (!few) stack_case(&a, 130, 1e-3);
-            stack_case(&a, 350, 1e-3);
+            if (!few) stack_case(&a, 1, tol[f]);
+            if (!few) stack_case(&a, 130, tol[f]);
+            stack_case(&a, 350, tol[f]);
         }
     }
 }
