@@ -37,7 +37,7 @@ typedef struct {
     plan_fold fold[PLAN_FOLDS]; /* always all five sources, in the order of plan_shape */
     plan_linear linear[PLAN_LINEARS];
     int n_linears;
-    /* Other bases of keys and values, data NULL: none. All of the above is about weights in them. */
+    /* Other bases of keys and values, data NULL: none. The above is about weights in them. */
     tensor turn_k; /* f32 [kv_heads,rope_dims/2]: angles by which the pairs of q and k turn */
     tensor turn_v; /* f32 [kv_heads*D,D]: M by head, v becomes v M and o's columns follow */
 } block_plan;
