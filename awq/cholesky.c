@@ -6,11 +6,10 @@
 
 #define BLOCK 256 /* of the diagonal, and columns of an item */
 #define THIN  64  /* columns of an item where BLOCK would leave too few of them */
-#define ROWS  32  /* right-hand sides of an item */
 
 typedef struct {
-    float *a, *x;
-    int64_t n, at, width, rows; /* the block of the diagonal; right-hand sides */
+    float *a;
+    int64_t n, at, width; /* the block of the diagonal */
 } factors;
 
 static const float one = 1.f, minus = -1.f;
@@ -103,18 +102,9 @@ bool cholesky_invert(pool *p, float *l, int64_t n)
 }
 
 /* Our rows are LAPACK's right-hand sides. */
-static void solve_item(void *ctx, int64_t item, int worker)
+void cholesky_solve(const float *l, int64_t n, float *x, int64_t rows)
 {
-    const factors *f = ctx;
-    const int n = (int)f->n, rows = least(ROWS, f->rows - item * ROWS);
+    const int width = (int)n, count = (int)rows;
     int info;
-    (void)worker;
-    spotrs_("U", &n, &rows, f->a, &n, f->x + item * ROWS * f->n, &n, &info);
-}
-
-void cholesky_solve(pool *p, const float *l, int64_t n, float *x, int64_t rows)
-{
-    factors f = {.a = (float *)l, .x = x, .n = n, .rows = rows};
-    openblas_set_num_threads(1);
-    pool_run(p, solve_item, &f, items(rows, ROWS));
+    spotrs_("U", &width, &count, l, &width, x, &width, &info);
 }

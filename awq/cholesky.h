@@ -13,7 +13,7 @@
 bool cholesky_factor(pool *p, float *a, int64_t n);
 /* L^-1 in place of L. False where L has a zero on its diagonal. */
 bool cholesky_invert(pool *p, float *l, int64_t n);
-/* x f32 [rows,n] = x (L L^T)^-1, each row on its own */
-void cholesky_solve(pool *p, const float *l, int64_t n, float *x, int64_t rows);
+/* x f32 [rows,n] = x (L L^T)^-1, on the thread that calls */
+void cholesky_solve(const float *l, int64_t n, float *x, int64_t rows);
 
 #endif

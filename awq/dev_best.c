@@ -164,7 +164,8 @@ static round_state state_of(const rounding *q, int way)
                          zero_of(q, way), dev_2d(q->s, q->s->work, DT_F32, q->rows, 128), q->s->g};
 }
 
-/* y (+)= what the linear's outputs lack: of the model's rows x, by the input's lack or their own. */
+/* y (+)= what the linear's outputs lack: of the model's rows x, by the input's lack or their
+ * own. */
 static err_code pull(const rounding *q, const dev_moments *m, const tensor *x, tensor *y, err *e)
 {
     if (!dev_chain_adds(q->out->role)) return op_matmul(q->b->d, y, x, &m->lack, e);

@@ -99,8 +99,8 @@ static double cosine(int64_t r, int64_t j, int64_t n)
     return sqrt((r ? 2. : 1.) / (double)n) * cos(pi * (double)r * ((double)j + 0.5) / (double)n);
 }
 
-/* m = l^-T U diag(d) T, inverse = T^T diag(1/d) U^T l^T; U's columns are the rows of u from the last
- * on, t is T, x scratch. */
+/* m = l^-T U diag(d) T, inverse = T^T diag(1/d) U^T l^T; U's columns are the rows of u from the
+ * last on, t is T, x scratch. */
 static void compose(const double *l, const double *u, const double *d, const double *t, double *x,
                     int64_t n, float *m, float *inverse)
 {

@@ -1,5 +1,5 @@
-/* Bases of keys and values in which the rule of a 4-bit cache, one range for the channels of a token
- * and head, loses least. Plain mathematics over matrices in host memory. */
+/* Bases of keys and values in which the rule of a 4-bit cache, one range for the channels of a
+ * token and head, loses least. Plain mathematics over matrices in host memory. */
 #ifndef TMF_AWQ_KV_TURN_H
 #define TMF_AWQ_KV_TURN_H
 

@@ -40,8 +40,8 @@ typedef enum {
 typedef struct {
     const char *const *paths; /* [n_paths] */
     int n_paths;
-    /* [n_paths] of the windows, adding up to 1: each file gives so many, as if it were alone, spread
-     * over all of them. NULL: all files are one text, of which the longer has more. */
+    /* [n_paths] of the windows, adding up to 1: each file gives so many, as if it were alone,
+     * spread over all of them. NULL: all files are one text, of which the longer has more. */
     const double *shares;
     const char *dataset; /* NULL: none */
     corpus_pick pick;

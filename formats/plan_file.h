@@ -4,9 +4,10 @@
  * f16 [n,k/g]   W' = (code - zero) * scale, W' the weight with its factors layers.<i>.<linear>.zero
  * u8  [n,k/g]   0..15 layers.<i>.<linear>.codes  u8  [n,k/2]   only where the method fixed them:
  * low nibble first; without them code = clamp(rne(W'/scale) + zero, 0, 15) layers.<i>.<linear>.loss
- * f64 [2]       before (plain rounding) and after; layers.<i>.turn.k, turn.v: block_plan; rotation.<name>            f32 [d,d] optional,
- * orthogonal, by name Sources: attn_norm (read by q k v), ffn_norm (gate up), up (down); v (o, one
- * factor per KV head and dim, [kv_heads*D]); k (q, the same shape). */
+ * f64 [2]       before (plain rounding) and after; layers.<i>.turn.k and .v: see block_plan
+ * rotation.<name> f32 [d,d] optional, orthogonal, by name
+ * Sources: attn_norm (read by q k v), ffn_norm (gate up), up (down); v (o, one factor per KV head
+ * and dim, [kv_heads*D]); k (q, the same shape). */
 #ifndef TMF_FORMATS_PLAN_FILE_H
 #define TMF_FORMATS_PLAN_FILE_H
 
@@ -36,9 +37,9 @@ typedef struct {
     plan_fold fold[PLAN_FOLDS]; /* always all five sources, in the order of plan_shape */
     plan_linear linear[PLAN_LINEARS];
     int n_linears;
-    /* Other bases of keys and values, data NULL: none. Everything above is about weights in them. */
+    /* Other bases of keys and values, data NULL: none. The above is about weights in them. */
     tensor turn_k; /* f32 [kv_heads,rope_dims/2]: angles by which the pairs of q and k turn */
-    tensor turn_v; /* f32 [kv_heads*D,D]: by head M, v becomes v M, o's columns follow */
+    tensor turn_v; /* f32 [kv_heads*D,D]: M by head, v becomes v M and o's columns follow */
 } block_plan;
 /* The folds and linears of a block of this model with their shapes set and no data. */
 block_plan plan_shape(const model_desc *m, int32_t group);

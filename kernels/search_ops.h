@@ -9,7 +9,8 @@
 
 /* ---- rows ---- */
 err_code op_zero(device *d, tensor *t, err *e); /* contiguous */
-/* y [m,k] = alpha a + beta b, each f16, bf16 or f32; b NULL: alpha a. Beyond f16: infinity. y may be
+/* y [m,k] = alpha a + beta b, each f16, bf16 or f32; b NULL: alpha a. Beyond f16: infinity. y
+ * may be
  * a. */
 err_code op_mix(device *d, tensor *y, float alpha, const tensor *a, float beta, const tensor *b,
                 err *e);
@@ -32,7 +33,8 @@ err_code op_scaled(device *d, tensor *y, const tensor *w, const tensor *col, con
                    err *e);
 /* sum f64 [k] += |w| / (the largest |w| of its row's group + eps); w as in op_scaled */
 err_code op_relative_sum(device *d, tensor *sum, const tensor *w, int32_t g, double eps, err *e);
-/* y f32 or bf16 [n,k] = Q(w s) / s - w under plain rounding (quant_group.h); w as in op_scaled, s f32 [k] */
+/* y f32 or bf16 [n,k] = Q(w s) / s - w under plain rounding (quant_group.h); w as in op_scaled,
+ * s f32 [k] */
 err_code op_try_factors(device *d, tensor *y, const tensor *w, const tensor *s, int32_t g, err *e);
 /* y f32 or f16 [n,k] = w' / col * row: of codes u8 [n,k/2] (low nibble first) where there are some,
  * else of w f32 [n,k] rounded; scale f16 [n,k/g], zero u8 [n,k/g] */
@@ -62,7 +64,8 @@ err_code op_range(device *d, tensor *scale, tensor *zero, const tensor *w, const
                   err *e);
 
 /* ---- solving ---- */
-/* y f32 [k,k] = h[o_i][o_j] / (c_i c_j), order i32 [k] into h and col (f32 [k] or NULL: 1), with `add`
+/* y f32 [k,k] = h[o_i][o_j] / (c_i c_j), order i32 [k] into h and col (f32 [k] or NULL: 1), with
+ * `add`
  * on the diagonal; contiguous */
 err_code op_reorder(device *d, tensor *y, const tensor *h, const tensor *order, const tensor *col,
                     float add, err *e);
@@ -93,7 +96,8 @@ err_code op_by_place(device *d, tensor *y, const tensor *w, const tensor *order,
 /* y f32 [n,k] = (w' - w) / col; y may be w; col f32 [k] or NULL: 1 */
 err_code op_code_errors(device *d, tensor *y, const round_state *s, const tensor *w,
                         const tensor *col, err *e);
-/* With x = ((w' - w) / col) H, h f32 [k,k]: 128 inputs after the other, each code moves to where the
+/* With x = ((w' - w) / col) H, h f32 [k,k]: 128 inputs after the other, each code moves to where
+ * the
  * loss, all else fixed, is least, then, with `refit`, each scale. x is kept up to date. */
 err_code op_sweep(device *d, round_state *s, tensor *x, const tensor *h, const tensor *col,
                   bool refit, err *e);

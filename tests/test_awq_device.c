@@ -1,5 +1,6 @@
 /* The search's steps for devices whose memory the host cannot read: on the CPU they must find what
- * the CPU's own steps find, and on a GPU, where there is one, about as much, the same every time. */
+ * the CPU's own steps find, and on a GPU, where there is one, about as much, the same every
+ * time. */
 #include <stdio.h>
 #include <string.h>
 
