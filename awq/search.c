@@ -16,6 +16,7 @@
 #include "awq/moments.h"
 #include "awq/on_device.h"
 #include "awq/rotate.h"
+#include "kernels/search_ops.h"
 #include "runtime/layer_walk.h"
 
 typedef struct {
@@ -120,7 +121,8 @@ static err_code pick_rotation(search *s, err *e)
 static err_code check_device(const search *s, err *e)
 {
     if (!on_device(s)) return OK;
-    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.kv_fold) return OK;
+    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.kv_fold)
+        return s->method->carries ? op_rounds(s->d, e) : OK;
     return err_set(e, E_UNSUPPORTED, "method '%s' with loss '%s'%s: expected the CPU, got %s",
                    s->method->name, loss_name(s->q.loss),
                    s->q.kv_fold ? " and folds for the cache" : "", dev_name(s->d));

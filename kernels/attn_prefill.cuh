@@ -18,7 +18,8 @@ typedef struct {
 /* head_dim 64, 96, 128, 256; bits 16, 8, 4; block_tokens a multiple of 32. */
 cudaError_t attn_prefill(const attn_prefill_call *c, int head_dim, int bits, int sm,
                          cudaStream_t stream);
-/* On sm_90a, a 16-bit cache of `slots` tokens (of K or of V), head_dim 64 or 128; 16-byte aligned. */
+/* On sm_90a, a 16-bit cache of `slots` tokens (of K or of V), head_dim 64 or 128; 16-byte
+ * aligned. */
 cudaError_t attn_prefill_wgmma(const attn_prefill_call *c, int head_dim, int64_t slots,
                                cudaStream_t stream);
 /* Any head size up to 256 that is a multiple of 8, any rows: one warp a row and head. Slow. */

@@ -12,6 +12,11 @@ static err_code check_square(const device *d, const tensor *t, const char *what,
     return check_contiguous(t, what, e);
 }
 
+err_code op_rounds(device *d, err *e)
+{
+    return d->ops.search->rounds ? d->ops.search->rounds(d, e) : OK;
+}
+
 err_code op_reorder(device *d, tensor *y, const tensor *h, const tensor *order, const tensor *col,
                     float add, err *e)
 {

@@ -65,6 +65,7 @@ __device__ __forceinline__ float step_of(float w, float scale, float zero)
 }
 
 extern "C" {
+err_code search_rounds_cuda(device *, err *);
 err_code search_range_cuda(device *, tensor *, tensor *, const tensor *, const range_spec *, err *);
 err_code search_reorder_cuda(device *, tensor *, const tensor *, const tensor *, const tensor *,
                              float, err *);

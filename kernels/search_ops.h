@@ -64,6 +64,8 @@ err_code op_range(device *d, tensor *scale, tensor *zero, const tensor *w, const
                   err *e);
 
 /* ---- solving ---- */
+/* E_UNSUPPORTED where the device cannot run the ops from here on. */
+err_code op_rounds(device *d, err *e);
 /* y f32 [k,k] = h[o_i][o_j] / (c_i c_j), order i32 [k] into h and col (f32 [k] or NULL: 1), with
  * `add`
  * on the diagonal; contiguous */
@@ -118,6 +120,7 @@ typedef struct search_ops {
     err_code (*try_factors)(device *, tensor *, const tensor *, const tensor *, int32_t, err *);
     err_code (*rounded)(device *, tensor *, const rounded_spec *, err *);
     err_code (*range)(device *, tensor *, tensor *, const tensor *, const range_spec *, err *);
+    err_code (*rounds)(device *, err *); /* NULL: always */
     err_code (*reorder)(device *, tensor *, const tensor *, const tensor *, const tensor *, float,
                         err *);
     err_code (*factor)(device *, tensor *, tensor *, err *);

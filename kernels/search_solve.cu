@@ -73,27 +73,42 @@ __global__ void __launch_bounds__(THREADS)
     store_lower(a, ld, s, n);
 }
 
-/* A thread a column of the inverse. */
+/* A thread a column of the inverse, which goes over the diagonal: what lies there nobody reads. */
 __global__ void __launch_bounds__(THREADS) invert_kernel(float *a, int64_t ld, int n)
 {
     extern __shared__ float s[];
-    float *inv = s + BASE * PITCH;
     const int j = threadIdx.x;
+    float *inv = s + j * PITCH, first = 0.f;
     pdl_launch();
     pdl_wait();
     load_square(s, a, ld, n);
-    if (j < n)
-        for (int i = 0; i < n; i++) {
-            float sum[4] = {};
-            int t = j;
+    if (j < n) {
+        first = 1.f / inv[j];
+        for (int i = j + 1; i < n; i++) {
+            float sum[4] = {s[i * PITCH + j] * first};
+            int t = j + 1;
             for (; t + 4 <= i; t += 4)
-                for (int q = 0; q < 4; q++)
-                    sum[q] += s[i * PITCH + t + q] * inv[(t + q) * PITCH + j];
-            for (; t < i; t++) sum[0] += s[i * PITCH + t] * inv[t * PITCH + j];
-            const float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-            inv[i * PITCH + j] = i < j ? 0.f : ((i == j ? 1.f : 0.f) - all) / s[i * PITCH + i];
+                for (int q = 0; q < 4; q++) sum[q] += s[i * PITCH + t + q] * inv[t + q];
+            for (; t < i; t++) sum[0] += s[i * PITCH + t] * inv[t];
+            inv[i] = -((sum[0] + sum[1]) + (sum[2] + sum[3])) / s[i * PITCH + i];
         }
-    store_lower(a, ld, inv, n);
+    }
+    __syncthreads();
+    if (j < n) inv[j] = first;
+    __syncthreads();
+    for (int t = threadIdx.x; t < n * n; t += THREADS)
+        if (t % n <= t / n) a[t / n * ld + t % n] = s[t % n * PITCH + t / n];
+}
+
+err_code search_rounds_cuda(device *d, err *e)
+{
+    const int need = (int)sizeof(float) * BASE * PITCH;
+    int at, have;
+    CUDA_TRY(cudaGetDevice(&at), e);
+    CUDA_TRY(cudaDeviceGetAttribute(&have, cudaDevAttrMaxSharedMemoryPerBlockOptin, at), e);
+    if (have >= need) return OK;
+    return err_set(e, E_UNSUPPORTED, "%s: %d bytes of shared memory a block, expected %d",
+                   dev_name(d), have, need);
 }
 
 static err_code base_factor(device *d, float *a, int64_t ld, int n, int32_t *failed, err *e)
@@ -107,7 +122,7 @@ static err_code base_factor(device *d, float *a, int64_t ld, int n, int32_t *fai
 
 static err_code base_invert(device *d, float *a, int64_t ld, int n, err *e)
 {
-    const int smem = 2 * (int)sizeof(float) * BASE * PITCH;
+    const int smem = (int)sizeof(float) * BASE * PITCH;
     CUDA_TRY(cudaFuncSetAttribute(invert_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem),
              e);
     return cuda_launch(d, "invert", invert_kernel, dim3(1), dim3(THREADS), (size_t)smem, e, a, ld,

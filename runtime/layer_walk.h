@@ -27,10 +27,10 @@ err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e);
 err_code layer_walk_split(layer_walk *w, err *e);
 void layer_walk_use(layer_walk *w, int stream);
 
-/* [windows*seqlen, hidden] on the host, of dev_resid's type on the CPU and f16 elsewhere: the stream
+/* [windows*seqlen, hidden] on the host, of dev_resid's type on the CPU, else f16: the stream
  * in use. */
 tensor layer_walk_states(layer_walk *w);
-/* All streams, one behind the other: to save and to restore. Two streams that lie apart, as on other
+/* All streams, one behind the other: to save and to restore. Two that lie apart, as on other
  * devices than the CPU, cannot be saved. */
 bool layer_walk_saves(const layer_walk *w);
 tensor layer_walk_saved(layer_walk *w);
