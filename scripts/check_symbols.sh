@@ -16,7 +16,7 @@ extra() { # words of a folder's modules that are no file name
             echo 'jv jmap jstr jout jf' ;;
         runtime/serve) echo 'answer serve' ;;      # engine.h: answer; page.h: serve_page
         runtime) echo 'gen sample ppl' ;;          # generate.h: gen; sampler.h: sample; score.h: ppl
-        awq) echo 'block linear moment quant tile loss plan' ;; # measure.h and method.h
+        awq) echo 'block linear moment quant tile loss plan rotated' ;; # measure.h, method.h, rotate.h
         *) echo '' ;;
     esac
 }
