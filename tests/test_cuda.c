@@ -99,16 +99,22 @@ static float *download(const tensor *t, const char *what)
     return out;
 }
 
-/* || got - want || / || want ||, NaN fails. */
-static void near(const float *got, const float *want, int64_t n, double tol, const char *what)
+/* || got - want || / || want || */
+static double distance(const float *got, const float *want, int64_t n)
 {
     double d = 0, w = 0;
     for (int64_t i = 0; i < n; i++) {
         d += ((double)got[i] - want[i]) * ((double)got[i] - want[i]);
         w += (double)want[i] * want[i];
     }
-    ck_assert_msg(sqrt(d) <= tol * sqrt(w), "%s: relative error %.3g, at most %.3g", what,
-                  sqrt(d / w), tol);
+    return w > 0 ? sqrt(d / w) : sqrt(d);
+}
+
+/* NaN fails. */
+static void near(const float *got, const float *want, int64_t n, double tol, const char *what)
+{
+    const double d = distance(got, want, n);
+    ck_assert_msg(d <= tol, "%s: relative error %.3g, at most %.3g", what, d, tol);
 }
 
 /* ---- 4-bit products ---- */
@@ -599,7 +605,7 @@ static void stack_close(stack *s)
 
 static tensor row_of(const dev_buf *b, int64_t n)
 {
-    tensor t = tensor_2d(b->data, DT_F16, 1, n);
+    tensor t = tensor_2d(b->data, dev_mem(gpu) == MEM_HOST ? DT_F32 : DT_F16, 1, n);
     t.mem = dev_mem(gpu);
     return t;
 }
@@ -626,83 +632,90 @@ static void stack_restart(stack *s)
     OK_(dev_sync(gpu, e));
 }
 
-static size_t cache_bytes(const attn_shape *a)
+/* The row of the sequence that holds `held` tokens. */
+static batch_rows one_row(stack *s, int32_t held)
 {
-    return kv_layer_data_bytes(a->format, BLOCKS, a->block_tokens, a->kv_heads, a->dim);
+    const int32_t from[SEQS] = {held, 0}, n[SEQS] = {1, 1};
+    batch_rows rows = {0};
+    for (int l = LAYERS - 1; l >= 0; l--) rows = make_rows(&s->side[l], from, n);
+    rows.seqs = 1, rows.pos.shape[0] = rows.kv_len.shape[0] = rows.block_table.shape[0] = 1;
+    rows.seq_start.shape[0] = 2;
+    return rows;
 }
 
-/* The caches of all layers; free with mem_free. */
-static uint8_t *download_caches(const stack *s)
+static void copy_bytes(void *to, memspace there, const void *from, memspace here, size_t n)
 {
-    const int64_t n = (int64_t)cache_bytes(&s->a);
-    void *mem;
-    OK_(mem_alloc(&mem, LAYERS, (size_t)n, "caches", e));
-    for (int l = 0; l < LAYERS; l++) {
-        tensor from = tensor_1d(s->side[l].data.data, DT_U8, n),
-               to = tensor_1d((uint8_t *)mem + l * n, DT_U8, n);
-        from.mem = dev_mem(gpu);
-        OK_(dev_copy(gpu, &to, &from, e));
-    }
+    tensor dst = tensor_1d(to, DT_U8, (int64_t)n), src = tensor_1d((void *)from, DT_U8, (int64_t)n);
+    dst.mem = there, src.mem = here;
+    OK_(dev_copy(gpu, &dst, &src, e));
     OK_(dev_sync(gpu, e));
-    return mem;
 }
 
-/* Codes that differ: 8- or 4-bit ones may, by one step, since what is cached was rounded behind
- * sums in another order. */
-static int64_t moved_codes(const attn_shape *a, const uint8_t *x, const uint8_t *y,
-                           const char *what)
+/* The same stack with the caches of s by the CPU's references; seed: what the numbers of s began
+ * with. Free with mem_free. */
+static float *by_reference(const stack *s, int32_t held, uint64_t seed)
 {
-    int64_t moved = 0;
-    const int bits = a->format == KV_4 ? 4 : 8, last = (1 << bits) - 1;
-    if (a->format == KV_16) return 0;
-    for (size_t i = 0; i < LAYERS * cache_bytes(a); i++)
-        for (int at = 0; at < 8; at += bits) {
-            const int step = abs((x[i] >> at & last) - (y[i] >> at & last));
-            ck_assert_msg(step <= 1, "%s: cache byte %zu: codes %d steps apart", what, i, step);
-            moved += step;
-        }
-    return moved;
+    const attn_shape *a = &s->a;
+    device *card = gpu;
+    const uint64_t after = state;
+    stack c;
+    state = seed;
+    gpu = cpu;
+    stack_open(&c, a);
+    gpu = card;
+    for (int l = 0; l < LAYERS; l++) {
+        copy_bytes(c.side[l].data.data, MEM_HOST, s->side[l].data.data, dev_mem(card),
+                   kv_layer_data_bytes(a->format, BLOCKS, a->block_tokens, a->kv_heads, a->dim));
+        if (a->format != KV_16)
+            copy_bytes(c.side[l].param.data, MEM_HOST, s->side[l].param.data, dev_mem(card),
+                       kv_layer_param_bytes(a->format, BLOCKS, a->block_tokens, a->kv_heads));
+    }
+    gpu = cpu;
+    const batch_rows rows = one_row(&c, held);
+    stack_run(&c, &rows);
+    float *out = download(&c.x, "reference");
+    stack_close(&c);
+    gpu = card;
+    state = after;
+    return out;
 }
 
-/* tol: where some code of the newest token rounded to its neighbour; scores are steep here. */
-static void stack_case(const attn_shape *a, int32_t held, double tol)
+/* Scores are steep here and make much of any rounding: the pass may be off the reference by what
+ * its ops are, one by one, and little more. In few bits a code of the newest token may round to
+ * its neighbour. */
+static void stack_case(const attn_shape *a, int32_t held, double more)
 {
     stack s;
     dev_graph *work;
     char what[96];
-    const int32_t from[SEQS] = {held, 0}, n[SEQS] = {1, 1}, none[SEQS] = {0, 0};
+    const uint64_t seed = state;
+    const int32_t none[SEQS] = {0, 0}, filled[SEQS] = {held, 1};
     snprintf(what, sizeof what, "recorded pass, %d/%d heads of %d, %d bit, %d held", a->heads,
              a->kv_heads, a->dim, (int)a->format, held);
     stack_open(&s, a);
     for (int l = 0; l < LAYERS; l++) {
         side c;
-        const int32_t filled[SEQS] = {held, 1};
         side_open(&c, cpu, a);
         attn_step(&c, &s.side[l], a, none, filled);
         side_close(&c);
     }
-    batch_rows rows = {0};
-    for (int l = LAYERS - 1; l >= 0; l--) rows = make_rows(&s.side[l], from, n);
-    rows.seqs = 1, rows.pos.shape[0] = rows.kv_len.shape[0] = rows.block_table.shape[0] = 1;
-    rows.seq_start.shape[0] = 2;
+    const batch_rows rows = one_row(&s, held);
+    float *want = by_reference(&s, held, seed), *first = NULL;
     stack_run(&s, &rows);
-    float *want = download(&s.x, what);
-    ck_assert_msg(want[1] != s.start[1], "%s: the stream did not change", what);
-    uint8_t *cached = download_caches(&s);
+    float *ops = download(&s.x, what);
+    ck_assert_msg(ops[1] != s.start[1], "%s: the stream did not change", what);
     stack_restart(&s);
     OK_(dev_record_begin(gpu, e));
     stack_run(&s, &rows);
     OK_(dev_record_end(gpu, &work, e));
-    float *first = NULL;
     for (int i = 0; i < 3; i++) {
         stack_restart(&s);
         OK_(dev_graph_run(work, e));
         float *got = download(&s.x, what);
-        uint8_t *now = download_caches(&s);
-        const int64_t moved = moved_codes(a, cached, now, what);
-        mem_free(now);
-        if (i == 0 && moved) printf("%s: %d codes moved\n", what, (int)moved);
-        near(got, want, HIDDEN, moved ? tol : 2e-3, what);
+        const double off = distance(got, want, HIDDEN), by_ops = distance(ops, want, HIDDEN);
+        if (i == 0) printf("%s: %.2g off the reference, its ops %.2g\n", what, off, by_ops);
+        ck_assert_msg(off <= 2 * by_ops + more, "%s: %.3g off the reference, its ops %.3g", what,
+                      off, by_ops);
         for (int j = 0; first && j < HIDDEN; j++)
             ck_assert_msg(got[j] == first[j], "%s: runs differ at %d", what, j);
         if (first)
@@ -711,7 +724,7 @@ static void stack_case(const attn_shape *a, int32_t held, double tol)
             first = got;
     }
     dev_graph_free(&work);
-    mem_free(first), mem_free(want), mem_free(cached);
+    mem_free(first), mem_free(want), mem_free(ops);
     stack_close(&s);
 }
 
@@ -724,7 +737,7 @@ START_TEST(recorded_pass)
                                         {18, 2, 64, 32, 50, KV_16, true},
                                         {4, 2, 96, 64, 0, KV_16, false}};
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
-    static const double tol[] = {2e-3, 2e-2, 1e-1};
+    static const double tol[] = {2e-3, 2e-2, 5e-2};
     if (!gpu) return;
     limits(1024, 2048, 4096);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += few ? 2 : 1) {
