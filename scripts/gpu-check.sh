@@ -1,11 +1,13 @@
 #!/bin/bash
 # gpu-check.sh STAGE ...: checks and measures the CUDA backend on a machine with a GPU.
 #   build      configures and builds with CUDA for the GPU's own architecture (TMF_BUILD, build/gpu)
-#   ops        every CUDA op against the CPU's references (tests/test_cuda.c), and loading (test_cuda_load.c)
+#   ops        every CUDA op against the CPU's references (tests/test_cuda.c), and loading, drawing, the
+#              search's ops and those of deterministic devices (test_cuda_*.c)
+#   engine     the server's engine: the same answers alone, in batches, after preemption; and the search
 #   e2e        the bundled model: perplexity and greedy text, each cache format, GPU beside CPU
 #   golden     log-probabilities and greedy ids of golden files, each cache format, token by token and
 #              twice (tests/test_golden.c): the bundled model, and those in TMF_SHARED (../shared)
-#   sanitizer  both again under compute-sanitizer, fewer shapes; the recorded pass is one of them
+#   sanitizer  ops and loading again under compute-sanitizer, fewer shapes; the recorded pass is one of them
 #   ptx        the ops once more with the kernels for sm_75 and sm_80, compiled by the driver from PTX
 #   kernels    products and decode attention alone, beside their floors and cuBLAS (tests/bench_cuda.c)
 #   load       random 7B and 1.8B models: seconds to the first token, and device memory
@@ -31,10 +33,19 @@ stage_build() {
     [ "$arch" != 90 ] || arch=90a
     cmake -S . -B "$build" -DWITH_CUDA=ON -DCUDA_ARCHS="$arch" &&
         cmake --build "$build" -j "$(nproc)" --target tm-run make_model test_cuda \
-            test_cuda_load test_golden bench_cuda
+            test_cuda_load test_cuda_fixed test_cuda_sample test_cuda_search test_engine test_awq_device \
+            test_golden bench_cuda
 }
 
-stage_ops() { timeout 400 "$build/tests/test_cuda" && timeout 100 "$build/tests/test_cuda_load"; }
+stage_ops() {
+    local t
+    timeout 300 "$build/tests/test_cuda" || return 1
+    for t in load fixed sample search; do
+        timeout 50 "$build/tests/test_cuda_$t" || return 1
+    done
+}
+
+stage_engine() { timeout 200 "$build/tests/test_engine" cuda && timeout 100 "$build/tests/test_awq_device"; }
 
 stage_golden() {
     local out rc
