@@ -12,6 +12,7 @@
 #include "base/half.h"
 #include "base/mem.h"
 #include "kernels/ops.h"
+#include "support/splitmix.h"
 
 #define RUNS      9
 #define MOST_ROWS 16
@@ -21,13 +22,7 @@
 static device *d;
 static uint64_t state = 1;
 
-static uint64_t next_u64(void) /* splitmix64 */
-{
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
+static uint64_t next_u64(void) { return splitmix_next(&state); }
 
 static void must(err_code rc, const err *e)
 {

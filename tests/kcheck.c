@@ -11,6 +11,7 @@
 
 #include "base/half.h"
 #include "base/mem.h"
+#include "support/splitmix.h"
 
 #define GUARD       256
 #define GUARD_BYTE  0xa5
@@ -109,19 +110,11 @@ void kb_set(kbuf *b, int64_t row, int64_t col, float v)
 
 /* ---- values ---- */
 
-static uint64_t next_u64(kcheck *c) /* splitmix64 */
-{
-    uint64_t z = c->rng += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-double kc_uniform(kcheck *c) { return (double)(next_u64(c) >> 11) * 0x1p-53; }
+double kc_uniform(kcheck *c) { return splitmix_uniform(&c->rng); }
 
 double kc_normal(kcheck *c) /* sum of four uniforms: near enough, and cheap */
 {
-    const uint64_t u = next_u64(c);
+    const uint64_t u = splitmix_next(&c->rng);
     const double sum = (double)(u & 0xffff) + (double)(u >> 16 & 0xffff) +
                        (double)(u >> 32 & 0xffff) + (double)(u >> 48);
     return (sum / 65536 - 2) * 1.7320508;

@@ -1,43 +1,17 @@
 /* Ops of a CUDA device against the CPU's references: odd sizes, every format, guards behind
  * outputs. Without a GPU, or in a build without CUDA, the cases are skipped out loud. */
-#include <check.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/half.h"
-#include "base/mem.h"
-#include "kernels/ops.h"
+#include "support/cuda_case.h"
 
 #define PAD   8      /* elements between rows of outputs */
 #define GUARD 0x5a5a /* what lies there */
 
-static device *cpu, *gpu;
-static uint64_t state = 1;
+static device *cpu;
 static bool few; /* one shape of each kind: a sanitizer makes kernels many times slower */
-
-static double uniform(void) /* splitmix64 */
-{
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
-
-#define OK_(call)                                  \
-    do {                                           \
-        err e_ = {0}, *e = &e_;                    \
-        ck_assert_msg((call) == OK, "%s", e_.msg); \
-    } while (0)
-
-static void *must(size_t n, size_t size)
-{
-    void *p;
-    err e;
-    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
-    return p;
-}
 
 /* Values that f16 holds; every 40th some times as large. */
 static float *values(int64_t n, double scale)
@@ -65,10 +39,8 @@ static tensor upload(dev_buf *b, dtype dt, int64_t m, int64_t k, int64_t pad, co
         else
             wide[i] = in ? x : (float)GUARD;
     }
-    tensor src = tensor_2d(half, dt, m, ld), t = src;
-    OK_(dev_alloc(b, gpu, tensor_bytes(&src), "test", e));
-    t.data = b->data;
-    t.mem = dev_mem(gpu);
+    const tensor src = tensor_2d(half, dt, m, ld);
+    tensor t = on_gpu(b, src);
     OK_(dev_copy(gpu, &t, &src, e));
     OK_(dev_sync(gpu, e));
     mem_free(half);
@@ -188,7 +160,6 @@ static void w4_case(int64_t m, int64_t k, int64_t n, int32_t group, int parts, b
 START_TEST(w4_products)
 {
     static const int64_t rows[] = {1, 2, 4, 5, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 130};
-    if (!gpu) return;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i += few ? 4 : 1) {
         w4_case(rows[i], 512, 72, 128, 1, false);
         w4_case(rows[i], 2304, 40, 128, 2, true);
@@ -230,7 +201,6 @@ static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, bool biased)
 
 START_TEST(dense_products)
 {
-    if (!gpu) return;
     for (int64_t m = 1; m < 3; m++) {
         dense_case(m, 4096, 520, true, false);
         dense_case(m, 4360, 72, false, true);
@@ -243,7 +213,6 @@ END_TEST
 /* Tiles of outputs and tokens that blocks share, and more tiles than blocks. */
 START_TEST(w4_many_tiles)
 {
-    if (!gpu) return;
     w4_case(20, 4096, 1032, 128, 1, false);
     w4_case(50, 2816, 1304, 64, 2, true);
     w4_case(64, 1280, 4096, 128, 1, true);
@@ -257,7 +226,6 @@ END_TEST
 START_TEST(norm_w4_glu)
 {
     static const int64_t rows[] = {1, 2, 7, 20, 70, 150};
-    if (!gpu) return;
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r += few ? 3 : 1) {
         for (int glu = 0; glu < 2; glu++) {
             const int64_t m = rows[r], k = r % 2 ? 512 : 5120, n = m < 100 ? 56 : 17000;
@@ -434,7 +402,6 @@ START_TEST(attention)
         {2, 1, 256, 32, 0, KV_16, true}, {4, 2, 80, 64, 0, KV_16, false},
         {8, 2, 128, 64, 70, KV_16, true}};
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
-    if (!gpu) return;
     limits(1024, 2048, 4096);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += few ? 3 : 1) {
         for (int f = 0; f < 3; f++) {
@@ -538,7 +505,6 @@ static void nll_case(int64_t m, int64_t v)
 START_TEST(rows_ops)
 {
     static const int64_t rows[] = {1, 3, 64, 65, 130};
-    if (!gpu) return;
     limits(1024, 5120, 10240);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         norm_case(rows[i], 512), norm_case(rows[i], 5120), norm_case(rows[i], 200);
@@ -657,9 +623,9 @@ static float *by_reference(const stack *s, int32_t held, uint64_t seed)
 {
     const attn_shape *a = &s->a;
     device *card = gpu;
-    const uint64_t after = state;
+    const uint64_t after = uniform_state;
     stack c;
-    state = seed;
+    uniform_state = seed;
     gpu = cpu;
     stack_open(&c, a);
     gpu = card;
@@ -676,7 +642,7 @@ static float *by_reference(const stack *s, int32_t held, uint64_t seed)
     float *out = download(&c.x, "reference");
     stack_close(&c);
     gpu = card;
-    state = after;
+    uniform_state = after;
     return out;
 }
 
@@ -688,7 +654,7 @@ static void stack_case(const attn_shape *a, int32_t held, double more)
     stack s;
     dev_graph *work;
     char what[96];
-    const uint64_t seed = state;
+    const uint64_t seed = uniform_state;
     const int32_t none[SEQS] = {0, 0}, filled[SEQS] = {held, 1};
     snprintf(what, sizeof what, "recorded pass, %d/%d heads of %d, %d bit, %d held", a->heads,
              a->kv_heads, a->dim, (int)a->format, held);
@@ -738,7 +704,6 @@ START_TEST(recorded_pass)
                                         {4, 2, 96, 64, 0, KV_16, false}};
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
     static const double tol[] = {2e-3, 2e-2, 5e-2};
-    if (!gpu) return;
     limits(1024, 2048, 4096);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += few ? 2 : 1) {
         for (int f = 0; f < 3; f++) {
@@ -752,15 +717,6 @@ START_TEST(recorded_pass)
 }
 END_TEST
 
-/* CK_RUN_CASE picks one. */
-static void add_case(Suite *s, const char *name, const TTest *test)
-{
-    TCase *t = tcase_create(name);
-    tcase_set_timeout(t, 300);
-    tcase_add_test(t, test);
-    suite_add_tcase(s, t);
-}
-
 /* test_cuda [--sm N] [--few] [--deterministic]: --sm with the kernels of an older capability, of
  * which the build has PTX; --deterministic with those of such a device. */
 int main(int argc, char **argv)
@@ -773,27 +729,19 @@ int main(int argc, char **argv)
         if (strcmp(argv[i], "--deterministic") == 0) card.deterministic = true;
         if (strcmp(argv[i], "--sm") == 0 && i + 1 < argc) card.sm = atoi(argv[i + 1]);
     }
-    if (dev_open(&gpu, &card, &e) != OK) {
-        printf("SKIP: %s\n", e.msg);
-        return 77;
-    }
+    if (cuda_open(&card) != 0) return 77;
     if (dev_open(&cpu, &host, &e) != OK) return 1;
     const op_limits lim = {1024, 2048, 4096, 32, 256, 1024, SEQS};
     if (ops_reserve(cpu, &lim, &e) != OK) return 1;
     Suite *s = suite_create("cuda");
-    add_case(s, "w4", w4_products);
-    add_case(s, "w4 tiles", w4_many_tiles);
-    add_case(s, "dense", dense_products);
-    add_case(s, "norm", norm_w4_glu);
-    add_case(s, "attention", attention);
-    add_case(s, "rows", rows_ops);
-    add_case(s, "pass", recorded_pass);
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
+    tcase_add_test(cuda_case(s, "w4", 300), w4_products);
+    tcase_add_test(cuda_case(s, "w4 tiles", 300), w4_many_tiles);
+    tcase_add_test(cuda_case(s, "dense", 300), dense_products);
+    tcase_add_test(cuda_case(s, "norm", 300), norm_w4_glu);
+    tcase_add_test(cuda_case(s, "attention", 300), attention);
+    tcase_add_test(cuda_case(s, "rows", 300), rows_ops);
+    tcase_add_test(cuda_case(s, "pass", 300), recorded_pass);
+    const int rc = cuda_run(s);
     dev_close(&cpu);
-    dev_close(&gpu);
-    return failed != 0;
+    return rc;
 }

@@ -1,40 +1,12 @@
 /* Products of a CUDA device opened as deterministic: the bits of a row are the same alone, in any
  * batch and at any place of it, and near those of doubles. Skipped out loud without a GPU. */
-#include <check.h>
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "base/half.h"
-#include "base/mem.h"
-#include "kernels/ops.h"
+#include "support/cuda_case.h"
 
 #define ROWS 150
-
-static device *gpu;
-static uint64_t state = 7;
-
-static double uniform(void) /* splitmix64 */
-{
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
-
-#define OK_(call)                                  \
-    do {                                           \
-        err e_ = {0}, *e = &e_;                    \
-        ck_assert_msg((call) == OK, "%s", e_.msg); \
-    } while (0)
-
-static void *must(size_t n, size_t size)
-{
-    void *p;
-    err e;
-    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
-    return p;
-}
 
 static f16 *halves(int64_t n, double scale)
 {
@@ -45,10 +17,8 @@ static f16 *halves(int64_t n, double scale)
 
 static tensor device_2d(dev_buf *b, dtype dt, int64_t m, int64_t k, void *host)
 {
-    tensor src = tensor_2d(host, dt, m, k), t = src;
-    OK_(dev_alloc(b, gpu, tensor_bytes(&src), "test", e));
-    t.data = b->data;
-    t.mem = dev_mem(gpu);
+    const tensor src = tensor_2d(host, dt, m, k);
+    tensor t = on_gpu(b, src);
     if (host) OK_(dev_copy(gpu, &t, &src, e));
     OK_(dev_sync(gpu, e));
     return t;
@@ -268,24 +238,14 @@ int main(void)
 {
     err e;
     const dev_opts card = {.kind = DEV_CUDA, .threads = 1, .deterministic = true};
-    if (dev_open(&gpu, &card, &e) != OK) {
-        (void)printf("SKIP: %s\n", e.msg);
-        return 77;
-    }
+    if (cuda_open(&card) != 0) return 77;
     const op_limits lim = {ROWS, 4096, 1024, 8, 128, 512, 8};
     if (ops_reserve(gpu, &lim, &e) != OK) return 1;
     Suite *s = suite_create("cuda_fixed");
-    TCase *t = tcase_create("products");
-    tcase_set_timeout(t, 120);
+    TCase *t = cuda_case(s, "products", 120);
+    uniform_state = 7;
     tcase_add_test(t, dense);
     tcase_add_test(t, four_bit);
     tcase_add_test(t, norm_four_bit);
-    suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    dev_close(&gpu);
-    return failed != 0;
+    return cuda_run(s);
 }

@@ -1,39 +1,14 @@
 /* Loading on a CUDA device: uploads larger than what they travel through, weights tiled in slices,
  * many buffers in one piece of memory, and what the device says it holds. Without a GPU, or in a
  * build without CUDA, the cases are skipped out loud. */
-#include <check.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/half.h"
-#include "base/mem.h"
-#include "kernels/ops.h"
+#include "support/cuda_case.h"
 
-static device *gpu;
-
-#define OK_(call)                                  \
-    do {                                           \
-        err e_ = {0}, *e = &e_;                    \
-        ck_assert_msg((call) == OK, "%s", e_.msg); \
-    } while (0)
-
-static void *must(size_t n, size_t size)
-{
-    void *p;
-    err e;
-    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
-    return p;
-}
-
-static uint32_t noise(uint64_t i) /* splitmix64 */
-{
-    uint64_t z = (i + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (uint32_t)((z ^ z >> 31) >> 32);
-}
+static uint32_t noise(uint64_t i) { return (uint32_t)(splitmix_next(&i) >> 32); }
 
 /* Of what the device has; other programs may share it, so that little differences mean nothing. */
 #define NEAR_BYTES ((size_t)4 << 20)
@@ -68,7 +43,6 @@ static void upload_case(int64_t n)
 
 START_TEST(uploads)
 {
-    if (!gpu) return;
     upload_case(1);
     upload_case(4097);
     upload_case((4 << 20) - 1); /* around 8 MiB, what one slot holds */
@@ -144,7 +118,6 @@ static void slices_case(int64_t k, int64_t n, int32_t group, w4_layout layout, i
 
 START_TEST(slices)
 {
-    if (!gpu) return;
     slices_case(4096, 4352, 128, W4_AWQ, 1); /* over 8 MiB: two slices, the last a short one */
     slices_case(2048, 4608, 64, W4_TM, 2);   /* pairs, each in two slices */
     slices_case(1056, 17024, 32, W4_AWQ, 1); /* slices that end inside a unit of 128 inputs */
@@ -173,7 +146,6 @@ START_TEST(one_piece)
 {
     enum { N = 40, BYTES = 4456448 }; /* 4.25 MiB, which would take 6 */
     dev_buf b[N], outside, after;
-    if (!gpu) return;
     settle();
     const size_t before = free_now();
     OK_(dev_pack_begin(gpu, (size_t)N * BYTES, "test", e));
@@ -198,7 +170,6 @@ END_TEST
 /* A piece that was opened in vain goes as well. */
 START_TEST(empty_piece)
 {
-    if (!gpu) return;
     settle();
     const size_t before = free_now();
     OK_(dev_pack_begin(gpu, (size_t)64 << 20, "test", e));
@@ -211,7 +182,6 @@ END_TEST
 START_TEST(footprint)
 {
     size_t free_bytes, total;
-    if (!gpu) return;
     const dev_footprint f = dev_footprint_of(gpu);
     OK_(dev_memory(gpu, &free_bytes, &total, e));
     ck_assert_uint_eq(f.context_bytes + f.free_bytes, total);
@@ -232,23 +202,9 @@ int main(void)
                  {"empty", empty_piece},
                  {"footprint", footprint}};
     const dev_opts card = {.kind = DEV_CUDA, .threads = 3};
-    err e;
-    if (dev_open(&gpu, &card, &e) != OK) {
-        printf("SKIP: %s\n", e.msg);
-        return 77;
-    }
+    if (cuda_open(&card) != 0) return 77;
     Suite *s = suite_create("cuda_load");
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        TCase *t = tcase_create(cases[i].name);
-        tcase_set_timeout(t, 120);
-        tcase_add_test(t, cases[i].test);
-        suite_add_tcase(s, t);
-    }
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    dev_close(&gpu);
-    return failed != 0;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        tcase_add_test(cuda_case(s, cases[i].name, 120), cases[i].test);
+    return cuda_run(s);
 }

@@ -1,50 +1,19 @@
 /* Draws on a CUDA device against the host's sampler: the same ids of the same logits, over answers
  * of some length with every option. Skipped out loud without a GPU. */
-#include <check.h>
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
-#include "base/mem.h"
 #include "runtime/sampler.h"
+#include "support/cuda_case.h"
 
 #define ROWS       24
 #define STEPS      12
 #define BIAS_BYTES (SAMPLE_MAX_BIAS * sizeof(sample_bias))
 
-static device *gpu;
-static uint64_t state = 11;
-
-static double uniform(void) /* splitmix64 */
-{
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
-
-#define OK_(call)                                  \
-    do {                                           \
-        err e_ = {0}, *e = &e_;                    \
-        ck_assert_msg((call) == OK, "%s", e_.msg); \
-    } while (0)
-
-static void *must(size_t n, size_t size)
-{
-    void *p;
-    err e;
-    ck_assert_msg(mem_alloc(&p, n ? n : 1, size, "test", &e) == OK, "%s", e.msg);
-    return p;
-}
-
 static tensor device_tensor(dev_buf *b, dtype dt, int ndim, int64_t n0, int64_t n1, int64_t n2)
 {
     const int64_t shape[3] = {n0, n1, n2};
-    tensor t = tensor_of(NULL, dt, ndim, shape);
-    OK_(dev_alloc(b, gpu, tensor_bytes(&t), "test", e));
-    t.data = b->data;
-    t.mem = dev_mem(gpu);
-    return t;
+    return on_gpu(b, tensor_of(NULL, dt, ndim, shape));
 }
 
 static void copy(const tensor *to, const void *host, void *back)
@@ -204,23 +173,13 @@ int main(void)
 {
     err e;
     const dev_opts card = {.kind = DEV_CUDA, .threads = 1};
-    if (dev_open(&gpu, &card, &e) != OK) {
-        (void)printf("SKIP: %s\n", e.msg);
-        return 77;
-    }
+    if (cuda_open(&card) != 0) return 77;
     const op_limits lim = {ROWS, 128, 92544, 1, 64, 1, 1};
     if (ops_reserve(gpu, &lim, &e) != OK) return 1;
     Suite *s = suite_create("cuda_sample");
-    TCase *t = tcase_create("draws");
-    tcase_set_timeout(t, 120);
+    TCase *t = cuda_case(s, "draws", 120);
+    uniform_state = 11;
     tcase_add_test(t, as_the_host);
     tcase_add_test(t, nothing_there);
-    suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    dev_close(&gpu);
-    return failed != 0;
+    return cuda_run(s);
 }

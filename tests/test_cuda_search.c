@@ -1,31 +1,13 @@
 /* The search's ops on a CUDA device against their references. Without a GPU they are skipped out
  * loud, and only what they refuse is checked. */
-#include <check.h>
 #include <math.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "base/half.h"
-#include "base/mem.h"
-#include "kernels/ops.h"
 #include "kernels/search_ops.h"
+#include "support/cuda_case.h"
 
-static device *cpu, *gpu;
-static uint64_t state = 1;
-
-#define OK_(call)                                  \
-    do {                                           \
-        err e_ = {0}, *e = &e_;                    \
-        ck_assert_msg((call) == OK, "%s", e_.msg); \
-    } while (0)
-
-static double uniform(void) /* splitmix64 */
-{
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
-}
+static device *cpu;
 
 static double normal(void) { return (uniform() + uniform() + uniform() - 1.5) * 2; }
 
@@ -38,13 +20,8 @@ typedef struct {
 static both make(dtype dt, int ndim, int64_t a, int64_t b, int64_t c)
 {
     both t = {.host = tensor_of(NULL, dt, ndim, (const int64_t[]){a, b, c})};
-    void *p;
-    OK_(mem_alloc(&p, tensor_bytes(&t.host), 1, "test", e));
-    t.host.data = p;
-    t.dev = t.host;
-    OK_(dev_alloc(&t.buf, gpu, tensor_bytes(&t.host), "test", e));
-    t.dev.data = t.buf.data;
-    t.dev.mem = dev_mem(gpu);
+    t.dev = on_gpu(&t.buf, t.host);
+    t.host.data = must(tensor_bytes(&t.host), 1);
     return t;
 }
 
@@ -96,16 +73,21 @@ static void drop(both *t)
     mem_free(t->host.data);
 }
 
+/* What the GPU has; mem_free(data). */
+static tensor fetched(const both *t)
+{
+    tensor back = t->host;
+    back.data = must(tensor_bytes(&back), 1);
+    OK_(dev_copy(gpu, &back, &t->dev, e));
+    OK_(dev_sync(gpu, e));
+    return back;
+}
+
 /* Largest and rms difference over the rms of the reference. */
 static void same(both *t, double tol, const char *what)
 {
-    tensor back = t->host;
+    const tensor back = fetched(t);
     double d = 0, w = 0;
-    void *p;
-    OK_(mem_alloc(&p, tensor_bytes(&t->host), 1, "test", e));
-    back.data = p;
-    OK_(dev_copy(gpu, &back, &t->dev, e));
-    OK_(dev_sync(gpu, e));
     for (int64_t i = 0; i < tensor_count(&back); i++) {
         const double a = get(&back, i), b = get(&t->host, i);
         d += (a - b) * (a - b);
@@ -113,7 +95,7 @@ static void same(both *t, double tol, const char *what)
     }
     ck_assert_msg(sqrt(d) <= tol * sqrt(w), "%s: relative error %.3g, at most %.3g", what,
                   sqrt(d / w), tol);
-    mem_free(p);
+    mem_free(back.data);
 }
 
 START_TEST(rows)
@@ -150,10 +132,8 @@ END_TEST
 static tensor widened(const both *t)
 {
     tensor w = t->host;
-    void *p;
-    OK_(mem_alloc(&p, (size_t)tensor_count(&w), sizeof(float), "test", e));
     w.dt = DT_F32;
-    w.data = p;
+    w.data = must((size_t)tensor_count(&w), sizeof(float));
     tensor_convert(&w, &t->host);
     return w;
 }
@@ -206,18 +186,13 @@ static const int32_t group_sizes[] = {32, 64, 128};
 /* Largest share of entries that may differ where a value lies on the border of two codes. */
 static void same_but(both *t, double share, const char *what)
 {
-    tensor back = t->host;
+    const tensor back = fetched(t);
     int64_t off = 0;
-    void *p;
-    OK_(mem_alloc(&p, tensor_bytes(&t->host), 1, "test", e));
-    back.data = p;
-    OK_(dev_copy(gpu, &back, &t->dev, e));
-    OK_(dev_sync(gpu, e));
     for (int64_t i = 0; i < tensor_count(&back); i++)
         off += fabs(get(&back, i) - get(&t->host, i)) > 1e-6 * fabs(get(&t->host, i));
     ck_assert_msg((double)off <= share * (double)tensor_count(&back), "%s: %lld of %lld differ",
                   what, (long long)off, (long long)tensor_count(&back));
-    mem_free(p);
+    mem_free(back.data);
 }
 
 START_TEST(weights)
@@ -349,18 +324,13 @@ static both gram_of(int64_t k)
 static void lower_only(both *t)
 {
     const int64_t k = t->host.shape[0];
-    float *v = t->host.data, *got;
-    void *p;
-    tensor back = t->host;
-    OK_(mem_alloc(&p, tensor_bytes(&back), 1, "test", e));
-    back.data = got = p;
-    OK_(dev_copy(gpu, &back, &t->dev, e));
-    OK_(dev_sync(gpu, e));
+    const tensor back = fetched(t);
+    float *v = t->host.data, *got = back.data;
     for (int64_t i = 0; i < k; i++)
         for (int64_t j = i + 1; j < k; j++) v[i * k + j] = got[i * k + j] = 0.f;
     OK_(dev_copy(gpu, &t->dev, &back, e));
     OK_(dev_sync(gpu, e));
-    mem_free(p);
+    mem_free(back.data);
 }
 
 START_TEST(solving)
@@ -480,9 +450,7 @@ static void same_loss(round_case *c, const char *what)
 {
     const double host = loss_of(c, false);
     tensor codes = c->codes.host, scale = c->scale.host;
-    void *a, *b;
-    OK_(mem_alloc(&a, tensor_bytes(&codes), 1, "test", e));
-    OK_(mem_alloc(&b, tensor_bytes(&scale), 1, "test", e));
+    void *a = must(tensor_bytes(&codes), 1), *b = must(tensor_bytes(&scale), 1);
     memcpy(a, codes.data, tensor_bytes(&codes));
     memcpy(b, scale.data, tensor_bytes(&scale));
     const double dev = loss_of(c, true);
@@ -547,8 +515,7 @@ int main(void)
 {
     err e;
     Suite *s = suite_create("cuda_search");
-    TCase *t = tcase_create("ops");
-    tcase_set_timeout(t, 60);
+    TCase *t = cuda_case(s, "ops", 60);
     if (dev_open(&cpu, &(dev_opts){.kind = DEV_CPU, .threads = 2, .isa = "ref"}, &e) != OK) {
         printf("%s\n", e.msg);
         return 1;
@@ -564,13 +531,7 @@ int main(void)
     } else {
         printf("SKIP all but refusals: %s\n", e.msg);
     }
-    suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a GPU's context does not survive a fork */
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    dev_close(&gpu);
+    const int rc = cuda_run(s);
     dev_close(&cpu);
-    return failed != 0;
+    return rc;
 }

@@ -1,0 +1,72 @@
+/* What tests of a CUDA device share: the device, memory on both sides, values, and how their cases
+ * are run. Without a GPU, or in a build without CUDA, cuda_open says so for main to end with. */
+#ifndef TMF_TESTS_CUDA_CASE_H
+#define TMF_TESTS_CUDA_CASE_H
+
+#include <check.h>
+#include <stdio.h>
+
+#include "base/mem.h"
+#include "kernels/ops.h"
+#include "support/splitmix.h"
+
+static device *gpu;
+static uint64_t uniform_state = 1;
+
+static inline double uniform(void) { return splitmix_uniform(&uniform_state); }
+
+/* A call that gets its `e` here, and has to succeed. */
+#define OK_(call)                                  \
+    do {                                           \
+        err e_ = {0}, *e = &e_;                    \
+        ck_assert_msg((call) == OK, "%s", e_.msg); \
+    } while (0)
+
+/* Room on the host; mem_free. */
+static inline void *must(size_t n, size_t size)
+{
+    void *p;
+    OK_(mem_alloc(&p, n ? n : 1, size, "test", e));
+    return p;
+}
+
+/* A tensor like `t` in memory of its own on the GPU; dev_free(b). */
+static inline tensor on_gpu(dev_buf *b, tensor t)
+{
+    OK_(dev_alloc(b, gpu, tensor_bytes(&t), "test", e));
+    t.data = b->data;
+    t.mem = dev_mem(gpu);
+    return t;
+}
+
+/* OK, or 77 (skipped) behind a line that says why. */
+static inline int cuda_open(const dev_opts *o)
+{
+    err e;
+    if (dev_open(&gpu, o, &e) == OK) return 0;
+    (void)printf("SKIP: %s\n", e.msg);
+    return 77;
+}
+
+/* A case of its own, which CK_RUN_CASE can pick. */
+static inline TCase *cuda_case(Suite *s, const char *name, int seconds)
+{
+    TCase *t = tcase_create(name);
+    tcase_set_timeout(t, seconds);
+    suite_add_tcase(s, t);
+    return t;
+}
+
+/* Runs them all and closes the GPU; what main returns. */
+static inline int cuda_run(Suite *s)
+{
+    SRunner *r = srunner_create(s);
+    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
+    srunner_run_all(r, CK_ENV);
+    const int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    dev_close(&gpu);
+    return failed != 0;
+}
+
+#endif
