@@ -341,7 +341,7 @@ static err_code choose(rounding *q, int *best, err *e)
     *best = FEEDBACK;
     for (int way = 0; way < WAYS; way++)
         loss[way] = sum_of(q, SUM_FORM + way) - 2 * sum_of(q, SUM_DOT + way);
-    for (int way = 0; way < FEEDBACK; way++)
+    for (int way = 0; way < FEEDBACK && q->o->falls_back; way++)
         if (loss[way] < loss[*best]) *best = way;
     job_log(q->b->j, LOG_DEBUG, "layer %d: %s: plain %.6g, range %.6g, feedback %.6g",
             (int)q->b->layer, role_name(q->out->role), loss[0], loss[1], loss[2]);
@@ -397,7 +397,7 @@ static err_code round_tap(rounding *q, const tensor_role *roles, int n, block_pl
     q->k = model_linear_k(q->b->m, roles[0]);
     TRY(dev_chain_gather(q->s->chain, roles[0], (float)q->o->correction.resid, q->b->j, &q->train,
                          &q->held, e));
-    TRY(solve_lack(q, e));
+    TRY(q->o->corrects ? solve_lack(q, e) : op_zero(q->b->d, &q->train.lack, e));
     for (int i = 0; i < n; i++) {
         TRY(open_linear(q, roles[i], out, e));
         if (i == 0) TRY(prepare_feedback(q, q->fl ? q->fl->col : NULL, e));

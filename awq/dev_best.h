@@ -11,6 +11,7 @@ typedef struct {
     correct_opts correction;
     feedback_opts feeding;
     range_grid ends, limits;
+    bool corrects, falls_back;
 } best_opts;
 
 /* Fills scale, zero, codes and losses of every linear; codes come from b->mem. */

@@ -22,11 +22,24 @@ typedef enum {
 } loss_kind;
 const char *loss_name(loss_kind l);
 
+/* Stages that best can do without, to tell what each of them brings. */
+enum {
+    STAGE_FACTORS = 1,     /* channel factors */
+    STAGE_VO = 2,          /* those of v -> o */
+    STAGE_RANGES = 4,      /* searched ranges: the weights' own instead */
+    STAGE_SWEEPS = 8,      /* sweeps behind error feedback */
+    STAGE_SCALES = 16,     /* sweeps that move scales */
+    STAGE_CORRECTION = 32, /* weights corrected for rounded inputs */
+    STAGE_RESIDUAL = 64,   /* o and down take a share of the residual stream's error */
+    STAGE_HELD_OUT = 128,  /* falling back by windows held out */
+};
+
 typedef struct {
     int32_t group;
     loss_kind loss;
     bool kv_fold; /* k and v have factors already, for the cache, when a method comes to a block */
     bool turn;    /* they may have other bases too */
+    uint32_t without; /* STAGE_ bits */
 } quant_opts;
 
 typedef struct quant_scratch quant_scratch; /* awq/measure.h */
@@ -70,6 +83,7 @@ typedef struct {
     loss_kind loss;   /* its own choice when --loss is not given and there is a calib file */
     bool searches;    /* compares candidates: LOSS_MODULE means something */
     bool fixes_codes; /* fills plan_linear.codes */
+    bool stages;      /* quant_opts.without means something */
     bool folds;       /* lets a plan's factors count: quant_opts.kv_fold means something */
     bool on_device;   /* runs on devices whose memory the host cannot read, with LOSS_GRAM */
     bool carries; /* rounds a layer with the inputs that the rounded layers before it leave: walks

@@ -3,6 +3,7 @@
  * sweeps that move codes and scales. What does no better on windows held out falls back to AWQ's
  * range or to plain rounding. */
 #include <math.h>
+#include <string.h>
 
 #include "awq/chain.h"
 #include "awq/correct.h"
@@ -15,13 +16,17 @@
 
 #define STEP CORRECT_ROWS
 
-static const correct_opts correction = {.ridge = 0.01, .resid = 0.5};
-static const feedback_opts feeding = {.damping = 0.01, .sweeps = 2, .refit = true};
-static const range_grid ends = {8, 0.4}, limits = {10, 0.5};
+static const best_opts all_stages = {.correction = {.ridge = 0.01, .resid = 0.5},
+                                     .feeding = {.damping = 0.01, .sweeps = 2, .refit = true},
+                                     .ends = {8, 0.4},
+                                     .limits = {10, 0.5},
+                                     .corrects = true,
+                                     .falls_back = true};
 
 /* One linear on its way. */
 typedef struct {
     const quant_block *b;
+    const best_opts *o;
     const fold *f; /* NULL: no factors */
     plan_linear *out;
     const chain_moments *held; /* what it is judged by */
@@ -44,7 +49,7 @@ static err_code rows_of(void *ctx, int64_t from, int64_t n, tensor *x, err *e)
 
 static err_code judge(judged *j, double *loss, err *e)
 {
-    return correct_loss(j->b, j->out->role, j->held, &correction, rows_of, j, loss, e);
+    return correct_loss(j->b, j->out->role, j->held, &j->o->correction, rows_of, j, loss, e);
 }
 
 /* Codes by rounding the model's weights, for the scale and zero that are there. */
@@ -77,7 +82,8 @@ static err_code round_codes(judged *j, void *codes, err *e)
 /* The two ways to fall back to, by index; codes are left to rounding. */
 static err_code fall_back(judged *j, int way, err *e)
 {
-    return way ? range_search(j->b, j->f, j->out, &limits, e) : range_plain(j->b, j->f, j->out, e);
+    return way ? range_search(j->b, j->f, j->out, &j->o->limits, e)
+               : range_plain(j->b, j->f, j->out, e);
 }
 
 static err_code round_target(judged *j, const chain_moments *train, tensor *w, err *e)
@@ -85,8 +91,8 @@ static err_code round_target(judged *j, const chain_moments *train, tensor *w, e
     quant_block q = *j->b;
     const linear_target target = {j->out->role, *w, train->h};
     q.target = &target;
-    TRY(range_fit(&q, j->f, j->out, &ends, e));
-    return feedback_codes(&q, j->f, j->out, &feeding, e);
+    TRY(range_fit(&q, j->f, j->out, &j->o->ends, e));
+    return feedback_codes(&q, j->f, j->out, &j->o->feeding, e);
 }
 
 /* Plain rounding of the model's own weights, as far as it is from the corrected ones. */
@@ -112,7 +118,7 @@ static err_code round_linear(judged *j, const chain_moments *train, tensor *w, e
     j->out->codes.data = codes;
     TRY(round_target(j, train, w, e));
     TRY(judge(j, &loss[2], e));
-    for (int way = 0; way < 2; way++)
+    for (int way = 0; way < 2 && j->o->falls_back; way++)
         if (loss[way] < loss[best]) best = way;
     job_log(j->b->j, LOG_DEBUG, "layer %d: %s: plain %.6g, range %.6g, feedback %.6g",
             (int)j->b->layer, role_name(j->out->role), loss[0], loss[1], loss[2]);
@@ -143,43 +149,67 @@ typedef struct {
     int n;
 } tap_linears;
 
-static err_code round_tap(const quant_block *b, const fold *f, block_plan *out,
+static void clear(const tensor *t)
+{
+    if (t->data) memset(t->data, 0, tensor_bytes(t));
+}
+
+static err_code round_tap(const quant_block *b, const best_opts *o, const fold *f, block_plan *out,
                           const tap_linears *tap, float *tile, err *e)
 {
     chain_moments train, held;
     TRY(chain_gather(b->chain, tap->role[0], b->j, &train, &held, e));
+    if (!o->corrects) {
+        clear(&train.cross);
+        clear(&train.resid);
+    }
     float *factor = chain_scratch(b->chain);
-    TRY(correct_factor(b, tap->role[0], &train, factor, &correction, e));
+    TRY(correct_factor(b, tap->role[0], &train, factor, &o->correction, e));
     for (int i = 0; i < tap->n; i++) {
-        judged j = {b, f, plan_find_linear(out, tap->role[i]), &held, tile};
+        judged j = {b, o, f, plan_find_linear(out, tap->role[i]), &held, tile};
         tensor w = chain_room(b->chain, tap->role[i]);
-        TRY(correct_weights(b, tap->role[i], &train, factor, &correction, &w, e));
+        TRY(correct_weights(b, tap->role[i], &train, factor, &o->correction, &w, e));
         TRY(round_linear(&j, &train, &w, e));
         TRY(hand_on(&j, &train, &w, e));
     }
     return OK;
 }
 
-static err_code round_block(const quant_block *b, const fold *f, block_plan *out, err *e)
+static err_code round_block(const quant_block *b, const best_opts *o, const fold *f,
+                            block_plan *out, err *e)
 {
     static const tap_linears split = {{ROLE_Q, ROLE_K, ROLE_V}, 3}, fused = {{ROLE_QKV}, 1},
                              rest[] = {{{ROLE_O}, 1}, {{ROLE_GATE, ROLE_UP}, 2}, {{ROLE_DOWN}, 1}};
     void *tile;
     TRY(mem_alloc(&tile, STEP * (size_t)b->scratch->widest, sizeof(float), "rows to round", e));
-    err_code rc = round_tap(b, f, out, b->m->qkv == QKV_SPLIT ? &split : &fused, tile, e);
-    for (int i = 0; i < 3 && rc == OK; i++) rc = round_tap(b, f, out, &rest[i], tile, e);
+    err_code rc = round_tap(b, o, f, out, b->m->qkv == QKV_SPLIT ? &split : &fused, tile, e);
+    for (int i = 0; i < 3 && rc == OK; i++) rc = round_tap(b, o, f, out, &rest[i], tile, e);
     mem_free(tile);
     return rc;
 }
 
+static best_opts stages_of(uint32_t without)
+{
+    best_opts o = all_stages;
+    if (without & STAGE_RANGES) o.ends = (range_grid){1, 0};
+    if (without & STAGE_SWEEPS) o.feeding.sweeps = 0;
+    if (without & (STAGE_SWEEPS | STAGE_SCALES)) o.feeding.refit = false;
+    if (without & STAGE_RESIDUAL) o.correction.resid = 0;
+    o.corrects = !(without & STAGE_CORRECTION);
+    o.falls_back = !(without & STAGE_HELD_OUT);
+    return o;
+}
+
 static err_code plan_best(const quant_block *b, block_plan *out, err *e)
 {
-    const smooth_groups groups = smooth_groups_of(b, VO_SHARED);
+    const uint32_t without = b->o->without;
+    const smooth_groups groups = smooth_groups_of(b, without & STAGE_VO ? VO_NONE : VO_SHARED);
+    const best_opts o = stages_of(without);
     fold f;
-    for (int i = 0; i < groups.n; i++) TRY(factors_search(b, &groups.g[i], out, e));
+    for (int i = 0; i < groups.n && !(without & STAGE_FACTORS); i++)
+        TRY(factors_search(b, &groups.g[i], out, e));
     TRY(fold_init(&f, b->m, out, e));
-    const best_opts o = {correction, feeding, ends, limits};
-    const err_code rc = b->dev ? dev_best_block(b, &f, out, &o, e) : round_block(b, &f, out, e);
+    const err_code rc = b->dev ? dev_best_block(b, &f, out, &o, e) : round_block(b, &o, &f, out, e);
     fold_free(&f);
     return rc;
 }
@@ -191,6 +221,7 @@ const quant_method method_best = {
     .loss = LOSS_GRAM,
     .searches = true,
     .fixes_codes = true,
+    .stages = true,
     .folds = true,
     .carries = true,
     .on_device = true,

@@ -117,6 +117,36 @@ static err_code pick_rotation(search *s, err *e)
     return OK;
 }
 
+static err_code pick_stages(search *s, err *e)
+{
+    static const struct {
+        const char *name;
+        uint32_t bit;
+    } stages[] = {{"factors", STAGE_FACTORS},   {"vo", STAGE_VO},
+                  {"ranges", STAGE_RANGES},     {"sweeps", STAGE_SWEEPS},
+                  {"scales", STAGE_SCALES},     {"correction", STAGE_CORRECTION},
+                  {"residual", STAGE_RESIDUAL}, {"held-out", STAGE_HELD_OUT}};
+    const char *at = s->o->without ? s->o->without : "";
+    if (*at && !s->method->stages)
+        return err_set(e, E_USAGE, "without '%s': expected method best, got %s", at,
+                       s->method->name);
+    while (*at) {
+        const size_t n = strcspn(at, ",");
+        uint32_t bit = 0;
+        for (size_t i = 0; i < sizeof stages / sizeof *stages; i++)
+            if (strlen(stages[i].name) == n && memcmp(stages[i].name, at, n) == 0)
+                bit = stages[i].bit;
+        if (!bit)
+            return err_set(e, E_USAGE,
+                           "without '%.*s': expected factors, vo, ranges, sweeps, scales, "
+                           "correction, residual or held-out",
+                           (int)n, at);
+        s->q.without |= bit;
+        at += n + (at[n] == ',');
+    }
+    return OK;
+}
+
 /* The other methods cost little and run on the CPU. */
 static err_code check_device(const search *s, err *e)
 {
@@ -164,10 +194,13 @@ static err_code open_inputs(search *s, err *e)
     TRY(pick_loss(s, e));
     TRY(pick_fold(s, e));
     TRY(pick_rotation(s, e));
+    TRY(pick_stages(s, e));
     TRY(check_device(s, e));
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s}", (int)s->q.group,
+    char without[32] = "";
+    if (s->q.without) snprintf(without, sizeof without, ",\"without\":%u", (unsigned)s->q.without);
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s%s}", (int)s->q.group,
              loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "",
-             s->q.turn ? ",\"rotate\":\"vo\"" : "");
+             s->q.turn ? ",\"rotate\":\"vo\"" : "", without);
     return OK;
 }
 

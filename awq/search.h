@@ -17,8 +17,9 @@ typedef struct {
     int kv_fold; /* factors of k and v for a 4-bit cache: 1 yes, 0 no, -1 as the method does */
     const char
         *rotate; /* "none", "vo": of keys and values where their 4-bit error gains; NULL: none */
-    int64_t gram_bytes; /* second moments beyond this are gathered one at a time */
-    double save_s;      /* least seconds between two savings of the hidden states */
+    const char *without; /* names of best's stages to leave out, by commas; NULL: none */
+    int64_t gram_bytes;  /* second moments beyond this are gathered one at a time */
+    double save_s;       /* least seconds between two savings of the hidden states */
     bool force;
     bool on_device; /* the steps of other devices on the CPU as well: for tests */
 } search_opts;

@@ -6,7 +6,7 @@
 #include "tools/tool.h"
 
 static struct {
-    const char *calib, *method, *loss, *kv_fold, *rotate, *page, *out;
+    const char *calib, *method, *loss, *kv_fold, *rotate, *without, *page, *out;
     int64_t group, bits, gram_bytes;
     bool search_scale;
 } opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
@@ -18,17 +18,16 @@ static const cli_option options[] = {
      .choices = "rtn|lmdeploy|awq|gptq|best"},
     {"search-scale", 0, CLI_FLAG, &opt.search_scale, NULL, "the same as --method awq"},
     {"loss", 0, CLI_CHOICE, &opt.loss, "NAME",
-     "what errors count by: gram (all of H), blocks (its diagonal blocks), module, weights [by "
-     "method]",
+     "what errors count by: gram (all of H), blocks (of it), module, weights [by method]",
      .choices = "gram|blocks|module|weights"},
     {"kv-fold", 0, CLI_CHOICE, &opt.kv_fold, "HOW",
      "factors of keys and values that make a 4-bit cache lose least, folded into q and o [yes with "
      "best]",
      .choices = "yes|no"},
     {"rotate", 0, CLI_CHOICE, &opt.rotate, "WHAT",
-     "other bases that compute the same: vo, of keys and values where their 4-bit error gains "
-     "[none]",
+     "other bases that compute the same: vo, of keys and values where it pays [none]",
      .choices = "none|vo"},
+    {"without", 0, CLI_STR, &opt.without, "STAGE,..", "stages of best to leave out [none]"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
@@ -49,6 +48,7 @@ static search_opts search_options(const tool_ctx *t)
                                                     : "best",
                          .loss = opt.loss,
                          .rotate = opt.rotate,
+                         .without = opt.without,
                          .kv_fold = !opt.kv_fold ? -1 : opt.kv_fold[0] == 'y',
                          .group = (int32_t)opt.group,
                          .gram_bytes = opt.gram_bytes,
