@@ -158,6 +158,17 @@ static void label(out_buf *o, const char *name, const char *value)
     out_string(o, value, strlen(value));
 }
 
+/* Under these names everywhere. */
+static void latencies(const engine_stats *s, const style *y)
+{
+    histogram(y, "time_to_first_token_seconds", "From submission to the first token.", &s->ttft_s);
+    histogram(y, "time_per_output_token_seconds", "Between two tokens of an answer.",
+              &s->inter_token_s);
+    histogram(y, "e2e_request_latency_seconds", "From submission to the end.", &s->e2e_s);
+    histogram(y, "request_queue_time_seconds", "Waiting for a place.", &s->queue_s);
+    histogram(y, "request_prefill_time_seconds", "From a place to the first token.", &s->prefill_s);
+}
+
 static void engine_text(const engine_stats *s, const style *y)
 {
     out_buf *o = y->o;
@@ -178,12 +189,7 @@ static void engine_text(const engine_stats *s, const style *y)
     out_printf(o, "tm_engine_step_seconds %.9g\n", s->step_s);
     head(y, "engine_busy_seconds_total", "counter", "Time spent in steps.");
     out_printf(o, "tm_engine_busy_seconds_total %.9g\n", s->busy_s);
-    histogram(y, "time_to_first_token_seconds", "From submission to the first token.", &s->ttft_s);
-    histogram(y, "time_per_output_token_seconds", "Between two tokens of an answer.",
-              &s->inter_token_s);
-    histogram(y, "e2e_request_latency_seconds", "From submission to the end.", &s->e2e_s);
-    histogram(y, "request_queue_time_seconds", "Waiting for a place.", &s->queue_s);
-    histogram(y, "request_prefill_time_seconds", "From a place to the first token.", &s->prefill_s);
+    latencies(s, y);
     histogram(y, "decode_batch_size", "Sequences of a step.", &s->batch);
 }
 
@@ -262,12 +268,7 @@ static void alias_common(const metrics *m, const engine_stats *s, const style *y
     one(y, "prompt_tokens_total", "counter", "As tm_prompt_tokens_total.", s->prompt_tokens);
     one(y, "generation_tokens_total", "counter", "As tm_generation_tokens_total.", s->new_tokens);
     alias_success(m, y);
-    histogram(y, "time_to_first_token_seconds", "From submission to the first token.", &s->ttft_s);
-    histogram(y, "time_per_output_token_seconds", "Between two tokens of an answer.",
-              &s->inter_token_s);
-    histogram(y, "e2e_request_latency_seconds", "From submission to the end.", &s->e2e_s);
-    histogram(y, "request_queue_time_seconds", "Waiting for a place.", &s->queue_s);
-    histogram(y, "request_prefill_time_seconds", "From a place to the first token.", &s->prefill_s);
+    latencies(s, y);
     histogram(y, "request_decode_time_seconds", "From the first token to the last.", &m->decode);
 }
 
