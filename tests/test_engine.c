@@ -54,14 +54,16 @@ static void identity(const char *isa, int32_t n)
 START_TEST(test_identity) { identity("auto", BEST); }
 END_TEST
 
-START_TEST(test_identity_kv_dense)
+static void identity_narrow_kv(int32_t n)
 {
     up_kv = KV_8;
-    identity("auto", BEST);
+    identity("auto", n);
     up_kv = KV_4;
-    identity("auto", BEST);
+    identity("auto", n);
     up_kv = KV_16;
 }
+
+START_TEST(test_identity_kv_dense) { identity_narrow_kv(BEST); }
 END_TEST
 
 START_TEST(test_identity_models)
@@ -77,11 +79,7 @@ END_TEST
 START_TEST(test_identity_kv)
 {
     up_model = CASE_W4;
-    up_kv = KV_8;
-    identity("auto", REQUESTS);
-    up_kv = KV_4;
-    identity("auto", REQUESTS);
-    up_kv = KV_16;
+    identity_narrow_kv(REQUESTS);
     up_model = CASE_DEMO;
 }
 END_TEST

@@ -334,6 +334,13 @@ static void quantize(const char *method, bool turn, bool dense)
     pack(dense);
 }
 
+/* Of AWQ's directory, against `want` [n]. */
+static double damage_of(kv_format kv, const float *want, float *have, int64_t n)
+{
+    last_logits(awq_dir, kv, have);
+    return distance(have, want, n);
+}
+
 static damage measure(weight_src *base, bool outliers)
 {
     weight_src *src = outlier_model(base, outliers, 11);
@@ -352,17 +359,13 @@ static damage measure(weight_src *base, bool outliers)
     last_logits(model_dir, KV_4, have);
     d.kv4 = distance(have, want, n);
     quantize("rtn", false, false);
-    last_logits(awq_dir, KV_16, have);
-    d.rtn = distance(have, want, n);
+    d.rtn = damage_of(KV_16, want, have, n);
     quantize("best", false, false);
-    last_logits(awq_dir, KV_16, have);
-    d.best = distance(have, want, n);
+    d.best = damage_of(KV_16, want, have, n);
     pack(true);
-    last_logits(awq_dir, KV_4, have);
-    d.folded = distance(have, want, n);
+    d.folded = damage_of(KV_4, want, have, n);
     quantize("best", true, true);
-    last_logits(awq_dir, KV_4, have);
-    d.turned = distance(have, want, n);
+    d.turned = damage_of(KV_4, want, have, n);
     free(want);
     free(have);
     return d;
