@@ -26,9 +26,11 @@ typedef struct {
     int64_t input[V]; /* -1: beyond the block */
 } block_row;
 
-__device__ __forceinline__ void load_row(const block_call &q, int64_t row, block_row *r)
+/* The row of this warp; -1: it has none. */
+__device__ __forceinline__ int64_t load_row(const block_call &q, block_row *r)
 {
-    const int64_t groups = q.k / q.g;
+    const int64_t row = (int64_t)blockIdx.x * WARPS + (threadIdx.x >> 5), groups = q.k / q.g;
+    if (row >= q.n) return -1;
 #pragma unroll
     for (int b = 0; b < V; b++) {
         const int c = (threadIdx.x & 31) + 32 * b;
@@ -41,6 +43,7 @@ __device__ __forceinline__ void load_row(const block_call &q, int64_t row, block
         r->code[b] = in ? (float)q.codes[row * q.k + r->input[b]] : 0.f;
         r->move[b] = 0.f;
     }
+    return row;
 }
 
 __device__ __forceinline__ void store_row(const block_call &q, int64_t row, const block_row *r)
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(32 * WARPS) feedback_kernel(block_call q)
 {
     extern __shared__ float u[]; /* [WIDTH,WIDTH], then the diagonal */
     float *pivot = u + WIDTH * WIDTH;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31;
     pdl_launch();
     pdl_wait();
     for (int t = threadIdx.x; t < WIDTH * WIDTH; t += 32 * WARPS) {
@@ -68,10 +71,9 @@ __global__ void __launch_bounds__(32 * WARPS) feedback_kernel(block_call q)
         if (i == j) pivot[i] = in ? v : 1.f;
     }
     __syncthreads();
-    const int64_t row = (int64_t)blockIdx.x * WARPS + warp;
     block_row r;
-    if (row >= q.n) return;
-    load_row(q, row, &r);
+    const int64_t row = load_row(q, &r);
+    if (row < 0) return;
 #pragma unroll
     for (int b = 0; b < V; b++) {
         const float p = pivot[lane + 32 * b];
@@ -181,7 +183,7 @@ __device__ __forceinline__ void refit_block(const block_call &q, int64_t row, co
 __global__ void __launch_bounds__(32 * WARPS) sweep_kernel(block_call q)
 {
     extern __shared__ float h[]; /* [WIDTH,WIDTH] */
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31;
     float col[V];
     pdl_launch();
     pdl_wait();
@@ -196,10 +198,9 @@ __global__ void __launch_bounds__(32 * WARPS) sweep_kernel(block_call q)
     for (int b = 0; b < V; b++)
         col[b] = q.col && lane + 32 * b < q.width ? q.col[q.at + lane + 32 * b] : 1.f;
     __syncthreads();
-    const int64_t row = (int64_t)blockIdx.x * WARPS + warp;
     block_row r;
-    if (row >= q.n) return;
-    load_row(q, row, &r);
+    const int64_t row = load_row(q, &r);
+    if (row < 0) return;
 #pragma unroll
     for (int b = 0; b < V; b++) r.x[b] = __fdiv_rn(r.x[b], col[b]);
     move_codes(q, h, &r);
