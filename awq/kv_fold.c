@@ -12,8 +12,7 @@
 #include "base/mem.h"
 #include "runtime/layer_walk.h"
 
-#define SAMPLES 2048  /* tokens */
-#define POINTS  5     /* exponents 0, 1/4 .. 1 */
+#define SAMPLES KV_FOLD_SAMPLES
 #define MUCH    0.6   /* of the error of v without factors */
 #define TURN    0.85  /* of the least error of v without turning it */
 #define LEVELS  15.f  /* of 4 bits */
@@ -122,14 +121,19 @@ static err_code sample_tap(void *ctx, tensor_role role, int32_t layer, const ten
     return err_set(e, E_CANCELED, "sampled"); /* nothing behind is needed */
 }
 
+int64_t kv_fold_stride(int64_t rows)
+{
+    const int64_t stride = (rows + SAMPLES - 1) / SAMPLES;
+    return stride + (stride > 1 && stride % 2 == 0); /* odd: all positions take part */
+}
+
 static err_code sample(kv_job *j, err *e)
 {
     layer_walk *w = j->b->walk;
     const block *b = layer_walk_block(w);
     const int32_t windows = layer_walk_windows(w), step = layer_walk_windows_per_pass(w);
     j->cap = SAMPLES;
-    j->stride = (layer_walk_states(w).shape[0] + SAMPLES - 1) / SAMPLES;
-    j->stride += j->stride > 1 && j->stride % 2 == 0; /* odd: all positions take part */
+    j->stride = kv_fold_stride(layer_walk_states(w).shape[0]);
     for (int32_t at = 0; at < windows; at += step)
         TRY(layer_walk_pass(w, b, at, windows - at < step ? windows - at : step, sample_tap, j,
                             NULL, e));
@@ -181,29 +185,35 @@ static void take_head(kv_job *j, tensor_role part, int32_t h)
 
 /* ---- one head ---- */
 
-static void measure_rms(kv_job *j, bool pairs)
+void kv_fold_rms(const model_desc *m, double *rms, bool pairs)
 {
     double most = 0;
+    for (int64_t i = 0; pairs && i < m->rope_dims / 2; i++) {
+        int64_t a, b;
+        fold_rope_pair(m, i, &a, &b);
+        rms[a] = rms[b] = sqrt((rms[a] * rms[a] + rms[b] * rms[b]) / 2);
+    }
+    for (int64_t i = 0; i < m->head_dim; i++) most = fmax(most, rms[i]);
+    for (int64_t i = 0; i < m->head_dim; i++) rms[i] = most > 0 ? fmax(rms[i], FLOOR * most) : 1;
+}
+
+static void measure_rms(kv_job *j, bool pairs)
+{
     for (int64_t i = 0; i < j->hd; i++) {
         double sum = 0;
         for (int64_t t = 0; t < j->n; t++) sum += pow(j->head[t * j->hd + i], 2);
         j->rms[i] = sqrt(sum / (double)j->n);
     }
-    for (int64_t i = 0; pairs && i < j->m->rope_dims / 2; i++) {
-        int64_t a, b;
-        fold_rope_pair(j->m, i, &a, &b);
-        j->rms[a] = j->rms[b] = sqrt((j->rms[a] * j->rms[a] + j->rms[b] * j->rms[b]) / 2);
-    }
-    for (int64_t i = 0; i < j->hd; i++) most = fmax(most, j->rms[i]);
-    for (int64_t i = 0; i < j->hd; i++) j->rms[i] = most > 0 ? fmax(j->rms[i], FLOOR * most) : 1;
+    kv_fold_rms(j->m, j->rms, pairs);
 }
 
-/* rms^a with a geometric mean of 1. */
-static void factors_of(const kv_job *j, double a, float *s)
+/* rms^a with a geometric mean of 1; a: 0, 1/4 .. 1. */
+void kv_fold_candidate(const double *rms, int64_t hd, int point, float *s)
 {
+    const double a = (double)point / (KV_FOLD_POINTS - 1);
     double mean = 0;
-    for (int64_t i = 0; i < j->hd; i++) mean += a * log(j->rms[i]) / (double)j->hd;
-    for (int64_t i = 0; i < j->hd; i++) s[i] = (float)exp(a * log(j->rms[i]) - mean);
+    for (int64_t i = 0; i < hd; i++) mean += a * log(rms[i]) / (double)hd;
+    for (int64_t i = 0; i < hd; i++) s[i] = (float)exp(a * log(rms[i]) - mean);
 }
 
 typedef struct {
@@ -270,10 +280,10 @@ static err_code best_factors(kv_job *j, float *s, double *plain, double *folded,
 {
     double least = INFINITY;
     int best = 0;
-    for (int p = 0; p < POINTS; p++) {
+    for (int p = 0; p < KV_FOLD_POINTS; p++) {
         error_job c = {.s = s};
         double sum;
-        factors_of(j, (double)p / (POINTS - 1), s);
+        kv_fold_candidate(j->rms, j->hd, p, s);
         TRY(error_sum(j, &c, &sum, e));
         if (p == 0) *plain += sum;
         if (sum < least) {
@@ -281,7 +291,7 @@ static err_code best_factors(kv_job *j, float *s, double *plain, double *folded,
             best = p;
         }
     }
-    factors_of(j, (double)best / (POINTS - 1), s);
+    kv_fold_candidate(j->rms, j->hd, best, s);
     *folded += least;
     return OK;
 }
@@ -396,6 +406,8 @@ static err_code take_turns(kv_job *j, block_plan *out, float *factors, err *e)
     return OK;
 }
 
+bool kv_fold_pays(double plain, double folded) { return folded <= MUCH * plain; }
+
 /* Factors of v also scale o's inputs, which then are no longer free to suit o's weights: they are
  * taken where they save the cache much, and left to the method's own search of v -> o elsewhere. */
 static err_code all_values(kv_job *j, block_plan *out, err *e)
@@ -417,7 +429,7 @@ static err_code all_values(kv_job *j, block_plan *out, err *e)
     job_log(j->b->j, LOG_DEBUG,
             "layer %d: 4-bit values: error %.4g, with factors %.4g, turned %.4g", (int)j->b->layer,
             sum.plain, sum.folded, may_turn ? sum.turned : NAN);
-    const bool scaled = sum.folded <= MUCH * sum.plain,
+    const bool scaled = kv_fold_pays(sum.plain, sum.folded),
                turn = may_turn && sum.turned < TURN * (scaled ? sum.folded : sum.plain);
     if (!scaled && !turn) return OK;
     TRY(plan_factors(j->b, out, ROLE_V, &v, e));

@@ -11,6 +11,18 @@
  * little. One pass over the windows of b->walk. E_UNSUPPORTED without it. */
 err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e);
 size_t kv_fold_bytes(const model_desc *m);
+/* ---- what the search on a device shares (dev_fold.h) ---- */
+#define KV_FOLD_SAMPLES 2048 /* tokens */
+#define KV_FOLD_POINTS  5    /* candidates of a head */
+/* rms [head_dim] of a head's channels as factors are made of it: pairs: those of k that RoPE turns
+ * together have one. */
+void kv_fold_rms(const model_desc *m, double *rms, bool pairs);
+/* Candidate `point` of a head: s [hd]. The first is 1. */
+void kv_fold_candidate(const double *rms, int64_t hd, int point, float *s);
+/* Whether v's factors are worth what they take from o. */
+bool kv_fold_pays(double plain, double folded);
+int64_t kv_fold_stride(int64_t rows); /* one row in so many is a sample */
+
 /* Of b->mem, with quant_opts.turn: what kv_fold_factors and kv_fold_stats add to a plan. */
 size_t kv_turn_bytes(const model_desc *m);
 

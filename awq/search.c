@@ -9,6 +9,7 @@
 
 #include "awq/chain.h"
 #include "awq/dev_chain.h"
+#include "awq/dev_fold.h"
 #include "awq/feedback.h"
 #include "awq/kv_fold.h"
 #include "awq/measure.h"
@@ -90,7 +91,7 @@ static err_code pick_loss(search *s, err *e)
 
 static bool on_device(const search *s) { return s->o->on_device || dev_mem(s->d) != MEM_HOST; }
 
-/* "best" does it unasked where it can: on the CPU. */
+/* "best" does it unasked on the CPU. */
 static err_code pick_fold(search *s, err *e)
 {
     const bool by_gram = s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE;
@@ -151,11 +152,11 @@ static err_code pick_stages(search *s, err *e)
 static err_code check_device(const search *s, err *e)
 {
     if (!on_device(s)) return OK;
-    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.kv_fold)
+    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.turn)
         return s->method->carries ? op_rounds(s->d, e) : OK;
     return err_set(e, E_UNSUPPORTED, "method '%s' with loss '%s'%s: expected the CPU, got %s",
-                   s->method->name, loss_name(s->q.loss),
-                   s->q.kv_fold ? " and folds for the cache" : "", dev_name(s->d));
+                   s->method->name, loss_name(s->q.loss), s->q.turn ? " and rotation 'vo'" : "",
+                   dev_name(s->d));
 }
 
 static err_code check_groups(const search *s, err *e)
@@ -272,7 +273,10 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         if (!on_device(&s) || !s.method->carries)
             memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
         if (s.method->carries) memory_plan_add(p, "prediction", predict_bytes(s.m));
-        if (s.q.kv_fold) memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
+        if (s.q.kv_fold && !on_device(&s))
+            memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
+        else if (s.q.kv_fold && !s.method->carries) /* else in the room of the rounded inputs */
+            memory_plan_add(p, "keys and values", dev_fold_bytes(d, s.m));
         if (s.q.turn) memory_plan_add(p, "turned weights", rotated_bytes(s.m, false));
         if (s.method->carries && on_device(&s))
             memory_plan_add(p, "rounded inputs",
@@ -311,6 +315,10 @@ static err_code plan_alloc(search *s, block_plan *p, err *e)
 static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib_block *stats,
                            err *e)
 {
+    if (on_device(s)) {
+        const dev_buf room = s->dev_chain ? dev_chain_room(s->dev_chain) : (dev_buf){0};
+        return dev_fold_factors(b, &room, p, e);
+    }
     TRY(kv_fold_factors(b, p, e));
     if (!p->turn_k.data && !p->turn_v.data) return OK;
     TRY(rotated_layer(s->turned, b->layer, p, e));

@@ -336,6 +336,8 @@ const search_ops search_ops_cuda = {zero_cuda,
                                     search_feedback_cuda,
                                     search_code_errors_cuda,
                                     search_sweep_cuda,
-                                    search_pack_codes_cuda};
+                                    search_pack_codes_cuda,
+                                    search_turn_cuda,
+                                    search_cache_errors_cuda};
 
 } /* extern "C" */

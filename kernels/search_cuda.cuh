@@ -81,6 +81,8 @@ err_code search_code_errors_cuda(device *, tensor *, const round_state *, const 
 err_code search_sweep_cuda(device *, round_state *, tensor *, const tensor *, const tensor *, bool,
                            err *);
 err_code search_pack_codes_cuda(device *, tensor *, const round_state *, const tensor *, err *);
+err_code search_turn_cuda(device *, tensor *, const tensor *, const rope_spec *, err *);
+err_code search_cache_errors_cuda(device *, tensor *, const tensor *, const tensor *, err *);
 }
 
 #endif

@@ -152,3 +152,26 @@ err_code op_range(device *d, tensor *scale, tensor *zero, const tensor *w, const
                        (int)r->g, s);
     return tensor_count(w) ? d->ops.search->range(d, scale, zero, w, r, e) : OK;
 }
+
+err_code op_turn(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e)
+{
+    TRY(check_tensor(d, x, "op_turn: x", d->act, 3, SHAPE(-1, -1, -1), e));
+    TRY(check_tensor(d, pos, "op_turn: pos", DT_I32, 1, x->shape, e));
+    if (r->dims < 0 || r->dims % 2 || r->dims > x->shape[2])
+        return err_set(e, E_SHAPE,
+                       "op_turn: rotated dims: expected an even number up to %" PRId64 ", got %d",
+                       x->shape[2], (int)r->dims);
+    TRY(check_tensor(d, &r->inv_freq, "op_turn: inv_freq", DT_F32, 1, SHAPE(r->dims / 2), e));
+    return tensor_count(x) ? d->ops.search->turn(d, x, pos, r, e) : OK;
+}
+
+err_code op_cache_errors(device *d, tensor *y, const tensor *x, const tensor *s, err *e)
+{
+    TRY(check_tensor(d, x, "op_cache_errors: x", d->act, 2, SHAPE(-1, -1), e));
+    TRY(check_tensor(d, s, "op_cache_errors: s", DT_F32, 2, SHAPE(-1, x->shape[1]), e));
+    TRY(check_tensor(d, y, "op_cache_errors: y", DT_F32, 2,
+                     SHAPE(s->shape[0] * x->shape[0], x->shape[1]), e));
+    TRY(check_contiguous(s, "op_cache_errors: s", e));
+    TRY(check_contiguous(y, "op_cache_errors: y", e));
+    return tensor_count(y) ? d->ops.search->cache_errors(d, y, x, s, e) : OK;
+}

@@ -5,7 +5,7 @@
 #ifndef TMF_KERNELS_SEARCH_OPS_H
 #define TMF_KERNELS_SEARCH_OPS_H
 
-#include "kernels/device.h"
+#include "kernels/ops.h"
 
 /* ---- rows ---- */
 err_code op_zero(device *d, tensor *t, err *e); /* contiguous */
@@ -107,6 +107,14 @@ err_code op_sweep(device *d, round_state *s, tensor *x, const tensor *h, const t
  * s->codes. */
 err_code op_pack_codes(device *d, tensor *out, const round_state *s, const tensor *w, err *e);
 
+/* ---- folds for a 4-bit cache ---- */
+/* x act [m,heads,D], rows and heads strided: turned in place to its positions pos i32 [m], as
+ * op_rope_kv turns (ops.h); r->inv_freq in the device's space. */
+err_code op_turn(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e);
+/* y f32 [c*n,k] = Q(x / s_i) s_i - x for each of c factors s f32 [c,k], one behind the other, of
+ * x act [n,k]: Q as the cache rounds a token's head to 4 bits (ops.h); y and s contiguous */
+err_code op_cache_errors(device *d, tensor *y, const tensor *x, const tensor *s, err *e);
+
 typedef struct search_ops {
     err_code (*zero)(device *, tensor *, err *);
     err_code (*mix)(device *, tensor *, float, const tensor *, float, const tensor *, err *);
@@ -134,6 +142,8 @@ typedef struct search_ops {
     err_code (*sweep)(device *, round_state *, tensor *, const tensor *, const tensor *, bool,
                       err *);
     err_code (*pack_codes)(device *, tensor *, const round_state *, const tensor *, err *);
+    err_code (*turn)(device *, tensor *, const tensor *, const rope_spec *, err *);
+    err_code (*cache_errors)(device *, tensor *, const tensor *, const tensor *, err *);
 } search_ops;
 extern const search_ops search_ops_ref, search_ops_cuda;
 

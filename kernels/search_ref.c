@@ -7,6 +7,7 @@
 #include "kernels/ops.h"
 #include "kernels/quant_group.h"
 #include "kernels/round_ref.h"
+#include "kernels/search_fold_ref.h"
 
 static float get(const tensor *t, int64_t i, int64_t j)
 {
@@ -291,4 +292,6 @@ const search_ops search_ops_ref = {zero_ref,
                                    round_feedback_ref,
                                    round_code_errors_ref,
                                    round_sweep_ref,
-                                   round_pack_codes_ref};
+                                   round_pack_codes_ref,
+                                   fold_turn_ref,
+                                   fold_cache_errors_ref};

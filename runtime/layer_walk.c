@@ -358,6 +358,18 @@ tensor layer_walk_states(layer_walk *w)
     return state_rows(w, w->stream, 0, (int64_t)w->windows * w->seqlen);
 }
 
+err_code layer_walk_pick(layer_walk *w, int64_t stride, tensor *to, err *e)
+{
+    for (int64_t i = 0; i < to->shape[0]; i++) {
+        const tensor from = state_rows(w, w->stream, i * stride, 1);
+        tensor row = tensor_rows(to, i, 1);
+        TRY(dev_copy(w->d, &row, &from, e));
+    }
+    return OK;
+}
+
+dtype layer_walk_kept(const layer_walk *w) { return w->kept; }
+
 bool layer_walk_saves(const layer_walk *w) { return !staged(w) || w->streams == 1; }
 
 tensor layer_walk_saved(layer_walk *w)

@@ -30,6 +30,9 @@ void layer_walk_use(layer_walk *w, int stream);
 /* [windows*seqlen, hidden] on the host, of dev_resid's type on the CPU, else f16: the stream
  * in use. */
 tensor layer_walk_states(layer_walk *w);
+/* Rows 0, stride, 2 stride .. of them to `to`, device memory [n, hidden] of the same type. */
+err_code layer_walk_pick(layer_walk *w, int64_t stride, tensor *to, err *e);
+dtype layer_walk_kept(const layer_walk *w); /* of the states */
 /* All streams, one behind the other: to save and to restore. Two that lie apart, as on other
  * devices than the CPU, cannot be saved. */
 bool layer_walk_saves(const layer_walk *w);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "awq/correct.h"
+#include "awq/dev_fold.h"
 #include "awq/feedback.h"
 #include "awq/kv_fold.h"
 #include "awq/pack.h"
@@ -130,7 +131,7 @@ static void open_two(two *t, model_desc m)
     MUST(layer_walk_bind(t->walk, 0, &e));
     MUST(chain_layer(t->chain, &e));
     MUST(quant_scratch_init(&t->scratch, t->m, true, &e));
-    MUST(arena_init(&t->mem, plan_factors_bytes(t->m, true), "test", &e));
+    MUST(arena_init(&t->mem, 3 * plan_factors_bytes(t->m, true), "test", &e));
     t->b = (quant_block){.d = dev,
                          .src = t->src,
                          .m = t->m,
@@ -444,6 +445,27 @@ static double value_error(const double *v, const float *s, const float *o, int64
     return sum;
 }
 
+/* The steps of other devices find the same factors, in memory that was lent or their own. */
+static void same_on_device(const two *t, block_plan *want)
+{
+    static const tensor_role sources[] = {ROLE_K, ROLE_V};
+    dev_buf room = {0};
+    err e;
+    MUST(dev_alloc(&room, dev, dev_fold_bytes(dev, t->m), "test", &e));
+    for (int lent = 0; lent < 2; lent++) {
+        block_plan p = plan_shape(t->m, 32);
+        MUST(dev_fold_factors(&t->b, lent ? &room : NULL, &p, &e));
+        for (int i = 0; i < 2; i++) {
+            const tensor a = plan_find_fold(want, sources[i])->s,
+                         b = plan_find_fold(&p, sources[i])->s;
+            ck_assert(a.data && b.data);
+            for (int64_t c = 0; c < tensor_count(&a); c++)
+                ck_assert(near(((float *)a.data)[c], ((float *)b.data)[c], 1e-3));
+        }
+    }
+    dev_free(&room);
+}
+
 START_TEST(folds_for_the_cache)
 {
     two t;
@@ -495,6 +517,7 @@ START_TEST(folds_for_the_cache)
             }
     }
     ck_assert_msg(after < 0.5 * before, "%g of %g", after, before);
+    same_on_device(&t, &p);
     free(x.x);
     weights_close(&t.src);
     t.src = plain;

@@ -11,11 +11,11 @@
 static const char *const methods[] = {"awq", "best"};
 enum { METHODS = sizeof methods / sizeof *methods };
 
-static void search(const char *method, bool on_device, search_summary *s)
+static void search(const char *method, bool on_device, bool fold, search_summary *s)
 {
     search_opts o = options(method, NULL);
     err e;
-    o.kv_fold = 0;
+    o.kv_fold = fold;
     o.on_device = on_device;
     MUST(search_run(s, dev, &o, NULL, &e));
 }
@@ -48,10 +48,11 @@ START_TEST(as_on_the_cpu)
     const model_desc forms[] = {tiny_llama(), tiny_internlm2(), tiny_qwen2()};
     search_summary host, own;
     make_model(small(forms[_i]));
-    for (int i = 0; i < METHODS; i++) {
-        search(methods[i], false, &host);
-        search(methods[i], true, &own);
-        same(methods[i], &own, &host, 1e-4, 5e-3);
+    for (int i = 0; i < 2 * METHODS; i++) {
+        const char *method = methods[i / 2];
+        search(method, false, i & 1, &host);
+        search(method, true, i & 1, &own);
+        same(method, &own, &host, 1e-4, 5e-3);
     }
 }
 END_TEST
@@ -73,7 +74,7 @@ END_TEST
 
 START_TEST(on_a_gpu)
 {
-    search_summary host[METHODS], own;
+    search_summary host[2 * METHODS], own;
     size_t n;
     err e;
     device *gpu = NULL, *cpu = dev;
@@ -82,17 +83,18 @@ START_TEST(on_a_gpu)
         return;
     }
     make_model(small(tiny_llama()));
-    for (int i = 0; i < METHODS; i++) search(methods[i], false, &host[i]);
+    for (int i = 0; i < 2 * METHODS; i++) search(methods[i / 2], false, i & 1, &host[i]);
     dev = gpu;
     weight_src *src = NULL;
     MUST(weights_open(&src, model_dir, &e));
     collect_windows(src, WINDOWS);
     weights_close(&src);
-    for (int i = 0; i < METHODS; i++) {
-        search(methods[i], false, &own);
-        same(methods[i], &own, &host[i], 1e-2, 3e-2);
+    for (int i = 0; i < 2 * METHODS; i++) {
+        const char *method = methods[i / 2];
+        search(method, false, i & 1, &own);
+        same(method, &own, &host[i], 1e-2, 3e-2);
         char *bytes = bytes_of(plan_path, &n);
-        search(methods[i], false, &own);
+        search(method, false, i & 1, &own);
         same_as(plan_path, bytes, n);
         mem_free(bytes);
     }

@@ -511,6 +511,41 @@ START_TEST(refusals)
 }
 END_TEST
 
+/* Heads side by side among others, as q, k and v lie. */
+START_TEST(folds)
+{
+    const int64_t m = 70, hd = _i ? 80 : 128, heads = 3, cols = 5 * hd, half = hd / 2 - 8 * _i,
+                  c = 4;
+    both x = filled(DT_F16, m, cols, 1), freq = positive(half), pos = make(DT_I32, 1, m, 0, 0),
+         s = filled(DT_F32, c, hd, 0), y = filled(DT_F32, c * m, hd, 0);
+    tensor wide = widened(&x), a = tensor_cols(&wide, hd, heads * hd),
+           b = tensor_cols(&x.dev, hd, heads * hd);
+    for (int64_t i = 0; i < m; i++) ((int32_t *)pos.host.data)[i] = (int32_t)(uniform() * 4000);
+    for (int64_t i = 0; i < c * hd; i++) put(&s.host, i, i < hd ? 1 : exp(normal()));
+    send(&pos);
+    send(&s);
+    const rope_spec ra = {freq.host, (int32_t)(2 * half), _i, 1.1f},
+                    rb = {freq.dev, (int32_t)(2 * half), _i, 1.1f};
+    a.ndim = b.ndim = 3;
+    a.shape[1] = b.shape[1] = heads;
+    a.shape[2] = a.stride[1] = b.shape[2] = b.stride[1] = hd;
+    a.stride[2] = b.stride[2] = 1;
+    OK_(op_turn(cpu, &a, &pos.host, &ra, e));
+    OK_(op_turn(gpu, &b, &pos.dev, &rb, e));
+    tensor_convert(&x.host, &wide); /* rounded to f16 once, as there */
+    same_but(&x, 1e-4, "turn");     /* sines differ in their last bits */
+    send(&x);
+    tensor_convert(&wide, &x.host);
+    const tensor h = tensor_cols(&wide, 2 * hd, hd), g = tensor_cols(&x.dev, 2 * hd, hd);
+    OK_(op_cache_errors(cpu, &y.host, &h, &s.host, e));
+    OK_(op_cache_errors(gpu, &y.dev, &g, &s.dev, e));
+    same_but(&y, 0, "cache errors");
+    mem_free(wide.data);
+    both *all[] = {&x, &freq, &pos, &s, &y};
+    for (int i = 0; i < 5; i++) drop(all[i]);
+}
+END_TEST
+
 int main(void)
 {
     err e;
@@ -528,6 +563,7 @@ int main(void)
         tcase_add_loop_test(t, ranges, 0, 12);
         tcase_add_loop_test(t, solving, 0, 6);
         tcase_add_loop_test(t, rounding, 0, 3);
+        tcase_add_loop_test(t, folds, 0, 2);
     } else {
         printf("SKIP all but refusals: %s\n", e.msg);
     }
