@@ -81,18 +81,6 @@ static err_code solve_lack(rounding *q, err *e)
     return op_solve(q->b->d, &q->train.lack, &l, e);
 }
 
-typedef struct {
-    float d;
-    int32_t at;
-} ranked;
-
-static int by_diagonal(const void *a, const void *b)
-{
-    const ranked *x = a, *y = b;
-    if (x->d != y->d) return x->d < y->d ? 1 : -1;
-    return x->at < y->at ? -1 : x->at > y->at;
-}
-
 /* The order of rounding, and u, the upper factor of the inverse in it. */
 static err_code prepare_feedback(rounding *q, const float *col, err *e)
 {
@@ -101,18 +89,16 @@ static err_code prepare_feedback(rounding *q, const float *col, err *e)
     float *diagonal;
     void *mem;
     TRY(diagonal_of(q, &diagonal, e));
-    TRY(mem_alloc(&mem, (size_t)k, sizeof(ranked) + 2 * sizeof(int32_t), "order of inputs", e));
-    ranked *p = mem;
-    int32_t *order = (int32_t *)(p + k), *back = order + k;
-    for (int64_t i = 0; i < k; i++) {
+    TRY(mem_alloc(&mem, (size_t)k, 2 * sizeof(int32_t), "order of inputs", e));
+    int32_t *order = mem, *back = order + k;
+    err_code rc = feedback_order(order, diagonal, 1, col, k, e);
+    for (int64_t i = 0; rc == OK && i < k; i++) {
         const float c = col ? col[i] : 1.f;
         diagonal[i] /= c * c;
-        p[i] = (ranked){diagonal[i], (int32_t)i};
+        back[k - 1 - i] = order[i];
     }
-    qsort(p, (size_t)k, sizeof *p, by_diagonal);
-    for (int64_t i = 0; i < k; i++) order[i] = back[k - 1 - i] = p[i].at;
     const double mean = mean_of(diagonal, k);
-    err_code rc = dev_put(s, s->order, order, (size_t)k * sizeof *order, e);
+    if (rc == OK) rc = dev_put(s, s->order, order, (size_t)k * sizeof *order, e);
     if (rc == OK) rc = dev_put(s, s->back, back, (size_t)k * sizeof *back, e);
     if (rc == OK) rc = dev_sync(q->b->d, e);
     mem_free(mem);

@@ -53,17 +53,18 @@ static int by_diagonal(const void *a, const void *b)
     return x->at < y->at ? -1 : x->at > y->at; /* ties in order: the same bytes everywhere */
 }
 
-static err_code sort_inputs(feedback *s, const tensor *h, const float *col, err *e)
+err_code feedback_order(int32_t *order, const float *d, int64_t step, const float *col, int64_t k,
+                        err *e)
 {
     void *mem;
-    TRY(mem_alloc(&mem, (size_t)s->k, sizeof(ranked), "order of inputs", e));
+    TRY(mem_alloc(&mem, (size_t)k, sizeof(ranked), "order of inputs", e));
     ranked *p = mem;
-    for (int64_t i = 0; i < s->k; i++) {
+    for (int64_t i = 0; i < k; i++) {
         const float c = col ? col[i] : 1.f;
-        p[i] = (ranked){((const float *)h->data)[i * s->k + i] / (c * c), (int32_t)i};
+        p[i] = (ranked){d[i * step] / (c * c), (int32_t)i};
     }
-    qsort(p, (size_t)s->k, sizeof *p, by_diagonal);
-    for (int64_t i = 0; i < s->k; i++) s->order[i] = p[i].at;
+    qsort(p, (size_t)k, sizeof *p, by_diagonal);
+    for (int64_t i = 0; i < k; i++) order[i] = p[i].at;
     mem_free(mem);
     return OK;
 }
@@ -397,7 +398,7 @@ static err_code prepare(feedback *s, const float *col, const feedback_opts *o, e
     TRY(moment_of(s->b, s->out->role, &m, e));
     if (!m.full.data) return err_set(e, E_UNSUPPORTED, "error feedback needs --loss gram");
     scale_job g = {s, m.full.data, col};
-    TRY(sort_inputs(s, &m.full, col, e));
+    TRY(feedback_order(s->order, m.full.data, s->k + 1, col, s->k, e));
     pool_run(dev_pool(s->b->d), scale_row, &g, s->k);
     return factor_damped(s, o->damping, e);
 }

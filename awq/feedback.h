@@ -16,6 +16,10 @@ typedef struct {
 
 /* Bytes beside the plan that a linear of k inputs takes at most. */
 size_t feedback_bytes(int64_t k);
+/* The order of rounding: order[place] is an input, by descending diagonal entry of the scaled
+ * input's H, d[i * step] / col[i]^2 (col NULL: 1); equal ones stay as they are. */
+err_code feedback_order(int32_t *order, const float *d, int64_t step, const float *col, int64_t k,
+                        err *e);
 /* Fills out->codes, from b->mem unless there is room already, for the scale and zero that are
  * there. Needs LOSS_GRAM. Results do not depend on threads. */
 err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
