@@ -103,6 +103,12 @@ def test_max_per_key():
         expect("another key", server.post(CHAT, ASK, two).status, 200)
         many = server.post(CHAT, {**ASK, "n": 3}, two)
         expect("more than it may ever have", (many.status, many.json["error"]["param"]), (400, "n"))
+        lists = server.post("/get_ppl", {"input": ["a fox", "a hen", "a cat"]}, two)
+        expect("more texts than it may ever have", (lists.status, lists.json["error"]["param"]), (400, "input"))
+        expect("as many", server.post("/get_ppl", {"input": ["a fox", "a hen"]}, two).status, 200)
+        each = server.post("/v1/completions", {"model": "demo", "prompt": ["a fox", "a hen"], "n": 2, "max_tokens": 2},
+                           two)
+        expect("n for each of two", (each.status, each.json["error"]["param"]), (400, "prompt"))
         text = server.get("/metrics", two).text
         check("counted", 'tm_requests_rejected_total{reason="key_limit"} 1\n' in text, text)
         for s in open_ones:

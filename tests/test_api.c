@@ -258,6 +258,30 @@ START_TEST(test_strict)
 }
 END_TEST
 
+/* Texts, n times each; texts that no answer is made of are not counted. */
+START_TEST(test_most_answers)
+{
+    const api_limits l = {.vocab = 1000, .max_n = 8, .max_answers = 4};
+    const struct {
+        unsigned who;
+        const char *text, *param; /* NULL: allowed */
+    } cases[] = {{API_COMPLETION, "{\"model\":\"m\",\"prompt\":[\"a\",\"b\"],\"n\":2}", NULL},
+                 {API_COMPLETION, "{\"model\":\"m\",\"prompt\":[\"a\",\"b\"],\"n\":3}", "prompt"},
+                 {API_PPL, "{\"input\":[\"a\",\"b\",\"c\",\"d\"]}", NULL},
+                 {API_PPL, "{\"input\":[\"a\",\"b\",\"c\",\"d\",\"e\"]}", "input"},
+                 {API_ENCODE, "{\"input\":[\"a\",\"b\",\"c\",\"d\",\"e\"]}", NULL}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *text = cases[i].text, *param = cases[i].param;
+        api_request r;
+        api_fault f;
+        const err_code rc = api_parse(&r, cases[i].who, text, strlen(text), &l, &f);
+        ck_assert_msg(rc == (param ? E_INPUT : OK), "%s: %s", text, f.message);
+        if (param) ck_assert_str_eq(f.param, param);
+        api_request_free(&r);
+    }
+}
+END_TEST
+
 /* Cut anywhere, a request is refused and leaves nothing behind (the sanitizer looks). */
 START_TEST(test_truncated)
 {
@@ -610,6 +634,7 @@ int main(void)
     tcase_add_test(t, test_whole_seeds);
     tcase_add_test(t, test_prompts);
     tcase_add_test(t, test_strict);
+    tcase_add_test(t, test_most_answers);
     tcase_add_test(t, test_truncated);
     tcase_add_test(t, test_every_allocation);
     tcase_add_test(t, test_faults);

@@ -132,7 +132,8 @@ typedef struct {
 
 typedef struct {
     int32_t vocab, max_n;
-    bool strict; /* unknown fields are refused */
+    int32_t max_answers; /* of a request: its texts, n times; 0: any number */
+    bool strict;         /* unknown fields are refused */
 } api_limits;
 /* E_INPUT with *f filled; *r is then empty. Free with api_request_free. */
 err_code api_parse(api_request *r, unsigned who, const char *text, size_t n, const api_limits *l,

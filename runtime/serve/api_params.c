@@ -318,6 +318,19 @@ static err_code missing(api_reading *x, const char *name)
     return api_fail(x->f, API_INVALID_VALUE, name, "missing parameter '%s'", name);
 }
 
+/* What could never be answered is told so, rather than to come again. */
+static err_code check_answers(api_reading *x)
+{
+    const api_request *r = x->r;
+    const char *name = r->who == API_PPL ? "input" : "prompt";
+    const int64_t n = r->n_prompts * r->n;
+    if (!(r->who & (API_COMPLETION | API_PPL)) || !x->l->max_answers || n <= x->l->max_answers)
+        return OK;
+    return api_fail(x->f, API_INVALID_VALUE, name,
+                    "'%s': expected at most %d answers at once, got %lld", name, x->l->max_answers,
+                    (long long)n);
+}
+
 static err_code check_whole(api_reading *x)
 {
     const api_request *r = x->r;
@@ -333,6 +346,7 @@ static err_code check_whole(api_reading *x)
         return api_fail(x->f, API_INVALID_VALUE, "n",
                         "'n': expected an integer from 1 to %d, got %lld", x->l->max_n,
                         (long long)r->n);
+    TRY(check_answers(x));
     if (r->who == API_CHAT && !logprobs && r->top_logprobs >= 0)
         return api_fail(x->f, API_INVALID_VALUE, "top_logprobs",
                         "'top_logprobs': needs 'logprobs' to be true");

@@ -137,9 +137,12 @@ void server_leave(call *c)
 bool server_parse(call *c, unsigned who, api_request *q)
 {
     const server *s = c->s;
-    const int32_t most = c->key && s->o.max_per_key ? s->o.max_per_key : s->m.max_batch;
-    const api_limits l = {tokenizer_vocab(s->m.t), most < s->m.max_batch ? most : s->m.max_batch,
-                          s->o.strict_params};
+    const bool of_key = c->key && s->o.max_per_key && s->o.max_per_key < s->capacity;
+    const int32_t most = of_key ? s->o.max_per_key : s->capacity;
+    const api_limits l = {.vocab = tokenizer_vocab(s->m.t),
+                          .max_n = most < s->m.max_batch ? most : s->m.max_batch,
+                          .max_answers = most,
+                          .strict = s->o.strict_params};
     api_fault f;
     if (api_parse(q, who, c->r->body, c->r->n_body, &l, &f) == OK) return true;
     server_fail(c, &f);
