@@ -163,6 +163,19 @@ def test_environment():
     refused(2, "environment: TM_RUN_MAX_QUEUE", env={"TM_RUN_MAX_QUEUE": "many"})
 
 
+def test_keys_that_show():
+    """Who reads the list of processes reads the command line, not the environment."""
+    def body(warned):
+        def ask(server):
+            expect("a key is needed", server.get("/v1/models").status, 401)
+            expect("with it", server.get("/v1/models", {"X-Api-Key": "open"}).status, 200)
+            expect("warned", any("every user of this machine" in line for line in server.lines()), warned)
+        return ask
+
+    served(body(True), "--api-keys", "open")
+    served(body(False), env={"TM_RUN_API_KEYS": "open"})
+
+
 def test_metrics_alias():
     def body(server, prefix, names):
         answers(server)

@@ -147,7 +147,8 @@ static err_code gather_keys(key_list *k, const tool_ctx *t, err *e)
         TRY(mem_strdup(&k->environment, environment, e));
         TRY(add_keys(k, k->environment, "TM_RUN_API_KEY", e));
     }
-    if (opt.keys.n)
+    const char *named = getenv("TM_RUN_API_KEYS"); /* --api-keys where it does not show */
+    if (opt.keys.n && opt.keys.v[0] != named)
         job_log(&t->job, LOG_WARN,
                 "--api-keys: every user of this machine can read them; use --api-key-file or "
                 "TM_RUN_API_KEY");
