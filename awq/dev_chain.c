@@ -33,7 +33,8 @@ struct dev_chain {
     float *diagonal;     /* [widest] */
     float *host;         /* [widest] on the host */
     tensor_role tap;
-    bool half; /* the states are those behind the attention */
+    bool half;  /* the states are those behind the attention */
+    int stream; /* of a replayed pass */
     float share;
     int32_t first; /* window of the pass */
 };
@@ -369,4 +370,26 @@ err_code dev_chain_advance(dev_chain *c, const walk_progress *p, err *e)
         TRY(through(c, 1, &c->variant, n, e));
     }
     return layer_walk_settle(c->walk, e);
+}
+
+static err_code keep_half(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
+{
+    dev_chain *c = ctx;
+    (void)layer;
+    return role == ROLE_GATE ? enough(c, c->stream, x->shape[0], e) : OK;
+}
+
+err_code dev_chain_replay(dev_chain *c, const walk_progress *p, err *e)
+{
+    c->tap = ROLE_GATE;
+    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
+        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+        TRY(job_check(p->j, e));
+        c->stream = 0;
+        TRY(to_tap(c, 0, layer_walk_block(c->walk), n, keep_half, e));
+        c->stream = 1;
+        TRY(to_tap(c, 1, &c->variant, n, keep_half, e));
+    }
+    c->half = true;
+    return dev_chain_advance(c, p, e);
 }

@@ -37,6 +37,9 @@ float *dev_chain_square(dev_chain *c); /* f32 [k,k], free between gathers */
 /* f16 [n,k]: the rounded weights of linear r, which count from dev_chain_put on. */
 tensor dev_chain_weights(dev_chain *c, tensor_role r);
 void dev_chain_put(dev_chain *c, tensor_role r);
+/* All linears are put and none was gathered for: as dev_chain_advance, in the same two halves as
+ * behind gathers. */
+err_code dev_chain_replay(dev_chain *c, const walk_progress *p, err *e);
 /* Both streams go through the block. */
 err_code dev_chain_advance(dev_chain *c, const walk_progress *p, err *e);
 

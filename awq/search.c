@@ -10,6 +10,7 @@
 #include "awq/chain.h"
 #include "awq/dev_chain.h"
 #include "awq/dev_fold.h"
+#include "awq/dev_replay.h"
 #include "awq/feedback.h"
 #include "awq/kv_fold.h"
 #include "awq/measure.h"
@@ -385,6 +386,38 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
 
 /* ---- the loop ---- */
 
+/* A layer that was rounded by an earlier run: on a device, whose two streams of states lie apart
+ * and are not saved, they are made again by passes, which cost a sixth of a search. */
+static err_code replay_layer(search *s, int32_t layer, const walk_progress *p, err *e)
+{
+    const quant_block b = {
+        .d = s->d, .src = s->src, .m = s->m, .layer = layer, .o = &s->q, .dev = s->dev, .j = s->j};
+    plan_file *f;
+    block_plan plan;
+    TRY(layer_walk_bind(s->walk, layer, e));
+    TRY(dev_chain_layer(s->dev_chain, e));
+    TRY(plan_spooled_layer(s->spool, s->m, s->q.group, layer, &f, &plan, e));
+    const err_code rc = dev_replay_block(&b, s->dev_chain, &plan, p, e);
+    plan_close(&f);
+    return rc;
+}
+
+/* One layer on the way to the next; *advanced: the states are what enters that. */
+static err_code one_layer(search *s, int32_t layer, const walk_progress *p, bool *advanced, err *e)
+{
+    const bool done = spool_has(s->spool, layer);
+    *advanced = false;
+    if (done && s->dev_chain) {
+        *advanced = true;
+        return replay_layer(s, layer, p, e);
+    }
+    if (!done || carries(s)) /* the next layer's inputs need this one's rounding */
+        return search_layer(s, layer, p, advanced, e);
+    return s->walk ? layer_walk_bind(s->walk, layer, e) : OK;
+}
+
+static bool saves(const search *s) { return layer_walk_saves(s->walk) && !s->dev_chain; }
+
 /* Saving may cost at most a twentieth of the time: then an interruption costs little and so does
  * the insurance. */
 static err_code save_states(search *s, int32_t next, err *e)
@@ -392,7 +425,7 @@ static err_code save_states(search *s, int32_t next, err *e)
     const double start = now_s(),
                  pause = 20 * s->save_cost > s->o->save_s ? 20 * s->save_cost : s->o->save_s;
     if (next >= s->m->layers || start - s->saved_at < pause) return OK;
-    if (!layer_walk_saves(s->walk)) return OK;
+    if (!saves(s)) return OK;
     const tensor states = layer_walk_saved(s->walk);
     TRY(spool_put_state(s->spool, next, &states, e));
     s->saved_at = now_s();
@@ -403,7 +436,7 @@ static err_code save_states(search *s, int32_t next, err *e)
 static err_code first_layer(search *s, int32_t *first, err *e)
 {
     *first = 0;
-    if (!s->walk || !layer_walk_saves(s->walk)) return OK;
+    if (!s->walk || !saves(s)) return OK;
     tensor states = layer_walk_saved(s->walk);
     TRY(spool_get_state(s->spool, first, &states, e));
     for (int32_t i = 0; i < *first; i++)
@@ -444,11 +477,7 @@ static err_code run_layers(search *s, search_summary *out, err *e)
         bool advanced = false;
         const walk_progress p = {s->j, "search", l * per_layer, total};
         TRY(job_check(s->j, e));
-        if (!spool_has(s->spool, l) ||
-            carries(s)) /* the next layer's inputs need this one's rounding */
-            TRY(search_layer(s, l, &p, &advanced, e));
-        else if (s->walk)
-            TRY(layer_walk_bind(s->walk, l, e));
+        TRY(one_layer(s, l, &p, &advanced, e));
         if (s->walk && !advanced && l + 1 < s->m->layers)
             TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
         job_step(s->j, p.stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);

@@ -420,3 +420,21 @@ err_code plan_spooled_loss(const spool *s, int32_t layer, double *before, double
     st_close(&f);
     return OK;
 }
+
+err_code plan_spooled_layer(const spool *s, const model_desc *m, int32_t group, int32_t layer,
+                            plan_file **out, block_plan *view, err *e)
+{
+    plan_file *f = NULL;
+    *out = NULL;
+    TRY(mem_alloc((void **)&f, 1, sizeof *f, "plan file", e));
+    f->info.layers = m->layers;
+    f->info.group = group;
+    err_code rc = spool_get(s, layer, &f->st, e);
+    if (rc == OK) rc = check_block(f, m, layer, e);
+    if (rc == OK) rc = plan_layer(f, layer, view, e);
+    if (rc == OK)
+        *out = f;
+    else
+        plan_close(&f);
+    return rc;
+}

@@ -80,5 +80,9 @@ err_code plan_finish(spool *s, const plan_info *info, const artifact_part *rotat
                      int64_t n_rotations, err *e);
 /* Losses of a layer that lies in the spool: for the summary of a resumed run. */
 err_code plan_spooled_loss(const spool *s, int32_t layer, double *before, double *after, err *e);
+/* A layer that lies in the spool, as plan_layer gives it, its shapes those of the model; *out holds
+ * what it points to: plan_close. */
+err_code plan_spooled_layer(const spool *s, const model_desc *m, int32_t group, int32_t layer,
+                            plan_file **out, block_plan *view, err *e);
 
 #endif

@@ -97,6 +97,7 @@ START_TEST(stopped_and_resumed)
     char *calib = bytes_of(calib_path, &cn);
     search_opts o = options(_i ? "best" : "awq", NULL);
     search_summary s;
+    o.on_device = _i == 2;
     MUST(search_run(&s, dev, &o, NULL, &e));
     char *plan = bytes_of(plan_path, &n);
     for (int after = 1; after < 8; after++) {
@@ -378,7 +379,7 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_loop_test(t, methods, 0, 3);
     tcase_add_loop_test(t, same_bytes, 0, 2);
-    tcase_add_loop_test(t, stopped_and_resumed, 0, 2);
+    tcase_add_loop_test(t, stopped_and_resumed, 0, 3);
     tcase_add_loop_test(t, packing, 0, 3);
     tcase_add_test(t, comparing);
     tcase_add_test(t, refusals);
