@@ -9,9 +9,8 @@
 
 /* ---- rows ---- */
 err_code op_zero(device *d, tensor *t, err *e); /* contiguous */
-/* y [m,k] = alpha a + beta b, each f16, bf16 or f32; b NULL: alpha a. Beyond f16: infinity. y
- * may be
- * a. */
+/* y [m,k] = alpha a + beta b, each f16, bf16 or f32; b NULL: alpha a. Beyond f16: infinity. y may
+ * be a. */
 err_code op_mix(device *d, tensor *y, float alpha, const tensor *a, float beta, const tensor *b,
                 err *e);
 /* out f64 [m] = sum over k of a b, f32 or bf16 [m,k] */
@@ -67,8 +66,7 @@ err_code op_range(device *d, tensor *scale, tensor *zero, const tensor *w, const
 /* E_UNSUPPORTED where the device cannot run the ops from here on. */
 err_code op_rounds(device *d, err *e);
 /* y f32 [k,k] = h[o_i][o_j] / (c_i c_j), order i32 [k] into h and col (f32 [k] or NULL: 1), with
- * `add`
- * on the diagonal; contiguous */
+ * `add` on the diagonal; contiguous */
 err_code op_reorder(device *d, tensor *y, const tensor *h, const tensor *order, const tensor *col,
                     float add, err *e);
 /* a f32 [k,k] = L L^T: L into the lower triangle of a, contiguous; what lies above is lost. failed
@@ -99,8 +97,7 @@ err_code op_by_place(device *d, tensor *y, const tensor *w, const tensor *order,
 err_code op_code_errors(device *d, tensor *y, const round_state *s, const tensor *w,
                         const tensor *col, err *e);
 /* With x = ((w' - w) / col) H, h f32 [k,k]: 128 inputs after the other, each code moves to where
- * the
- * loss, all else fixed, is least, then, with `refit`, each scale. x is kept up to date. */
+ * the loss, all else fixed, is least, then, with `refit`, each scale. x is kept up to date. */
 err_code op_sweep(device *d, round_state *s, tensor *x, const tensor *h, const tensor *col,
                   bool refit, err *e);
 /* out u8 [n,k/2]: codes, low nibble first; of w f32 [n,k] rounded where there are some, else of

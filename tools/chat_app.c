@@ -66,8 +66,8 @@ static err_code event(const char *name, const gen_result *r, const char *text, s
 }
 
 /* What a model writes must not drive the terminal: control bytes other than line end and tab are
- * shown as
- * '?'. C1 controls are two bytes in UTF-8 (c2 80..9f); their second byte is replaced as well. */
+ * shown as '?'. C1 controls are two bytes in UTF-8 (c2 80..9f); their second byte is replaced as
+ * well. */
 static void put_terminal(const char *text, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
