@@ -36,7 +36,7 @@ static void turn_row(void *ctx, int64_t i, int worker)
         turn_head(row + h * t->x->stride[1], t->r, t->pos[i]);
 }
 
-err_code fold_turn_ref(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e)
+err_code search_turn_ref(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e)
 {
     (void)e;
     pool_run(dev_pool(d), turn_row, &(turn_job){x, pos->data, r}, x->shape[0]);
@@ -69,7 +69,7 @@ static void error_row(void *ctx, int64_t at, int worker)
     }
 }
 
-err_code fold_cache_errors_ref(device *d, tensor *y, const tensor *x, const tensor *s, err *e)
+err_code search_cache_errors_ref(device *d, tensor *y, const tensor *x, const tensor *s, err *e)
 {
     (void)e;
     pool_run(dev_pool(d), error_row, &(error_job){y, x, s}, y->shape[0]);

@@ -4,7 +4,7 @@
 
 #include "kernels/search_ops.h"
 
-err_code fold_turn_ref(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e);
-err_code fold_cache_errors_ref(device *d, tensor *y, const tensor *x, const tensor *s, err *e);
+err_code search_turn_ref(device *d, tensor *x, const tensor *pos, const rope_spec *r, err *e);
+err_code search_cache_errors_ref(device *d, tensor *y, const tensor *x, const tensor *s, err *e);
 
 #endif

@@ -293,6 +293,6 @@ const search_ops search_ops_ref = {
     .code_errors = round_code_errors_ref,
     .sweep = round_sweep_ref,
     .pack_codes = round_pack_codes_ref,
-    .turn = fold_turn_ref,
-    .cache_errors = fold_cache_errors_ref,
+    .turn = search_turn_ref,
+    .cache_errors = search_cache_errors_ref,
 };
