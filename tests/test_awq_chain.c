@@ -616,6 +616,41 @@ START_TEST(carried_is_better)
 }
 END_TEST
 
+/* Each stage does something, and together they are worth their while. */
+START_TEST(stages_left_out)
+{
+    static const char *const without[] = {
+        "",       "factors",    "ranges",   "sweeps",
+        "scales", "correction", "residual", "ranges,sweeps,correction"};
+    enum { CASES = sizeof without / sizeof *without };
+    const pack_opts po = {
+        .model_dir = model_dir, .plan_path = plan_path, .out_dir = awq_dir, .force = true};
+    search_opts o = options("best", NULL);
+    search_summary s;
+    pack_summary ps;
+    double error[CASES];
+    err e;
+    model_desc m = small(tiny_llama());
+    m.layers = 2;
+    make_model(m);
+    for (int i = 0; i < CASES; i++) {
+        o.without = without[i];
+        MUST(search_run(&s, dev, &o, NULL, &e));
+        MUST(pack_run(&ps, dev, &po, NULL, &e));
+        error[i] = logit_error();
+        ck_assert_msg(i == 0 || error[i] != error[0], "without %s: as with it", without[i]);
+    }
+    ck_assert_msg(error[0] < error[CASES - 1], "best %g, without most %g", error[0],
+                  error[CASES - 1]);
+    o.without = "sweeps,feet";
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
+    ck_assert_msg(strstr(e.msg, "without 'feet': expected factors, vo") != NULL, "%s", e.msg);
+    o = options("gptq", NULL);
+    o.without = "sweeps";
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("awq_chain");
@@ -629,6 +664,7 @@ int main(void)
     tcase_add_test(t, folds_for_the_cache);
     tcase_add_loop_test(t, folded_alone, 0, 3);
     tcase_add_loop_test(t, carried_is_better, 0, 3);
+    tcase_add_test(t, stages_left_out);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
