@@ -146,7 +146,7 @@ static bool on_event(void *ud, const char *data, size_t n)
         x->done = true;
         return true;
     }
-    if (json_parse(&o, data, n, "event", &x->failed) != OK) return false;
+    if (http_answer_json(&o, data, n, "event", &x->failed) != OK) return false;
     bool more = true;
     if (cJSON_GetObjectItemCaseSensitive(o, "error")) {
         (void)http_error_text(o, text, sizeof text);

@@ -165,6 +165,29 @@ static void clean(char *s)
     }
 }
 
+/* A C string ends at U+0000, which a model may well write. */
+static void replace_nul(char *s, size_t n)
+{
+    for (size_t i = 0; i + 6 <= n; i++) {
+        if (s[i] != '\\') continue;
+        if (memcmp(s + i, "\\u0000", 6) == 0) memcpy(s + i + 2, "fffd", 4);
+        i++; /* a backslash behind it is no escape */
+    }
+}
+
+err_code http_answer_json(cJSON **out, const char *text, size_t n, const char *what, err *e)
+{
+    void *copy;
+    *out = NULL;
+    if (!n || !memmem(text, n, "\\u0000", 6)) return json_parse(out, text, n, what, e);
+    TRY(mem_alloc(&copy, n, 1, what, e));
+    memcpy(copy, text, n);
+    replace_nul(copy, n);
+    const err_code rc = json_parse(out, copy, n, what, e);
+    mem_free(copy);
+    return rc;
+}
+
 bool http_error_text(const cJSON *o, char *buf, size_t cap)
 {
     const cJSON *in = cJSON_GetObjectItemCaseSensitive(o, "error");
@@ -230,7 +253,7 @@ static err_code refusal(const http_stream *s, long status, err *e)
     cJSON *o = NULL;
     err ignored;
     const err_code code = status == 429 || status == 503 ? E_BUSY : status >= 500 ? E_IO : E_INPUT;
-    if (s->n_text && json_parse(&o, s->text, s->n_text, "answer", &ignored) == OK)
+    if (s->n_text && http_answer_json(&o, s->text, s->n_text, "answer", &ignored) == OK)
         (void)http_error_text(o, text, sizeof text);
     cJSON_Delete(o);
     return err_set(e, code, "%s: status %ld%s%s", s->c->url, status, *text ? ": " : "", text);
@@ -397,7 +420,7 @@ err_code http_client_json(http_client *c, const char *path, const char *body, co
         *e = x.why;
         rc = e->code;
     }
-    if (rc == OK) rc = json_parse(out, x.text ? x.text : "", x.n, path, e);
+    if (rc == OK) rc = http_answer_json(out, x.text ? x.text : "", x.n, path, e);
     mem_free(x.text);
     return rc;
 }

@@ -55,6 +55,8 @@ err_code sse_feed(sse_parser *p, const char *bytes, size_t n,
                   bool (*fn)(void *ud, const char *data, size_t n), void *ud, err *e);
 void sse_free(sse_parser *p);
 
+/* An answer's JSON, or an event's, as json_parse has it; but U+0000 in strings becomes U+FFFD. */
+err_code http_answer_json(cJSON **out, const char *text, size_t n, const char *what, err *e);
 /* What "error" of an answer says, on one line, without control bytes, into buf. False when o has
  * none. Takes {"error":{"message","code"|"type"}}, {"error":"..."}, {"message":...} and
  * {"detail":...}. */

@@ -132,7 +132,7 @@ static bool on_event(void *ud, const char *data, size_t n)
     cJSON *o;
     char text[256] = "unknown error";
     if (n == 6 && memcmp(data, "[DONE]", 6) == 0) return true;
-    if (json_parse(&o, data, n, "event", &f->failed) != OK) return false;
+    if (http_answer_json(&o, data, n, "event", &f->failed) != OK) return false;
     const cJSON *c = cJSON_GetArrayItem(cJSON_GetObjectItemCaseSensitive(o, "choices"), 0);
     const cJSON *u = cJSON_GetObjectItemCaseSensitive(o, "usage");
     if (cJSON_GetObjectItemCaseSensitive(o, "error")) {

@@ -28,6 +28,9 @@ check 'a file, and failures by status' 0 tm-run bench-serve "$url" --prompts pro
 out_json 'd["ok"] == 2 and d["failed"] == 6'
 out_json '{e["status"]: e["count"] for e in d["errors"]} == {200: 2, 429: 2, 0: 2}'
 out_json 'd["refused_ms"]["count"] == 2 and "the device failed" in str(d["errors"])'
+printf 'nul\n' >prompts.txt
+check 'U+0000 in answers' 0 tm-run bench-serve "$url" --prompts prompts.txt -n 2 --json
+out_json 'd["ok"] == 2 and d["new_tokens"] == 6'
 printf '%s\n' '{"messages": [{"role": "user", "content": "x"}]}' '{"prompt": "y"}' '{"prompt": [1, 2]}' >p.jsonl
 check 'rows of three kinds' 0 tm-run bench-serve "$url" --prompts p.jsonl -n 3 --new-tokens 4 --json
 out_json 'd["ok"] == 3'

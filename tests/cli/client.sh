@@ -28,6 +28,8 @@ out_is "$whole"
 check 'one event of 300 kB' 0 tm-run client "$url" -p long
 [ "$(wc -c <out)" -eq 300001 ]
 verdict $? 'all of it'
+check 'U+0000 in an answer' 0 tm-run client "$url" -p nul
+out_is $'a\xef\xbf\xbdb \\u0000 \xef\xbf\xbd\\\xef\xbf\xbd.'
 check 'standard input behind -p' 0 bash -c "echo slow is not asked | tm-run client $url -p 'no,'"
 out_is "$whole"
 check 'events' 0 tm-run client "$url" -p hello --json

@@ -134,6 +134,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             words = [" w"] * request.get("max_tokens", 4)
         elif mode == "unsafe":
             words = ["a\x1b[31mb\x9b", "\x07c\n\td"]
+        elif mode == "nul":
+            words = ["a\0b \\u0000 ", "\0", "\\\0."]
         elif mode == "markup":
             words = re.findall(r"\s*\S+|\s+", MARKUP)
         elif mode == "parameters":
