@@ -7,9 +7,7 @@
 #include <string.h>
 
 #include "awq/dev_chain.h"
-#include "awq/on_device_internal.h"
-
-#define MAX_RAISES 6 /* of ridge and damping, each tenfold */
+#include "awq/dev_feedback.h"
 
 enum { WAYS = DEV_WAYS, FEEDBACK = WAYS - 1 }; /* plain, a searched range, feedback */
 /* Rows of sums. */
@@ -29,84 +27,11 @@ typedef struct {
     tensor blocks; /* diagonal ones of the calib file */
 } rounding;
 
-/* ---- an input ---- */
-
-/* Diagonal of h on the host. */
-static err_code diagonal_of(rounding *q, float **out, err *e)
-{
-    dev_scratch *s = q->s;
-    tensor dev = dev_1d(s, s->sums, DT_F32, q->k);
-    TRY(op_diagonal(q->b->d, &dev, &q->train.h, e));
-    *out = (float *)s->host;
-    return dev_get(s, *out, s->sums, (size_t)q->k * sizeof(float), e);
-}
-
-/* The factor of h in an order, with a share of its mean diagonal added; the share is raised until
- * there is one. */
-static err_code factor_raised(rounding *q, const int32_t *order, const tensor *col, double mean,
-                              double share, err *e)
-{
-    dev_scratch *s = q->s;
-    tensor a = dev_2d(s, dev_chain_square(s->chain), DT_F32, q->k, q->k),
-           by = dev_1d(s, (void *)(uintptr_t)order, DT_I32, q->k),
-           flag = dev_1d(s, s->failed, DT_I32, 1);
-    int32_t failed = 1;
-    for (int i = 0; i < MAX_RAISES && failed; i++, share *= 10) {
-        TRY(op_zero(q->b->d, &flag, e));
-        TRY(op_reorder(q->b->d, &a, &q->train.h, &by, col, (float)(share * mean), e));
-        TRY(op_factor(q->b->d, &a, &flag, e));
-        TRY(dev_get(s, &failed, s->failed, sizeof failed, e));
-    }
-    if (failed)
-        return err_set(e, E_INPUT,
-                       "layer %d: second moments of %" PRId64
-                       " inputs cannot be factored, whatever is added",
-                       (int)q->b->layer, q->k);
-    return OK;
-}
-
-static double mean_of(const float *v, int64_t k)
-{
-    double sum = 0;
-    for (int64_t i = 0; i < k; i++) sum += v[i];
-    return sum > 0 ? sum / (double)k : 1;
-}
-
 static err_code solve_lack(rounding *q, err *e)
 {
-    const tensor l = dev_2d(q->s, dev_chain_square(q->s->chain), DT_F32, q->k, q->k);
-    float *diagonal;
-    TRY(diagonal_of(q, &diagonal, e));
-    TRY(factor_raised(q, q->s->identity, NULL, mean_of(diagonal, q->k), q->o->correction.ridge, e));
+    const tensor l = dev_2d(q->s, q->s->factor, DT_F32, q->k, q->k);
+    TRY(dev_feedback_ridge(q->b, &q->train.h, q->o->correction.ridge, e));
     return op_solve(q->b->d, &q->train.lack, &l, e);
-}
-
-/* The order of rounding, and u, the upper factor of the inverse in it. */
-static err_code prepare_feedback(rounding *q, const float *col, err *e)
-{
-    dev_scratch *s = q->s;
-    const int64_t k = q->k;
-    float *diagonal;
-    void *mem;
-    TRY(diagonal_of(q, &diagonal, e));
-    TRY(mem_alloc(&mem, (size_t)k, 2 * sizeof(int32_t), "order of inputs", e));
-    int32_t *order = mem, *back = order + k;
-    err_code rc = feedback_order(order, diagonal, 1, col, k, e);
-    for (int64_t i = 0; rc == OK && i < k; i++) {
-        const float c = col ? col[i] : 1.f;
-        diagonal[i] /= c * c;
-        back[k - 1 - i] = order[i];
-    }
-    const double mean = mean_of(diagonal, k);
-    if (rc == OK) rc = dev_put(s, s->order, order, (size_t)k * sizeof *order, e);
-    if (rc == OK) rc = dev_put(s, s->back, back, (size_t)k * sizeof *back, e);
-    if (rc == OK) rc = dev_sync(q->b->d, e);
-    mem_free(mem);
-    if (rc != OK) return rc;
-    TRY(factor_raised(q, s->back, dev_opt(&q->v.col), mean, q->o->feeding.damping, e));
-    tensor u = dev_2d(s, dev_chain_square(s->chain), DT_F32, k, k);
-    TRY(op_invert(q->b->d, &u, e));
-    return op_reverse(q->b->d, &u, e);
 }
 
 /* ---- a tile ---- */
@@ -203,25 +128,13 @@ static err_code fall_back(rounding *q, int way, err *e)
 
 static err_code feed(rounding *q, err *e)
 {
-    const feedback_opts *o = &q->o->feeding;
     const range_grid *g = &q->o->ends;
     round_state st = state_of(q, FEEDBACK);
     tensor x = tile(q, 2), y = tile(q, 3), grad = tile(q, 4), packed = packed_of(q);
-    const tensor u = dev_2d(q->s, dev_chain_square(q->s->chain), DT_F32, q->k, q->k),
-                 order = dev_1d(q->s, q->s->order, DT_I32, q->k), *col = dev_opt(&q->v.col);
-    const range_spec spec = {&q->train.h, col, q->s->g, g->points, g->shrink, true};
+    const range_spec spec = {&q->train.h, dev_opt(&q->v.col), q->s->g, g->points, g->shrink, true};
     TRY(with_factors(q, 1, e));
     TRY(op_range(q->b->d, &st.scale, &st.zero, &x, &spec, e));
-    TRY(op_by_place(q->b->d, &y, &x, &order, e));
-    TRY(op_feedback(q->b->d, &st, &y, &u, &order, e));
-    if (o->sweeps) {
-        TRY(op_code_errors(q->b->d, &y, &st, &x, col, e));
-        TRY(op_matmul(q->b->d, &grad, &y, &q->train.h, e));
-    }
-    for (int i = 0; i < o->sweeps; i++)
-        TRY(op_sweep(q->b->d, &st, &grad, &q->train.h, col, o->refit, e));
-    if (o->sweeps && o->refit) /* the last sweep is for the codes */
-        TRY(op_sweep(q->b->d, &st, &grad, &q->train.h, col, false, e));
+    TRY(dev_feedback_rows(q->b, &st, &x, &y, &grad, &q->train.h, &q->v, &q->o->feeding, e));
     return op_pack_codes(q->b->d, &packed, &st, NULL, e);
 }
 
@@ -386,7 +299,9 @@ static err_code round_tap(rounding *q, const tensor_role *roles, int n, block_pl
     TRY(q->o->corrects ? solve_lack(q, e) : op_zero(q->b->d, &q->train.lack, e));
     for (int i = 0; i < n; i++) {
         TRY(open_linear(q, roles[i], out, e));
-        if (i == 0) TRY(prepare_feedback(q, q->fl ? q->fl->col : NULL, e));
+        if (i == 0)
+            TRY(dev_feedback_factor(q->b, &q->train.h, q->fl ? q->fl->col : NULL, &q->v,
+                                    q->o->feeding.damping, e));
         TRY(each_tile(q, round_tile, e));
         TRY(choose(q, &way, e));
         TRY(hand_on(q, way, e));

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "awq/cholesky.h"
+#include "awq/dev_feedback.h"
 #include "base/half.h"
 
 #define BLOCK      128  /* columns between two products with the rest */
@@ -410,6 +411,7 @@ err_code feedback_codes(const quant_block *b, const fold *f, plan_linear *out,
     arena mem = {0};
     tensor dense;
     err_code rc;
+    if (b->dev) return dev_feedback_codes(b, f, out, o, e);
     TRY(linear_weights(b, out->role, &dense, e));
     feedback s = {.b = b, .out = out, .n = dense.shape[0], .k = dense.shape[1]};
     s.groups = s.k / b->o->group;

@@ -85,7 +85,6 @@ typedef struct {
     bool fixes_codes; /* fills plan_linear.codes */
     bool stages;      /* quant_opts.without means something */
     bool folds;       /* lets a plan's factors count: quant_opts.kv_fold means something */
-    bool on_device;   /* runs on devices whose memory the host cannot read, with LOSS_GRAM */
     bool carries; /* rounds a layer with the inputs that the rounded layers before it leave: walks
                          through b->chain, fills in the losses, and moves the states on itself */
     /* out comes from plan_shape with scale and zero allocated; factors come from b->mem

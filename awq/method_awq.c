@@ -29,5 +29,4 @@ const quant_method method_awq = {.name = "awq",
                                  .loss = LOSS_GRAM,
                                  .searches = true,
                                  .folds = true,
-                                 .on_device = true,
                                  .plan_block = plan_block};

@@ -224,5 +224,4 @@ const quant_method method_best = {
     .stages = true,
     .folds = true,
     .carries = true,
-    .on_device = true,
     .plan_block = plan_best};

@@ -44,29 +44,31 @@ typedef struct {
 enum { PARTS = 24 };
 
 /* `lent`: bytes of device memory for the last tiles. */
-static int own_tiles(const dev_scratch *s, bool carries, size_t lent)
+static int own_tiles(const dev_scratch *s, dev_use_of use, size_t lent)
 {
-    if (!carries) return 3;
+    if (use != DEV_CARRIES) return 3;
     const size_t borrowed = lent / ((size_t)s->elems * sizeof(float));
     return borrowed < DEV_TILES ? DEV_TILES - (int)borrowed : 0;
 }
 
-static int parts_of(dev_scratch *s, bool carries, size_t lent, scratch_part p[PARTS])
+static int parts_of(dev_scratch *s, dev_use_of use, size_t lent, scratch_part p[PARTS])
 {
     const size_t f = sizeof(float), elems = (size_t)s->elems, widest = (size_t)s->widest,
                  groups = (size_t)s->groups, tall = (size_t)(s->elems / s->narrowest);
     int n = 0;
-    for (int i = 0; i < own_tiles(s, carries, lent); i++)
+    for (int i = 0; i < own_tiles(s, use, lent); i++)
         p[n++] = (scratch_part){(void **)&s->tile[i], elems * f};
     p[n++] = (scratch_part){(void **)&s->col, widest * f};
     p[n++] = (scratch_part){(void **)&s->row, (size_t)s->rows * f};
-    if (!carries) p[n++] = (scratch_part){(void **)&s->half, widest * widest * sizeof(bf16)};
+    if (use == DEV_RANGES)
+        p[n++] = (scratch_part){(void **)&s->half, widest * widest * sizeof(bf16)};
+    if (use == DEV_CODES) p[n++] = (scratch_part){(void **)&s->factor, widest * widest * f};
     p[n++] = (scratch_part){(void **)&s->square, widest * 128 * f};
     p[n++] = (scratch_part){(void **)&s->sums, sums_count(s) * sizeof(double)};
     p[n++] = (scratch_part){(void **)&s->scale, groups * sizeof(f16)};
     p[n++] = (scratch_part){(void **)&s->zero, groups};
-    if (!carries) return n;
-    for (int i = 0; i < DEV_WAYS; i++) {
+    if (use == DEV_RANGES) return n;
+    for (int i = 0; i < DEV_WAYS && use == DEV_CARRIES; i++) {
         p[n++] = (scratch_part){(void **)&s->ways_scale[i], groups * sizeof(f16)};
         p[n++] = (scratch_part){(void **)&s->ways_zero[i], groups};
     }
@@ -80,11 +82,11 @@ static int parts_of(dev_scratch *s, bool carries, size_t lent, scratch_part p[PA
     return n;
 }
 
-static size_t lay_out(dev_scratch *s, bool carries, size_t lent, uint8_t *base)
+static size_t lay_out(dev_scratch *s, dev_use_of use, size_t lent, uint8_t *base)
 {
     scratch_part p[PARTS];
     size_t at = 0;
-    const int n = parts_of(s, carries, lent, p);
+    const int n = parts_of(s, use, lent, p);
     for (int i = 0; i < n; i++) {
         *p[i].out = base ? base + at : NULL;
         at += (p[i].bytes + 255) & ~(size_t)255;
@@ -92,10 +94,10 @@ static size_t lay_out(dev_scratch *s, bool carries, size_t lent, uint8_t *base)
     return at;
 }
 
-size_t dev_scratch_bytes(const model_desc *m, int32_t group, bool carries)
+size_t dev_scratch_bytes(const model_desc *m, int32_t group, dev_use_of use)
 {
     dev_scratch s = shape_of(m, group);
-    return lay_out(&s, carries, 0, NULL) + sums_count(&s) * sizeof(double);
+    return lay_out(&s, use, 0, NULL) + sums_count(&s) * sizeof(double);
 }
 
 static err_code put_identity(dev_scratch *s, err *e)
@@ -109,13 +111,14 @@ static err_code put_identity(dev_scratch *s, err *e)
 /* What is free there until the block is rounded, and while it is. */
 static void borrow(dev_scratch *s, dev_chain *inputs, const dev_buf *lent)
 {
-    const int own = own_tiles(s, true, lent->bytes);
-    s->half = (bf16 *)dev_chain_square(inputs);
+    const int own = own_tiles(s, DEV_CARRIES, lent->bytes);
+    s->factor = dev_chain_square(inputs);
+    s->half = (bf16 *)s->factor;
     for (int i = own; i < DEV_TILES; i++) s->tile[i] = (float *)lent->data + (i - own) * s->elems;
 }
 
 err_code dev_scratch_open(dev_scratch **out, device *d, const model_desc *m, int32_t group,
-                          dev_chain *inputs, err *e)
+                          dev_use_of use, dev_chain *inputs, err *e)
 {
     void *mem, *host;
     TRY(mem_alloc(&mem, 1, sizeof(dev_scratch), "search", e));
@@ -127,11 +130,11 @@ err_code dev_scratch_open(dev_scratch **out, device *d, const model_desc *m, int
     err_code rc = mem_alloc(&host, sums_count(s), sizeof(double), "search", e);
     if (rc == OK) {
         s->host = host;
-        rc = dev_alloc(&s->buf, d, lay_out(s, inputs, lent.bytes, NULL), "search tiles", e);
+        rc = dev_alloc(&s->buf, d, lay_out(s, use, lent.bytes, NULL), "search tiles", e);
     }
-    if (rc == OK) lay_out(s, inputs, lent.bytes, s->buf.data);
+    if (rc == OK) lay_out(s, use, lent.bytes, s->buf.data);
     if (inputs) borrow(s, inputs, &lent);
-    if (rc == OK && inputs) rc = put_identity(s, e);
+    if (rc == OK && use != DEV_RANGES) rc = put_identity(s, e);
     if (rc != OK) {
         dev_scratch_close(&s);
         return rc;
@@ -352,7 +355,7 @@ static err_code rounded_error(const quant_block *b, const tensor *w, const round
     const int64_t n = w->shape[0], k = w->shape[1];
     tensor x = dev_2d(s, s->tile[0], DT_F32, n, k), y = dev_2d(s, s->tile[1], DT_F32, n, k);
     rounded_spec spec = *r;
-    spec.w = &x;
+    if (!spec.codes) spec.w = &x;
     TRY(op_scaled(b->d, &x, w, r->col, r->row, e));
     TRY(op_rounded(b->d, &y, &spec, e));
     TRY(op_scaled(b->d, &x, w, NULL, NULL, e));
@@ -374,16 +377,20 @@ static err_code linear_losses(const quant_block *b, const fold *f, plan_linear *
     TRY(candidate_rows(b, &w, &h.full, 0, e));
     TRY(dev_factors_put(s, f ? fold_find(f, l->role) : NULL, n, k, &v, e));
     TRY(dev_params_put(s, l, &scale, &zero, e));
+    tensor packed = dev_2d(s, s->packed, DT_U8, n, k / 2);
+    if (l->codes.data) TRY(dev_copy(b->d, &packed, &l->codes, e));
     for (int64_t at = 0; at < n; at += step) {
         const int64_t rows = least(step, n - at);
+        const tensor fixed = l->codes.data ? tensor_rows(&packed, at, rows) : packed;
         const tensor part = tensor_rows(&w, at, rows), sc = tensor_rows(&scale, at, rows),
                      z = tensor_rows(&zero, at, rows);
         tensor row = v.row, x = dev_2d(s, s->tile[1], DT_F32, rows, k),
                y = dev_2d(s, s->tile[2], DT_F32, rows, k),
                out = dev_1d(s, s->sums + n + at, DT_F64, rows);
         if (row.data) row = tensor_rows(&v.row, at, rows);
-        const rounded_spec spec = {NULL,          NULL,       &sc, &z, dev_opt(&v.col),
-                                   dev_opt(&row), b->o->group};
+        const rounded_spec spec = {
+            NULL,       l->codes.data ? &fixed : NULL, &sc, &z, dev_opt(&v.col), dev_opt(&row),
+            b->o->group};
         TRY(job_check(b->j, e));
         TRY(rounded_error(b, &part, &spec, e));
         TRY(op_form(b->d, &out, &x, &h.full, &y, e));

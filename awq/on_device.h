@@ -7,10 +7,12 @@
 
 typedef struct dev_scratch dev_scratch;
 
+/* What a method asks of it. */
+typedef enum { DEV_RANGES, DEV_CODES, DEV_CARRIES } dev_use_of;
 /* inputs: of a method that carries rounded inputs on, else NULL; borrowed. */
-size_t dev_scratch_bytes(const model_desc *m, int32_t group, bool carries);
+size_t dev_scratch_bytes(const model_desc *m, int32_t group, dev_use_of use);
 err_code dev_scratch_open(dev_scratch **out, device *d, const model_desc *m, int32_t group,
-                          dev_chain *inputs, err *e);
+                          dev_use_of use, dev_chain *inputs, err *e);
 void dev_scratch_close(dev_scratch **s);
 
 /* As smooth_weight_mean, smooth_losses (smooth.h), range_plain and range_search (range.h; points 1:

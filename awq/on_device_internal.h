@@ -7,22 +7,24 @@
 
 #define DEV_TILE_ELEMS ((int64_t)1024 * 11008) /* of each tile; fixed, as sums depend on it */
 #define DEV_CANDIDATES 64
-#define DEV_TILES      5 /* two more where a method carries rounded inputs on */
+#define DEV_TILES      5 /* three where a method carries no rounded inputs on */
 #define DEV_WAYS       3 /* of rounding a linear, to choose from */
 
 struct dev_scratch {
     device *d;
     dev_buf buf;
-    dev_chain *chain;       /* borrowed; NULL: what follows zero has no room */
+    dev_chain *chain;       /* borrowed; NULL: none, and the last tiles have no room */
     float *tile[DEV_TILES]; /* [elems] */
     float *col, *row;       /* [widest], [most rows]: factors of the linear at work */
     bf16 *half;             /* [widest,widest] H that candidates are compared by */
+    float *factor;          /* [widest,widest] of H, where codes are fixed; half may lie there */
     float *square;          /* [widest,128] diagonal blocks of the calib file */
     double *sums;           /* [DEV_CANDIDATES, most rows], or [widest] */
     f16 *scale;             /* [most groups] of the linear at work */
     uint8_t *zero;
     f16 *ways_scale[DEV_WAYS]; /* [most groups] */
     uint8_t *ways_zero[DEV_WAYS];
+    /* From here on where codes are fixed. */
     uint8_t *codes;                   /* [elems] of a tile */
     uint8_t *packed;                  /* [largest / 2] of the linear */
     float *work;                      /* [rows of the tallest tile,128] */

@@ -23,7 +23,7 @@
 
 typedef struct {
     const search_opts *o;
-    device *d;
+    device *d, *host; /* host: opened here, for what needs no device */
     const job *j;
     weight_src *base, *src; /* the model, and as it is searched: maybe in other bases */
     rotated *turned;        /* of src; NULL: src is base */
@@ -90,18 +90,34 @@ static err_code pick_loss(search *s, err *e)
     return OK;
 }
 
-static bool on_device(const search *s) { return s->o->on_device || dev_mem(s->d) != MEM_HOST; }
+static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE; }
+
+static bool on_device(const search *s)
+{
+    return walks(s) && (s->o->on_device || dev_mem(s->d) != MEM_HOST);
+}
+
+/* Without a forward pass there is nothing to do on a device. */
+static err_code pick_device(search *s, err *e)
+{
+    if (walks(s) || dev_mem(s->d) == MEM_HOST) return OK;
+    const dev_opts o = {.kind = DEV_CPU, .threads = pool_threads(dev_pool(s->d))};
+    job_log(s->j, LOG_INFO, "method '%s' with loss '%s' has no forward pass: it runs on the CPU",
+            s->method->name, loss_name(s->q.loss));
+    TRY(dev_open(&s->host, &o, e));
+    s->d = s->host;
+    return OK;
+}
 
 /* "best" does it unasked on the CPU. */
 static err_code pick_fold(search *s, err *e)
 {
-    const bool by_gram = s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE;
     s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries && !on_device(s) : s->o->kv_fold > 0;
     if (!s->q.kv_fold) return OK;
     if (!s->method->folds)
         return err_set(e, E_USAGE, "folds of k and v: method '%s' takes no factors",
                        s->method->name);
-    return by_gram ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
+    return walks(s) ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
 }
 
 static err_code pick_rotation(search *s, err *e)
@@ -149,15 +165,16 @@ static err_code pick_stages(search *s, err *e)
     return OK;
 }
 
-/* The other methods cost little and run on the CPU. */
 static err_code check_device(const search *s, err *e)
 {
     if (!on_device(s)) return OK;
-    if (s->method->on_device && s->q.loss == LOSS_GRAM && !s->q.turn)
-        return s->method->carries ? op_rounds(s->d, e) : OK;
-    return err_set(e, E_UNSUPPORTED, "method '%s' with loss '%s'%s: expected the CPU, got %s",
-                   s->method->name, loss_name(s->q.loss), s->q.turn ? " and rotation 'vo'" : "",
-                   dev_name(s->d));
+    if (s->q.loss != LOSS_GRAM)
+        return err_set(e, E_UNSUPPORTED, "loss '%s': expected the CPU (--device cpu), got %s",
+                       loss_name(s->q.loss), dev_name(s->d));
+    if (s->q.turn)
+        return err_set(e, E_UNSUPPORTED, "rotation 'vo': expected the CPU (--device cpu), got %s",
+                       dev_name(s->d));
+    return s->method->carries ? op_rounds(s->d, e) : OK;
 }
 
 static err_code check_groups(const search *s, err *e)
@@ -194,6 +211,7 @@ static err_code open_inputs(search *s, err *e)
         TRY(calib_check_model(s->calib, s->m, weights_digest(s->src), e));
     }
     TRY(pick_loss(s, e));
+    TRY(pick_device(s, e));
     TRY(pick_fold(s, e));
     TRY(pick_rotation(s, e));
     TRY(pick_stages(s, e));
@@ -219,10 +237,15 @@ static void close_all(search *s)
     calib_close(&s->calib);
     rotated_close(&s->turned);
     weights_close(&s->base);
+    dev_close(&s->host);
 }
 
 static bool carries(const search *s) { return s->chain || s->dev_chain; }
-static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE; }
+
+static dev_use_of use_of(const search *s)
+{
+    return s->method->carries ? DEV_CARRIES : s->method->fixes_codes ? DEV_CODES : DEV_RANGES;
+}
 
 /* ---- memory ---- */
 
@@ -256,6 +279,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
     search s = {.o = o, .d = d};
     *p = (memory_plan){0};
     err_code rc = open_inputs(&s, e);
+    d = s.d;
     if (rc == OK) {
         s.scratch = quant_scratch_shape(s.m, s.method->searches);
         const op_limits lim = search_limits(&s);
@@ -263,7 +287,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
         memory_plan_add(p, "search scratch",
                         quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
         if (on_device(&s))
-            memory_plan_add(p, "tiles", dev_scratch_bytes(s.m, s.q.group, s.method->carries));
+            memory_plan_add(p, "tiles", dev_scratch_bytes(s.m, s.q.group, use_of(&s)));
         memory_plan_add(p, "plan of a block", plan_bytes(&s));
     }
     if (rc == OK && walks(&s)) {
@@ -517,7 +541,7 @@ static err_code open_on_device(search *s, const tensor *held_out, err *e)
         TRY(dev_chain_open(&s->dev_chain, s->d, s->walk, s->m, held_out, e));
         room = dev_chain_room(s->dev_chain);
     }
-    TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, s->dev_chain, e));
+    TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, use_of(s), s->dev_chain, e));
     return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes,
                         s->dev_chain ? &room : NULL, e);
 }

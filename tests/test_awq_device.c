@@ -9,7 +9,8 @@
 #include "tests/support/tiny_weights.h"
 
 static const char *const methods[] = {"awq", "best"};
-enum { METHODS = sizeof methods / sizeof *methods };
+static const char *const others[] = {"rtn", "lmdeploy", "gptq"};
+enum { METHODS = sizeof methods / sizeof *methods, OTHERS = sizeof others / sizeof *others };
 
 static void search(const char *method, bool on_device, bool fold, search_summary *s)
 {
@@ -40,7 +41,6 @@ static void same(const char *method, const search_summary *own, const search_sum
         ck_assert_msg(near(own->after, want->after, after), "%s: after %.8g, expected %.8g", method,
                       own->after, want->after);
     }
-    ck_assert(own->after < own->before);
 }
 
 START_TEST(as_on_the_cpu)
@@ -53,22 +53,50 @@ START_TEST(as_on_the_cpu)
         search(method, false, i & 1, &host);
         search(method, true, i & 1, &own);
         same(method, &own, &host, 1e-4, 5e-3);
+        ck_assert(own.after < own.before);
     }
 }
 END_TEST
 
 START_TEST(refused)
 {
-    static const char *const others[] = {"rtn", "lmdeploy", "gptq"};
     make_model(small(tiny_llama()));
-    for (int i = 0; i < 3; i++) {
-        search_opts o = options(others[i], NULL);
+    for (int i = 0; i < 2; i++) {
+        search_opts o = options("awq", i ? NULL : "module");
         search_summary s;
         err e;
         o.on_device = true;
+        if (i) {
+            o.kv_fold = 1;
+            o.rotate = "vo";
+        }
         ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_UNSUPPORTED);
-        ck_assert_ptr_nonnull(strstr(e.msg, others[i]));
+        ck_assert_msg(strstr(e.msg, i ? "rotation 'vo'" : "loss 'module'") != NULL, "%s", e.msg);
+        ck_assert_ptr_nonnull(strstr(e.msg, "--device cpu"));
     }
+}
+END_TEST
+
+/* Methods for comparison: with H there, else they have no use for a device. */
+static void compare(const char *method, device *on, double before, double after)
+{
+    search_summary host, own;
+    device *const cpu = dev;
+    err e;
+    for (int gram = 0; gram < 2; gram++) {
+        search_opts o = options(method, gram ? "gram" : NULL);
+        MUST(search_run(&host, cpu, &o, NULL, &e));
+        o.on_device = true;
+        MUST(search_run(&own, on, &o, NULL, &e));
+        ck_assert_str_eq(own.loss, host.loss);
+        same(method, &own, &host, before, after);
+    }
+}
+
+START_TEST(other_methods)
+{
+    make_model(small(tiny_llama()));
+    for (int i = 0; i < OTHERS; i++) compare(others[i], dev, 1e-4, 1e-3);
 }
 END_TEST
 
@@ -84,6 +112,7 @@ START_TEST(on_a_gpu)
     }
     make_model(small(tiny_llama()));
     for (int i = 0; i < 2 * METHODS; i++) search(methods[i / 2], false, i & 1, &host[i]);
+    for (int i = 0; i < OTHERS; i++) compare(others[i], gpu, 1e-2, 3e-2);
     dev = gpu;
     weight_src *src = NULL;
     MUST(weights_open(&src, model_dir, &e));
@@ -111,6 +140,7 @@ int main(void)
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_loop_test(t, as_on_the_cpu, 0, 3);
     tcase_add_test(t, refused);
+    tcase_add_test(t, other_methods);
     tcase_add_test(t, on_a_gpu);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
