@@ -2,10 +2,9 @@
 #include "awq/chain.h"
 
 #include <assert.h>
-#include <inttypes.h>
-#include <math.h>
 #include <string.h>
 
+#include "awq/chain_shared.h"
 #include "base/mem.h"
 
 enum { SLOTS = 7 };
@@ -18,10 +17,8 @@ struct chain {
     device *d;
     layer_walk *walk;
     const model_desc *m;
-    const uint8_t *held_out;
-    int32_t windows, per_pass;
-    int64_t seqlen, widest;
-    bool holds_out;
+    chain_windows windows;
+    int64_t widest;
     block variant; /* the bound block with what is rounded; its buffers belong to the walk */
     arena mem;
     tensor_role role[SLOTS];
@@ -93,16 +90,16 @@ size_t chain_split_bytes(const device *d, const model_desc *m, int64_t rows)
 static err_code take_room(chain *c, err *e)
 {
     chain_part p[PARTS_MAX];
-    const int64_t rows = c->per_pass * c->seqlen;
-    const int n = parts_of(c, c->m, rows, c->seqlen, p);
+    const int64_t rows = c->windows.per_pass * c->windows.seqlen;
+    const int n = parts_of(c, c->m, rows, c->windows.seqlen, p);
     const op_limits lim = {.rows = (int32_t)rows,
-                           .k = c->widest > c->seqlen ? c->widest : c->seqlen,
+                           .k = c->widest > c->windows.seqlen ? c->widest : c->windows.seqlen,
                            .n = c->widest,
                            .heads = 1,
                            .head_dim = c->m->head_dim,
                            .max_kv = 1,
                            .seqs = 1};
-    TRY(arena_init(&c->mem, chain_bytes(c->m, rows, c->seqlen), "rounded block", e));
+    TRY(arena_init(&c->mem, chain_bytes(c->m, rows, c->windows.seqlen), "rounded block", e));
     for (int i = 0; i < n; i++)
         TRY(arena_get(&c->mem, p[i].out, (size_t)p[i].count * sizeof(float), e));
     TRY(ops_reserve(c->d, &lim, e));
@@ -121,14 +118,8 @@ err_code chain_open(chain **out, device *d, layer_walk *w, const model_desc *m,
     c->d = d;
     c->walk = w;
     c->m = m;
-    c->held_out = held_out->data;
-    c->windows = layer_walk_windows(w);
-    c->per_pass = layer_walk_windows_per_pass(w);
-    c->seqlen = layer_walk_states(w).shape[0] / c->windows;
+    c->windows = chain_windows_of(w, held_out);
     c->widest = widest_of(m);
-    int32_t held = 0;
-    for (int32_t i = 0; i < c->windows; i++) held += c->held_out[i] != 0;
-    c->holds_out = held > 0 && held < c->windows;
     const err_code rc = take_room(c, e);
     if (rc != OK) {
         chain_close(&c);
@@ -147,19 +138,11 @@ void chain_close(chain **c)
     *c = NULL;
 }
 
-bool chain_holds_out(const chain *c) { return c->holds_out; }
+bool chain_holds_out(const chain *c) { return c->windows.holds_out; }
 
 /* ---- the rounded block ---- */
 
-err_code chain_layer(chain *c, err *e)
-{
-    const block *b = layer_walk_block(c->walk);
-    if (b->n_qkv > 1 ? b->n_qkv != 3 : c->m->qkv == QKV_SPLIT)
-        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
-                       (int)b->layer);
-    c->variant = *b;
-    return OK;
-}
+err_code chain_layer(chain *c, err *e) { return chain_variant(&c->variant, c->walk, c->m, e); }
 
 static int slot_of(const chain *c, tensor_role r)
 {
@@ -175,37 +158,11 @@ tensor chain_room(chain *c, tensor_role r)
                      model_linear_k(c->m, r));
 }
 
-static bound_linear *bound_of(block *b, tensor_role r)
-{
-    switch (r) {
-    case ROLE_QKV:
-    case ROLE_Q: return &b->qkv[0];
-    case ROLE_K: return &b->qkv[1];
-    case ROLE_V: return &b->qkv[2];
-    case ROLE_O: return &b->o;
-    case ROLE_GATE: return &b->gate_up[0];
-    case ROLE_UP: return &b->gate_up[1];
-    default: return &b->down;
-    }
-}
-
 float *chain_scratch(chain *c) { return c->product; }
 
-void chain_put(chain *c, tensor_role r) { bound_of(&c->variant, r)->dense = chain_room(c, r); }
+void chain_put(chain *c, tensor_role r) { chain_bound(&c->variant, r)->dense = chain_room(c, r); }
 
 /* ---- moments ---- */
-
-static tensor_role tap_of(tensor_role r)
-{
-    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
-    return r == ROLE_UP ? ROLE_GATE : r;
-}
-
-/* o and down end in the residual stream. */
-static bool adds(tensor_role tap) { return tap == ROLE_O || tap == ROLE_DOWN; }
-
-/* A pass ends at its tap: nothing behind is needed. */
-static err_code enough(err *e) { return err_set(e, E_CANCELED, "seen"); }
 
 static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
 {
@@ -215,11 +172,11 @@ static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const ten
     if (role != c->tap) return OK;
     for (int64_t i = 0; i < x->shape[0]; i++)
         memcpy(c->input + i * x->shape[1], (const float *)x->data + i * x->stride[0], row);
-    if (adds(role)) {
+    if (chain_adds(role)) {
         const tensor r = layer_walk_residual(c->walk, x->shape[0]);
         memcpy(c->residual, r.data, tensor_bytes(&r));
     }
-    return enough(e);
+    return chain_seen(e);
 }
 
 typedef struct {
@@ -270,13 +227,13 @@ static err_code add_cross(chain *c, float *to, const float *a, const float *b, i
 
 static err_code add_window(chain *c, const tensor *rows, int32_t i, err *e)
 {
-    const int64_t k = rows->shape[1], at = i * c->seqlen, hidden = c->m->hidden;
-    const tensor x = tensor_rows(rows, at, c->seqlen);
-    moment_room *s = &c->set[c->holds_out && c->held_out[c->first + i]];
+    const int64_t k = rows->shape[1], at = i * c->windows.seqlen, hidden = c->m->hidden;
+    const tensor x = tensor_rows(rows, at, c->windows.seqlen);
+    moment_room *s = &c->set[c->windows.holds_out && c->windows.held_out[c->first + i]];
     tensor h = tensor_2d(s->h, DT_F32, k, k);
     TRY(op_gram(c->d, &h, &x, e));
     TRY(add_cross(c, s->cross, c->input + at * k, x.data, x.stride[0], k, &x, e));
-    if (!adds(c->tap)) return OK;
+    if (!chain_adds(c->tap)) return OK;
     const tensor r = layer_walk_residual(c->walk, rows->shape[0]);
     return add_cross(c, s->resid, c->residual + at * hidden, (const float *)r.data + at * hidden,
                      hidden, hidden, &x, e);
@@ -287,24 +244,17 @@ static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const 
     chain *c = ctx;
     (void)layer;
     if (role != c->tap) return OK;
-    for (int32_t i = 0; i < x->shape[0] / c->seqlen; i++) TRY(add_window(c, x, i, e));
-    return enough(e);
+    for (int32_t i = 0; i < x->shape[0] / c->windows.seqlen; i++) TRY(add_window(c, x, i, e));
+    return chain_seen(e);
 }
 
 static err_code finish(chain *c, moment_room *s, int64_t k, chain_moments *out, err *e)
 {
     out->h = tensor_2d(s->h, DT_F32, k, k);
     out->cross = tensor_2d(s->cross, DT_F32, k, k);
-    out->resid = tensor_2d(adds(c->tap) ? s->resid : NULL, DT_F32, c->m->hidden, k);
+    out->resid = tensor_2d(chain_adds(c->tap) ? s->resid : NULL, DT_F32, c->m->hidden, k);
     TRY(op_gram_finish(c->d, &out->h, e));
-    for (int64_t i = 0; i < k; i++)
-        if (!isfinite(s->h[i * k + i]))
-            return err_set(e, E_INPUT,
-                           "layer %d: tap %s: channel %" PRId64
-                           ": expected finite activations, found %s",
-                           (int)c->variant.layer, role_name(c->tap), i,
-                           isnan(s->h[i * k + i]) ? "nan" : "infinity");
-    return OK;
+    return chain_finite(s->h, k + 1, k, c->variant.layer, c->tap, e);
 }
 
 err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *train,
@@ -312,14 +262,14 @@ err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *trai
 {
     const int64_t k = model_linear_k(c->m, r);
     err_code rc = OK;
-    c->tap = tap_of(r);
+    c->tap = chain_tap(r);
     for (int i = 0; i < 2; i++) {
         memset(c->set[i].h, 0, (size_t)(k * k) * sizeof(float));
         memset(c->set[i].cross, 0, (size_t)(k * k) * sizeof(float));
         memset(c->set[i].resid, 0, (size_t)(c->m->hidden * k) * sizeof(float));
     }
-    for (c->first = 0; c->first < c->windows && rc == OK; c->first += c->per_pass) {
-        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+    for (c->first = 0; c->first < c->windows.n && rc == OK; c->first += c->windows.per_pass) {
+        const int32_t n = chain_windows_at(&c->windows, c->first);
         if ((rc = job_check(j, e)) != OK) break;
         layer_walk_use(c->walk, 0);
         rc = layer_walk_pass(c->walk, layer_walk_block(c->walk), c->first, n, keep_input, c, NULL,
@@ -338,7 +288,7 @@ err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *trai
 static err_code advance(chain *c, const block *b, int32_t first, int32_t n, err *e)
 {
     const tensor states = layer_walk_states(c->walk);
-    tensor to = tensor_rows(&states, first * c->seqlen, n * c->seqlen), y;
+    tensor to = tensor_rows(&states, first * c->windows.seqlen, n * c->windows.seqlen), y;
     TRY(layer_walk_pass(c->walk, b, first, n, NULL, NULL, &y, e));
     TRY(dev_copy(c->d, &to, &y, e));
     return dev_sync(c->d, e);
@@ -347,8 +297,8 @@ static err_code advance(chain *c, const block *b, int32_t first, int32_t n, err 
 err_code chain_advance(chain *c, const walk_progress *p, err *e)
 {
     err_code rc = OK;
-    for (int32_t at = 0; at < c->windows && rc == OK; at += c->per_pass) {
-        const int32_t n = c->windows - at < c->per_pass ? c->windows - at : c->per_pass;
+    for (int32_t at = 0; at < c->windows.n && rc == OK; at += c->windows.per_pass) {
+        const int32_t n = chain_windows_at(&c->windows, at);
         if ((rc = job_check(p->j, e)) != OK) break;
         layer_walk_use(c->walk, 0);
         rc = advance(c, layer_walk_block(c->walk), at, n, e);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/chain_shared.h"
 #include "awq/dev_chain.h"
 #include "awq/dev_feedback.h"
 
@@ -79,7 +80,7 @@ static round_state state_of(const rounding *q, int way)
  * own. */
 static err_code pull(const rounding *q, const dev_moments *m, const tensor *x, tensor *y, err *e)
 {
-    if (!dev_chain_adds(q->out->role)) return op_matmul(q->b->d, y, x, &m->lack, e);
+    if (!chain_adds(q->out->role)) return op_matmul(q->b->d, y, x, &m->lack, e);
     const tensor own = tensor_rows(&m->lack, q->at, q->rows);
     return op_mix(q->b->d, y, 1.f, &own, 0.f, NULL, e);
 }

@@ -2,9 +2,8 @@
 #include "awq/dev_chain.h"
 
 #include <assert.h>
-#include <inttypes.h>
-#include <math.h>
 
+#include "awq/chain_shared.h"
 #include "base/mem.h"
 #include "kernels/search_ops.h"
 
@@ -14,10 +13,8 @@ struct dev_chain {
     device *d;
     layer_walk *walk;
     const model_desc *m;
-    const uint8_t *held_out;
-    int32_t windows, per_pass;
-    int64_t seqlen, widest;
-    bool holds_out;
+    chain_windows windows;
+    int64_t widest;
     block variant; /* the bound block with what is rounded; its buffers belong to the walk */
     tensor_role role[SLOTS];
     f16 *weights[SLOTS]; /* [n,k] */
@@ -95,7 +92,7 @@ size_t dev_chain_bytes(const device *d, const model_desc *m, int64_t pass_rows)
 
 static err_code take_room(dev_chain *c, err *e)
 {
-    const int64_t rows = c->per_pass * c->seqlen;
+    const int64_t rows = c->windows.per_pass * c->windows.seqlen;
     void *host;
     TRY(dev_alloc(&c->buf, c->d, lay_out(c, c->d, c->m, rows, NULL), "rounded block", e));
     lay_out(c, c->d, c->m, rows, c->buf.data);
@@ -113,13 +110,7 @@ err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_d
     c->d = d;
     c->walk = w;
     c->m = m;
-    c->held_out = held_out->data;
-    c->windows = layer_walk_windows(w);
-    c->per_pass = layer_walk_windows_per_pass(w);
-    c->seqlen = layer_walk_states(w).shape[0] / c->windows;
-    int32_t held = 0;
-    for (int32_t i = 0; i < c->windows; i++) held += c->held_out[i] != 0;
-    c->holds_out = held > 0 && held < c->windows;
+    c->windows = chain_windows_of(w, held_out);
     const err_code rc = take_room(c, e);
     if (rc != OK) {
         dev_chain_close(&c);
@@ -160,13 +151,8 @@ float *dev_chain_square(dev_chain *c) { return c->square; }
 
 err_code dev_chain_layer(dev_chain *c, err *e)
 {
-    const block *b = layer_walk_block(c->walk);
-    if (b->n_qkv > 1 ? b->n_qkv != 3 : c->m->qkv == QKV_SPLIT)
-        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
-                       (int)b->layer);
-    c->variant = *b;
     c->half = false;
-    return OK;
+    return chain_variant(&c->variant, c->walk, c->m, e);
 }
 
 static tensor on_device(const dev_chain *c, void *data, dtype dt, int64_t n, int64_t k)
@@ -184,34 +170,12 @@ tensor dev_chain_weights(dev_chain *c, tensor_role r)
     return on_device(c, c->weights[i], DT_F16, model_linear_n(c->m, r), model_linear_k(c->m, r));
 }
 
-static bound_linear *bound_of(block *b, tensor_role r)
-{
-    switch (r) {
-    case ROLE_QKV:
-    case ROLE_Q: return &b->qkv[0];
-    case ROLE_K: return &b->qkv[1];
-    case ROLE_V: return &b->qkv[2];
-    case ROLE_O: return &b->o;
-    case ROLE_GATE: return &b->gate_up[0];
-    case ROLE_UP: return &b->gate_up[1];
-    default: return &b->down;
-    }
-}
-
 void dev_chain_put(dev_chain *c, tensor_role r)
 {
-    bound_of(&c->variant, r)->dense = dev_chain_weights(c, r);
+    chain_bound(&c->variant, r)->dense = dev_chain_weights(c, r);
 }
 
 /* ---- moments ---- */
-
-static tensor_role tap_of(tensor_role r)
-{
-    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
-    return r == ROLE_UP ? ROLE_GATE : r;
-}
-
-bool dev_chain_adds(tensor_role r) { return r == ROLE_O || r == ROLE_DOWN; }
 
 /* The attention is done with when gate's input is seen: nobody asks for what entered the block any
  * more, and what is left starts from here. */
@@ -221,7 +185,7 @@ static err_code enough(dev_chain *c, int stream, int64_t rows, err *e)
         const tensor x = layer_walk_residual(c->walk, rows);
         TRY(layer_walk_store(c->walk, stream, c->first, &x, e));
     }
-    return err_set(e, E_CANCELED, "seen");
+    return chain_seen(e);
 }
 
 static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
@@ -232,7 +196,7 @@ static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const ten
     tensor input = on_device(c, c->input, dev_act(c->d), x->shape[0], x->shape[1]),
            kept = on_device(c, c->residual, DT_F32, x->shape[0], c->m->hidden);
     TRY(op_mix(c->d, &input, 1.f, x, 0.f, NULL, e));
-    if (dev_chain_adds(role)) {
+    if (chain_adds(role)) {
         const tensor r = layer_walk_residual(c->walk, x->shape[0]);
         TRY(op_mix(c->d, &kept, 1.f, &r, 0.f, NULL, e));
     }
@@ -262,14 +226,14 @@ static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const 
     if (role != c->tap) return OK;
     tensor lack = on_device(c, c->input, dev_act(c->d), x->shape[0], k), out;
     TRY(op_mix(c->d, &lack, 1.f, &lack, -1.f, x, e));
-    if (dev_chain_adds(role)) {
+    if (chain_adds(role)) {
         TRY(outputs_lack(c, &lack, &out, e));
         lack = out;
     }
-    for (int32_t i = 0; i < x->shape[0] / c->seqlen; i++) {
-        const int set = c->holds_out && c->held_out[c->first + i];
-        const tensor rows = tensor_rows(x, i * c->seqlen, c->seqlen),
-                     less = tensor_rows(&lack, i * c->seqlen, c->seqlen);
+    for (int32_t i = 0; i < x->shape[0] / c->windows.seqlen; i++) {
+        const int set = c->windows.holds_out && c->windows.held_out[c->first + i];
+        const tensor rows = tensor_rows(x, i * c->windows.seqlen, c->windows.seqlen),
+                     less = tensor_rows(&lack, i * c->windows.seqlen, c->windows.seqlen);
         tensor h = on_device(c, set ? c->square : c->h, DT_F32, k, k),
                to = on_device(c, c->lack[set], DT_F32, lack.shape[1], k);
         TRY(op_gram(c->d, &h, &rows, e));
@@ -288,11 +252,11 @@ static err_code to_tap(dev_chain *c, int stream, const block *b, int32_t n, tap_
     err failure = {0};
     tensor x;
     TRY(layer_walk_load(c->walk, stream, c->first, n, &x, e));
-    const int32_t next = c->first + n, left = c->windows - next;
+    const int32_t next = c->first + n;
     if (stream == 0)
         TRY(layer_walk_prefetch(c->walk, 1, c->first, n, e));
     else
-        TRY(layer_walk_prefetch(c->walk, 0, next, left < c->per_pass ? left : c->per_pass, e));
+        TRY(layer_walk_prefetch(c->walk, 0, next, chain_windows_at(&c->windows, next), e));
     const err_code rc = forward(c, b, &x, tap, &failure);
     if (rc == E_CANCELED) return OK;
     *e = failure;
@@ -309,21 +273,14 @@ static err_code finish(dev_chain *c, int set, int64_t k, int64_t n, dev_moments 
     TRY(op_diagonal(c->d, &dev, &out->h, e));
     TRY(dev_copy(c->d, &host, &dev, e));
     TRY(dev_sync(c->d, e));
-    for (int64_t i = 0; i < k; i++)
-        if (!isfinite(c->host[i]))
-            return err_set(e, E_INPUT,
-                           "layer %d: tap %s: channel %" PRId64
-                           ": expected finite activations, found %s",
-                           (int)c->variant.layer, role_name(c->tap), i,
-                           isnan(c->host[i]) ? "nan" : "infinity");
-    return OK;
+    return chain_finite(c->host, 1, k, c->variant.layer, c->tap, e);
 }
 
 err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,
                           dev_moments *train, dev_moments *held, err *e)
 {
-    const int64_t k = model_linear_k(c->m, r), n = dev_chain_adds(r) ? c->m->hidden : k;
-    c->tap = tap_of(r);
+    const int64_t k = model_linear_k(c->m, r), n = chain_adds(r) ? c->m->hidden : k;
+    c->tap = chain_tap(r);
     c->share = share;
     for (int i = 0; i < 2; i++) {
         tensor h = on_device(c, i ? c->square : c->h, DT_F32, k, k),
@@ -331,8 +288,8 @@ err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j
         TRY(op_zero(c->d, &h, e));
         TRY(op_zero(c->d, &lack, e));
     }
-    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
-        const int32_t left = c->windows - c->first, some = left < c->per_pass ? left : c->per_pass;
+    for (c->first = 0; c->first < c->windows.n; c->first += c->windows.per_pass) {
+        const int32_t some = chain_windows_at(&c->windows, c->first);
         TRY(job_check(j, e));
         TRY(to_tap(c, 0, layer_walk_block(c->walk), some, keep_input, e));
         TRY(to_tap(c, 1, &c->variant, some, compare_input, e));
@@ -350,21 +307,21 @@ err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j
 
 static err_code through(dev_chain *c, int stream, const block *b, int32_t n, err *e)
 {
-    const int32_t next = c->first + n, left = c->windows - next;
+    const int32_t next = c->first + n;
     tensor x;
     TRY(layer_walk_load(c->walk, stream, c->first, n, &x, e));
     if (stream == 0)
         TRY(layer_walk_prefetch(c->walk, 1, c->first, n, e));
     else
-        TRY(layer_walk_prefetch(c->walk, 0, next, left < c->per_pass ? left : c->per_pass, e));
+        TRY(layer_walk_prefetch(c->walk, 0, next, chain_windows_at(&c->windows, next), e));
     TRY(forward(c, b, &x, NULL, e));
     return layer_walk_store(c->walk, stream, c->first, &x, e);
 }
 
 err_code dev_chain_advance(dev_chain *c, const walk_progress *p, err *e)
 {
-    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
-        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+    for (c->first = 0; c->first < c->windows.n; c->first += c->windows.per_pass) {
+        const int32_t n = chain_windows_at(&c->windows, c->first);
         TRY(job_check(p->j, e));
         TRY(through(c, 0, layer_walk_block(c->walk), n, e));
         TRY(through(c, 1, &c->variant, n, e));
@@ -382,8 +339,8 @@ static err_code keep_half(void *ctx, tensor_role role, int32_t layer, const tens
 err_code dev_chain_replay(dev_chain *c, const walk_progress *p, err *e)
 {
     c->tap = ROLE_GATE;
-    for (c->first = 0; c->first < c->windows; c->first += c->per_pass) {
-        const int32_t left = c->windows - c->first, n = left < c->per_pass ? left : c->per_pass;
+    for (c->first = 0; c->first < c->windows.n; c->first += c->windows.per_pass) {
+        const int32_t n = chain_windows_at(&c->windows, c->first);
         TRY(job_check(p->j, e));
         c->stream = 0;
         TRY(to_tap(c, 0, layer_walk_block(c->walk), n, keep_half, e));

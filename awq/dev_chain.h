@@ -28,7 +28,6 @@ dev_buf dev_chain_pass_room(const dev_chain *c);
 
 /* A new layer is bound. */
 err_code dev_chain_layer(dev_chain *c, err *e);
-bool dev_chain_adds(tensor_role r); /* ends in the residual stream */
 /* Of the input of linear r, over the windows trained on and those held out; valid until the next
  * call. share: of r. */
 err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,

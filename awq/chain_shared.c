@@ -1,0 +1,68 @@
+/* Windows, places and checks of two streams through a block. */
+#include "awq/chain_shared.h"
+
+#include <inttypes.h>
+#include <math.h>
+
+chain_windows chain_windows_of(layer_walk *w, const tensor *held_out)
+{
+    chain_windows c = {.held_out = held_out->data,
+                       .n = layer_walk_windows(w),
+                       .per_pass = layer_walk_windows_per_pass(w)};
+    int32_t held = 0;
+    c.seqlen = layer_walk_states(w).shape[0] / c.n;
+    for (int32_t i = 0; i < c.n; i++) held += c.held_out[i] != 0;
+    c.holds_out = held > 0 && held < c.n;
+    return c;
+}
+
+int32_t chain_windows_at(const chain_windows *w, int32_t first)
+{
+    return w->n - first < w->per_pass ? w->n - first : w->per_pass;
+}
+
+err_code chain_variant(block *out, layer_walk *w, const model_desc *m, err *e)
+{
+    const block *b = layer_walk_block(w);
+    if (b->n_qkv > 1 ? b->n_qkv != 3 : m->qkv == QKV_SPLIT)
+        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
+                       (int)b->layer);
+    *out = *b;
+    return OK;
+}
+
+bound_linear *chain_bound(block *b, tensor_role r)
+{
+    switch (r) {
+    case ROLE_QKV:
+    case ROLE_Q: return &b->qkv[0];
+    case ROLE_K: return &b->qkv[1];
+    case ROLE_V: return &b->qkv[2];
+    case ROLE_O: return &b->o;
+    case ROLE_GATE: return &b->gate_up[0];
+    case ROLE_UP: return &b->gate_up[1];
+    default: return &b->down;
+    }
+}
+
+tensor_role chain_tap(tensor_role r)
+{
+    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
+    return r == ROLE_UP ? ROLE_GATE : r;
+}
+
+bool chain_adds(tensor_role tap) { return tap == ROLE_O || tap == ROLE_DOWN; }
+
+err_code chain_seen(err *e) { return err_set(e, E_CANCELED, "seen"); }
+
+err_code chain_finite(const float *d, int64_t step, int64_t k, int32_t layer, tensor_role tap,
+                      err *e)
+{
+    for (int64_t i = 0; i < k; i++)
+        if (!isfinite(d[i * step]))
+            return err_set(e, E_INPUT,
+                           "layer %d: tap %s: channel %" PRId64
+                           ": expected finite activations, found %s",
+                           (int)layer, role_name(tap), i, isnan(d[i * step]) ? "nan" : "infinity");
+    return OK;
+}
