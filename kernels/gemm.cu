@@ -5,17 +5,17 @@
 
 #define GRAM_PANEL 2048
 
-__global__ void bias_kernel(void *y, bool wide, int64_t ldy, const __half *bias, int64_t n)
+__global__ void bias_kernel(void *y, bool wide, int64_t ldy, dense_bias bias, int64_t n)
 {
     const int64_t row = blockIdx.y, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     pdl_launch();
     pdl_wait();
     if (i >= n) return;
     if (wide)
-        ((float *)y)[row * ldy + i] += __half2float(bias[i]);
+        ((float *)y)[row * ldy + i] += bias_at(bias, i);
     else {
         __half *p = (__half *)y + row * ldy + i;
-        *p = __float2half_rn(__half2float(*p) + __half2float(bias[i]));
+        *p = __float2half_rn(__half2float(*p) + bias_at(bias, i));
     }
 }
 
@@ -56,11 +56,15 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
     if (w->dt != DT_F16) /* dev_upload makes weights f16 */
         return err_set(e, E_UNSUPPORTED, "gemm: w: expected F16 on %s, got %s", d->name,
                        dtype_name(w->dt));
+    if (bias && bias->dt == DT_BF16)
+        return err_set(e, E_UNSUPPORTED, "gemm: bias: expected F16 or F32 on %s, got BF16",
+                       d->name);
+    const dense_bias own = {bias ? bias->data : NULL, bias && bias->dt == DT_F32};
     if (d->deterministic) return gemm_fixed_cuda(d, y, x, w, bias, add, e);
     TRY(cuda_pass_flush(d, e));
     gemm_one_call one_row = {};
     one_row.w = (const __half *)w->data, one_row.x = (const __half *)x->data, one_row.y = y->data;
-    one_row.bias = bias ? (const __half *)bias->data : NULL;
+    one_row.bias = own;
     one_row.n = n, one_row.k = k, one_row.add = add, one_row.wide = y->dt == DT_F32;
     if (m == 1 && gemm_one_takes(&one_row))
         return cuda_launched(
@@ -74,8 +78,7 @@ err_code gemm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, const
                   e));
     if (!bias) return OK;
     return cuda_launch(d, "gemm: bias", bias_kernel, dim3((unsigned)((n + 255) / 256), (unsigned)m),
-                       dim3(256), 0, e, y->data, y->dt == DT_F32, y->stride[0],
-                       (const __half *)bias->data, (int64_t)n);
+                       dim3(256), 0, e, y->data, y->dt == DT_F32, y->stride[0], own, (int64_t)n);
 }
 
 /* Columns of h by panels, each from its diagonal down: with panels of a sixth of a wide h that

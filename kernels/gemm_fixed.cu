@@ -7,13 +7,15 @@
  * place among them. Within a half chunk of 32 inputs lane t of a group holds inputs 8t..8t+7 of
  * weight and activation alike, so that both come in 16-byte loads. */
 #include "kernels/device_cuda.cuh"
+#include "kernels/gemm_one.cuh"
 
 #define WARPS 8
 #define CHUNK 64 /* inputs of a warp's turn */
 #define TILES 2  /* tiles of 16 outputs of a block */
 
 typedef struct {
-    const __half *x, *w, *bias; /* bias NULL: none */
+    const __half *x, *w;
+    dense_bias bias;
     void *y;
     int64_t ldx, ldy;
     int m, n, k;
@@ -61,7 +63,7 @@ __device__ __forceinline__ void store_fixed(const fixed_call &c, int row, int to
 {
     if (row >= c.n || tok >= c.m) return;
     const size_t at = (size_t)tok * c.ldy + row;
-    if (c.bias) v += __half2float(c.bias[row]);
+    if (c.bias.data) v += bias_at(c.bias, row);
     if (c.wide) {
         ((float *)c.y)[at] = c.add ? ((float *)c.y)[at] + v : v;
     } else {
@@ -141,7 +143,7 @@ err_code gemm_fixed_cuda(device *d, tensor *y, const tensor *x, const tensor *w,
 {
     fixed_call c = {};
     c.x = (const __half *)x->data, c.w = (const __half *)w->data, c.y = y->data;
-    c.bias = bias ? (const __half *)bias->data : NULL;
+    c.bias.data = bias ? bias->data : NULL, c.bias.wide = bias && bias->dt == DT_F32;
     c.ldx = x->stride[0], c.ldy = y->stride[0];
     c.m = (int)x->shape[0], c.n = (int)w->shape[0], c.k = (int)w->shape[1];
     c.add = add, c.wide = y->dt == DT_F32;

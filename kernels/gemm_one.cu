@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(WARPS * 32, 2) gemm_one_kernel(gemm_one_call c
         }
         for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
         if (lane) continue;
-        if (c.bias) sum += __half2float(c.bias[row]);
+        if (c.bias.data) sum += bias_at(c.bias, row);
         if (c.wide) {
             float *y = (float *)c.y + row;
             *y = c.add ? *y + sum : sum;

@@ -4,9 +4,21 @@
 
 #include "kernels/cuda_util.cuh"
 
+/* [n], f16 or, as a model of f32 has it, f32 */
 typedef struct {
-    const __half *w, *x, *bias; /* [n,k] contiguous, [k], [n] or NULL */
-    void *y;                    /* [n], f16, or f32 when `wide` */
+    const void *data; /* NULL: none */
+    bool wide;
+} dense_bias;
+
+__device__ __forceinline__ float bias_at(const dense_bias &b, int64_t i)
+{
+    return b.wide ? ((const float *)b.data)[i] : __half2float(((const __half *)b.data)[i]);
+}
+
+typedef struct {
+    const __half *w, *x; /* [n,k] contiguous, [k] */
+    dense_bias bias;
+    void *y; /* [n], f16, or f32 when `wide` */
     int n, k;
     bool add, wide; /* y +=; y is f32 */
 } gemm_one_call;

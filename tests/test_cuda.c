@@ -171,12 +171,15 @@ END_TEST
 
 /* ---- 16-bit products ---- */
 
-static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, bool biased)
+static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, dtype biased)
 {
     dev_buf wb, xb, yb, bb;
     char what[96];
     snprintf(what, sizeof what, "gemm %lldx%lldx%lld%s%s", (long long)m, (long long)k, (long long)n,
-             wide ? ", added to f32" : "", biased ? ", bias" : "");
+             wide ? ", added to f32" : "",
+             biased == DT_F32 ? ", f32 bias"
+             : biased         ? ", bias"
+                              : "");
     limits(m, k, n);
     float *x = values(m * k, 1), *w = values(n * k, 0.02), *bias = values(n, 1),
           *before = wide ? values(m * n, 1) : NULL, *want = must((size_t)(m * n), sizeof *want);
@@ -188,8 +191,8 @@ static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, bool biased)
         }
     const tensor tx = upload(&xb, DT_F16, m, k, 0, x), tw = upload(&wb, DT_F16, n, k, 0, w);
     tensor ty = upload(&yb, wide ? DT_F32 : DT_F16, m, n, PAD, before),
-           tb = upload(&bb, DT_F16, 1, n, 0, bias);
-    tb = tensor_1d(tb.data, DT_F16, n);
+           tb = upload(&bb, biased ? biased : DT_F16, 1, n, 0, bias);
+    tb = tensor_1d(tb.data, tb.dt, n);
     tb.mem = dev_mem(gpu);
     OK_(op_gemm(gpu, &ty, &tx, &tw, biased ? &tb : NULL, wide, e));
     float *got = download(&ty, what);
@@ -202,10 +205,11 @@ static void dense_case(int64_t m, int64_t k, int64_t n, bool wide, bool biased)
 START_TEST(dense_products)
 {
     for (int64_t m = 1; m < 3; m++) {
-        dense_case(m, 4096, 520, true, false);
-        dense_case(m, 4360, 72, false, true);
-        dense_case(m, 104, 4300, true, true);
-        dense_case(m, 10000, 9, false, false);
+        dense_case(m, 4096, 520, true, DT_NONE);
+        dense_case(m, 4360, 72, false, DT_F16);
+        dense_case(m, 104, 4300, true, DT_F16);
+        dense_case(m, 10000, 9, false, DT_NONE);
+        dense_case(m, 104, 4300, m > 1, DT_F32); /* of a model in f32 */
     }
 }
 END_TEST

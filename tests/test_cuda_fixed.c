@@ -113,7 +113,7 @@ static void check_rows(const product *p, const float *weights, const float *bias
     mem_free(x), mem_free(held), mem_free(got);
 }
 
-static void dense_case(int64_t n, int64_t k, bool wide, bool add, bool with_bias)
+static void dense_case(int64_t n, int64_t k, bool wide, bool add, dtype with_bias)
 {
     product p = {.n = n, .k = k, .wide = wide, .add = add};
     f16 *w = halves(n * k, 0.1), *b = halves(n, 1);
@@ -122,9 +122,10 @@ static void dense_case(int64_t n, int64_t k, bool wide, bool add, bool with_bias
     for (int64_t i = 0; i < n * k; i++) wf[i] = f16_to_f32(w[i]);
     for (int64_t i = 0; i < n; i++) bf[i] = f16_to_f32(b[i]);
     p.w = device_2d(&wb, DT_F16, n, k, w);
-    const tensor bias = device_2d(&bb, DT_F16, 1, n, b);
+    const tensor bias = with_bias == DT_F32 ? device_2d(&bb, DT_F32, 1, n, bf)
+                                            : device_2d(&bb, DT_F16, 1, n, b);
     if (with_bias) {
-        p.bias = tensor_1d(bias.data, DT_F16, n);
+        p.bias = tensor_1d(bias.data, bias.dt, n);
         p.bias.mem = bias.mem;
     }
     check_rows(&p, wf, with_bias ? bf : NULL);
@@ -159,11 +160,12 @@ static void w4_case(int64_t n, int64_t k, int32_t group, bool wide, bool add)
 
 START_TEST(dense)
 {
-    dense_case(100, 64, true, false, false);
-    dense_case(96, 520, false, false, true);
-    dense_case(250, 1000, true, true, false);
-    dense_case(33, 2048, false, true, true);
-    dense_case(50, 100, true, true, true); /* 100 inputs: no 16-byte rows */
+    dense_case(100, 64, true, false, DT_NONE);
+    dense_case(96, 520, false, false, DT_F16);
+    dense_case(250, 1000, true, true, DT_NONE);
+    dense_case(33, 2048, false, true, DT_F16);
+    dense_case(50, 100, true, true, DT_F32); /* 100 inputs: no 16-byte rows */
+    dense_case(40, 128, false, false, DT_F32);
 }
 END_TEST
 
