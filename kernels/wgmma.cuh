@@ -107,76 +107,38 @@ template <int N> __device__ __forceinline__ void w_keep(float (&d)[N])
  * The fragments are those of mma.m16n8k16, 16 rows a warp. TRANS: b lies as [16, NT]. */
 template <int NT> struct w_rs;
 // clang-format off
-template <> struct w_rs<16> {
-    template <bool ADD = true, bool TRANS = false>
-    __device__ static __forceinline__ void mma(float (&d)[8], const uint32_t (&a)[4], uint64_t b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7}, "
-                     "{%8, %9, %10, %11}, %12, %13, 1, 1, %14;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                       "+f"(d[6]), "+f"(d[7])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
+/* N sums from d[i] on; W_AT_N: where they stand in the instruction, as its first operands. */
+#define W_SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define W_SUMS_8(i) W_SUMS_4(i), W_SUMS_4(i + 4)
+#define W_SUMS_16(i) W_SUMS_8(i), W_SUMS_8(i + 8)
+#define W_SUMS_32(i) W_SUMS_16(i), W_SUMS_16(i + 16)
+#define W_SUMS_64(i) W_SUMS_32(i), W_SUMS_32(i + 32)
+#define W_AT_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define W_AT_16 W_AT_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define W_AT_32 W_AT_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+                        "%30, %31"
+#define W_AT_64 W_AT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+                        "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, " \
+                        "%60, %61, %62, %63"
+/* REST: the operands behind N sums. */
+#define W_RS(NT, N, REST) \
+    template <> struct w_rs<NT> { \
+        template <bool ADD = true, bool TRANS = false> \
+        __device__ static __forceinline__ void mma(float (&d)[N], const uint32_t (&a)[4], \
+                                                   uint64_t b) \
+        { \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #NT "k16.f32.f16.f16 {" W_AT_##N \
+                         "}, " REST \
+                         : W_SUMS_##N(0) \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), \
+                           "n"(TRANS)); \
+        } \
     }
-};
-template <> struct w_rs<32> {
-    template <bool ADD = true, bool TRANS = false>
-    __device__ static __forceinline__ void mma(float (&d)[16], const uint32_t (&a)[4], uint64_t b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                     "%12, %13, %14, %15}, "
-                     "{%16, %17, %18, %19}, %20, %21, 1, 1, %22;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                       "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                       "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
-    }
-};
-template <> struct w_rs<64> {
-    template <bool ADD = true, bool TRANS = false>
-    __device__ static __forceinline__ void mma(float (&d)[32], const uint32_t (&a)[4], uint64_t b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                     "%24, %25, %26, %27, %28, %29, %30, %31}, "
-                     "{%32, %33, %34, %35}, %36, %37, 1, 1, %38;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                       "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                       "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-                       "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                       "+f"(d[30]), "+f"(d[31])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
-    }
-};
-template <> struct w_rs<128> {
-    template <bool ADD = true, bool TRANS = false>
-    __device__ static __forceinline__ void mma(float (&d)[64], const uint32_t (&a)[4], uint64_t b)
-    {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
-                     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
-                     "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
-                     "%60, %61, %62, %63}, "
-                     "{%64, %65, %66, %67}, %68, %69, 1, 1, %70;"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                       "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                       "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-                       "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                       "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
-                       "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),
-                       "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
-                       "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-                       "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]),
-                       "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]),
-                       "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TRANS));
-    }
-};
+W_RS(16, 8, "{%8, %9, %10, %11}, %12, %13, 1, 1, %14;");
+W_RS(32, 16, "{%16, %17, %18, %19}, %20, %21, 1, 1, %22;");
+W_RS(64, 32, "{%32, %33, %34, %35}, %36, %37, 1, 1, %38;");
+W_RS(128, 64, "{%64, %65, %66, %67}, %68, %69, 1, 1, %70;");
+#undef W_RS
 // clang-format on
 
 #endif
