@@ -9,6 +9,7 @@
 #include "awq/chain_shared.h"
 #include "awq/dev_chain.h"
 #include "awq/dev_feedback.h"
+#include "awq/few.h"
 
 enum { WAYS = DEV_WAYS, FEEDBACK = WAYS - 1 }; /* plain, a searched range, feedback */
 /* Rows of sums. */
@@ -245,9 +246,13 @@ static err_code choose(rounding *q, int *best, err *e)
         if (loss[way] < loss[*best]) *best = way;
     job_log(q->b->j, LOG_DEBUG, "layer %d: %s: plain %.6g, range %.6g, feedback %.6g",
             (int)q->b->layer, role_name(q->out->role), loss[0], loss[1], loss[2]);
+    const bool few = few_tokens(q->b->stats, q->out->role);
+    if (few) *best = 1;
     if (*best == FEEDBACK) return OK;
-    job_log(q->b->j, LOG_INFO, "layer %d: %s: %s does better on held-out windows", (int)q->b->layer,
-            role_name(q->out->role), *best ? "a searched range" : "plain rounding");
+    if (!few)
+        job_log(q->b->j, LOG_INFO, "layer %d: %s: %s does better on held-out windows",
+                (int)q->b->layer, role_name(q->out->role),
+                *best ? "a searched range" : "plain rounding");
     TRY(each_tile(q, *best ? limits_tile : plain_tile, e));
     TRY(get_sums(q, e));
     q->out->loss_after = sum_of(q, SUM_AFTER);

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "awq/few.h"
 #include "awq/module_loss.h"
 
 #define POINTS     20 /* ratios 0, 1/20 .. 1 */
@@ -99,6 +100,7 @@ err_code factors_search(const quant_block *b, const smooth_group *g, block_plan 
     float *s;
     err_code rc;
     if (plan_find_fold(out, g->source)->s.data) return OK; /* chosen for the cache */
+    if (few_tokens(b->stats, g->targets[0])) return OK;
     if (!calib_find(b->stats, g->targets[0]))
         return err_set(e, E_INPUT, "layer %d: %s: expected statistics of its input, found none",
                        (int)b->layer, role_name(g->targets[0]));

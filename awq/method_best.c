@@ -10,6 +10,7 @@
 #include "awq/dev_best.h"
 #include "awq/factors.h"
 #include "awq/feedback.h"
+#include "awq/few.h"
 #include "awq/range.h"
 #include "base/mem.h"
 #include "kernels/quant_group.h"
@@ -122,9 +123,13 @@ static err_code round_linear(judged *j, const chain_moments *train, tensor *w, e
         if (loss[way] < loss[best]) best = way;
     job_log(j->b->j, LOG_DEBUG, "layer %d: %s: plain %.6g, range %.6g, feedback %.6g",
             (int)j->b->layer, role_name(j->out->role), loss[0], loss[1], loss[2]);
+    const bool few = few_tokens(j->b->stats, j->out->role);
+    if (few) best = 1;
     if (best == 2) return OK;
-    job_log(j->b->j, LOG_INFO, "layer %d: %s: %s does better on held-out windows", (int)j->b->layer,
-            role_name(j->out->role), best ? "a searched range" : "plain rounding");
+    if (!few)
+        job_log(j->b->j, LOG_INFO, "layer %d: %s: %s does better on held-out windows",
+                (int)j->b->layer, role_name(j->out->role),
+                best ? "a searched range" : "plain rounding");
     j->out->codes.data = NULL;
     TRY(fall_back(j, best, e));
     return round_codes(j, codes, e);

@@ -1,5 +1,6 @@
 /* GPTQ: error feedback over plain ranges. */
 #include "awq/feedback.h"
+#include "awq/few.h"
 #include "awq/range.h"
 
 static err_code feed_all(const quant_block *b, block_plan *out, const feedback_opts *o, err *e)
@@ -8,7 +9,8 @@ static err_code feed_all(const quant_block *b, block_plan *out, const feedback_o
     err_code rc = OK;
     TRY(fold_init(&f, b->m, out, e));
     for (int i = 0; i < out->n_linears && rc == OK; i++)
-        rc = feedback_codes(b, &f, &out->linear[i], o, e);
+        if (!few_tokens(b->stats, out->linear[i].role))
+            rc = feedback_codes(b, &f, &out->linear[i], o, e);
     fold_free(&f);
     return rc;
 }

@@ -3,6 +3,7 @@
  */
 #include <math.h>
 
+#include "awq/few.h"
 #include "awq/range.h"
 #include "awq/smooth.h"
 
@@ -17,6 +18,7 @@ static err_code factors(const quant_block *b, const smooth_group *g, block_plan 
     bool floor_needed = false;
     float *s;
     if (plan_find_fold(out, g->source)->s.data) return OK; /* chosen for the cache */
+    if (few_tokens(b->stats, g->targets[0])) return OK;
     if (!t)
         return err_set(e, E_INPUT, "layer %d: %s: expected statistics of its input, found none",
                        (int)b->layer, role_name(g->targets[0]));

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/few.h"
 #include "awq/fold.h"
 #include "awq/rotate.h"
 #include "base/half.h"
@@ -163,7 +164,8 @@ static err_code read_layer(reading *r, int32_t layer, err *e)
                               .n = model_linear_n(r->m, l->role),
                               .k = model_linear_k(r->m, l->role),
                               .before = l->loss_before,
-                              .after = l->loss_after};
+                              .after = l->loss_after,
+                              .few = r->calib && few_tokens(&stats, l->role)};
         rc = range_kept(r, layer, l, &f, &to->kept, e);
     }
     fold_free(&f);
@@ -243,7 +245,8 @@ static bool add_layer(const report_layer *l, int32_t at, cJSON *linears, cJSON *
         const report_linear *x = &l->linear[i];
         cJSON *o = row_of(linears, at, x->role, "linear");
         ok = o && add_number(o, "loss_before", x->before) &&
-             add_number(o, "loss_after", x->after) && add_number(o, "range_kept", x->kept);
+             add_number(o, "loss_after", x->after) && add_number(o, "range_kept", x->kept) &&
+             cJSON_AddBoolToObject(o, "few_tokens", x->few);
     }
     for (int i = 0; i < l->n_factors && ok; i++) {
         const report_factors *x = &l->factors[i];

@@ -12,6 +12,7 @@ typedef struct {
     tensor_role role;
     int64_t n, k;
     double before, after; /* losses, as the plan has them */
+    bool few;             /* its input saw too few tokens for more than ranges (few.h) */
     double kept;          /* mean share of a group's range that its scale spans */
 } report_linear;
 

@@ -130,10 +130,10 @@ static void linears(page *p, const report *r)
         for (int i = 0; i < r->layer[l].n_linears; i++) {
             const report_linear *x = &r->layer[l].linear[i];
             put(p,
-                "<tr><td>%d</td><td>%s</td><td>%lld &times; %lld</td><td>%.5g</td><td>%.5g</td>"
+                "<tr><td>%d</td><td>%s%s</td><td>%lld &times; %lld</td><td>%.5g</td><td>%.5g</td>"
                 "<td>%.1f %%</td><td>%.1f %%</td></tr>\n",
-                (int)l, role_name(x->role), (long long)x->n, (long long)x->k, x->before, x->after,
-                share_left(x), 100 * x->kept);
+                (int)l, role_name(x->role), x->few ? ", few tokens" : "", (long long)x->n,
+                (long long)x->k, x->before, x->after, share_left(x), 100 * x->kept);
         }
     put(p, "</table></div>\n");
 }

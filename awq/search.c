@@ -12,6 +12,7 @@
 #include "awq/dev_fold.h"
 #include "awq/dev_replay.h"
 #include "awq/feedback.h"
+#include "awq/few.h"
 #include "awq/kv_fold.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
@@ -39,6 +40,7 @@ typedef struct {
     dev_scratch *dev;     /* NULL: the device's memory is the host's */
     dev_chain *dev_chain; /* there in place of chain */
     arena plan_mem;       /* scales and zeros of a block, then what the method adds */
+    void *few;            /* statistics of few tokens, of the layer at work */
     spool *spool;
     double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
     char options[160];
@@ -109,10 +111,10 @@ static err_code pick_device(search *s, err *e)
     return OK;
 }
 
-/* "best" does it unasked on the CPU. */
+/* "best" does it unasked. */
 static err_code pick_fold(search *s, err *e)
 {
-    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries && !on_device(s) : s->o->kv_fold > 0;
+    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries : s->o->kv_fold > 0;
     if (!s->q.kv_fold) return OK;
     if (!s->method->folds)
         return err_set(e, E_USAGE, "folds of k and v: method '%s' takes no factors",
@@ -174,7 +176,7 @@ static err_code check_device(const search *s, err *e)
     if (s->q.turn)
         return err_set(e, E_UNSUPPORTED, "rotation 'vo': expected the CPU (--device cpu), got %s",
                        dev_name(s->d));
-    return s->method->carries ? op_rounds(s->d, e) : OK;
+    return s->method->fixes_codes ? op_rounds(s->d, e) : OK;
 }
 
 static err_code check_groups(const search *s, err *e)
@@ -234,6 +236,7 @@ static void close_all(search *s)
     dev_chain_close(&s->dev_chain);
     quant_scratch_free(&s->scratch);
     arena_free(&s->plan_mem);
+    mem_free(s->few);
     calib_close(&s->calib);
     rotated_close(&s->turned);
     weights_close(&s->base);
@@ -373,6 +376,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     *advanced = false;
     if (s->calib) {
         TRY(calib_layer(s->calib, layer, &stats, e));
+        mem_free(s->few);
+        TRY(few_stats(&stats, layer, &s->few, s->j, e));
         b.stats = &stats;
     }
     if (s->walk) {

@@ -76,8 +76,8 @@ static err_code get_tap(const calib_file *f, int32_t layer, calib_tap *t, err *e
     part_name(name, layer, t->tap, "count");
     TRY(artifact_get(f->st, name, DT_I64, 1, (const int64_t[]){1}, &count, e));
     memcpy(&t->count, count.data, sizeof t->count);
-    if (t->count < 1)
-        return err_set(e, E_INPUT, "%s: tensor '%s': expected 1 or more tokens, found %" PRId64,
+    if (t->count < 0)
+        return err_set(e, E_INPUT, "%s: tensor '%s': expected 0 or more tokens, found %" PRId64,
                        st_path(f->st), name, t->count);
     part_name(name, layer, t->tap, "blocks");
     return artifact_get(f->st, name, DT_F32, 3, (const int64_t[]){t->k / t->g, t->g, t->g},

@@ -107,8 +107,10 @@ err_code search_rounds_cuda(device *d, err *e)
     CUDA_TRY(cudaGetDevice(&at), e);
     CUDA_TRY(cudaDeviceGetAttribute(&have, cudaDevAttrMaxSharedMemoryPerBlockOptin, at), e);
     if (have >= need) return OK;
-    return err_set(e, E_UNSUPPORTED, "%s: %d bytes of shared memory a block, expected %d",
-                   dev_name(d), have, need);
+    return err_set(e, E_UNSUPPORTED,
+                   "%s: error feedback: expected %d bytes of shared memory a block, as from sm_80 "
+                   "on, found %d (--method awq or --device cpu do without)",
+                   dev_name(d), need, have);
 }
 
 static err_code base_factor(device *d, float *a, int64_t ld, int n, int32_t *failed, err *e)
