@@ -13,7 +13,7 @@
 #include "runtime/layer_walk.h"
 
 #define SAMPLES KV_FOLD_SAMPLES
-#define MUCH    0.6   /* of the error of v without factors */
+#define WORTH   0.97  /* of the error of v without factors */
 #define TURN    0.85  /* of the least error of v without turning it */
 #define LEVELS  15.f  /* of 4 bits */
 #define FLOOR   1e-3f /* of the largest rms: channels that never fire */
@@ -406,10 +406,11 @@ static err_code take_turns(kv_job *j, block_plan *out, float *factors, err *e)
     return OK;
 }
 
-bool kv_fold_pays(double plain, double folded) { return folded <= MUCH * plain; }
+bool kv_fold_pays(double plain, double folded) { return folded <= WORTH * plain; }
 
-/* Factors of v also scale o's inputs, which then are no longer free to suit o's weights: they are
- * taken where they save the cache much, and left to the method's own search of v -> o elsewhere. */
+/* Factors of v also scale o's inputs, which then are no longer free to suit o's weights. A search
+ * of v -> o for the weights' sake brings nothing that can be measured, so they are taken where
+ * they save the cache anything, and left to that search elsewhere. */
 static err_code all_values(kv_job *j, block_plan *out, err *e)
 {
     const int64_t n = j->m->kv_heads * j->hd;
