@@ -11,7 +11,7 @@
  *            {"conversations": [{"from":, "value":}...]}  next turn; BOS as the template gives it
  *   tar    its regular files in archive order, each a stream of its own; other entries are skipped,
  *          and a name that is absolute or leaves the archive refuses the archive.
- * Named data sets change how rows are joined (quantization.md 1.5 and 6); rows are lines of a text
+ * Named data sets change how rows are joined, as their users do; rows are lines of a text
  * file or `text` of a jsonl file:
  *   wikitext2  rows, each with its line end, joined with two newlines, tokenized once
  *   ptb        rows without blanks around them joined with two newlines, tokenized once

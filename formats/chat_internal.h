@@ -48,7 +48,6 @@ err_code chat_row_next(const chat *c, chat_layout *l, const chat_message *m, int
                        int64_t *eoa_end, err *e);
 
 /* ---- templates (chat_jinja.c) ---- */
-err_code chat_jinja_render(const chat *c, const chat_request *r, jinja_text *out, err *e);
 err_code chat_jinja_lay_out(const chat *c, chat_layout *l, const chat_request *r, err *e);
 /* E_UNSUPPORTED when the template does not show earlier answers. */
 err_code chat_jinja_next(const chat *c, chat_layout *l, const chat_message *m, int64_t n, err *e);

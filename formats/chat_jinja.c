@@ -162,11 +162,6 @@ static err_code render(const chat *c, const chat_request *r, int64_t answer, jin
     return rc;
 }
 
-err_code chat_jinja_render(const chat *c, const chat_request *r, jinja_text *out, err *e)
-{
-    return render(c, r, -1, out, e);
-}
-
 /* ---- to tokens ---- */
 
 /* Runs of one writer: the template's may hold special tokens. */

@@ -268,8 +268,6 @@ void hf_shards_close(hf_shards **s)
     *s = NULL;
 }
 
-int64_t hf_shards_count(const hf_shards *s) { return s->count; }
-
 bool hf_shards_find(const hf_shards *s, const char *name, tensor *view, const char **file)
 {
     const hf_slot *slot = &s->table[slot_of(s, name)];

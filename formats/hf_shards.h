@@ -14,7 +14,6 @@ typedef struct hf_shards hf_shards;
  * checked against its header. */
 err_code hf_shards_open(hf_shards **out, const char *dir, err *e);
 void hf_shards_close(hf_shards **s);
-int64_t hf_shards_count(const hf_shards *s); /* tensors in all files */
 /* file, when not NULL, is the plain name of the file that has it. The view may be unaligned
  * (st_aligned). */
 bool hf_shards_find(const hf_shards *s, const char *name, tensor *view, const char **file);

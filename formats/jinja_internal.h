@@ -328,10 +328,9 @@ int64_t jstr_find(jstr s, jstr what, size_t from); /* -1 none */
 err_code jf_indent(jrun *r, jstr s, const jargs *a, jinja_value **out);
 err_code jf_replace(jrun *r, jstr s, jstr from, jstr to, int64_t count, jinja_value **out);
 err_code jf_strip(jrun *r, jstr s, const jinja_value *chars, int ends, jinja_value **out);
-err_code jf_case(jrun *r, jstr s, char how,
-                 jinja_value **out); /* u l t c s: upper lower title ... */
+/* u l t c s: upper lower title ... */
+err_code jf_case(jrun *r, jstr s, char how, jinja_value **out);
 err_code jf_sort(jrun *r, jlist *l, jinja_value **keys, bool reverse);
 err_code jf_escape(jrun *r, jstr s, jinja_value **out); /* HTML */
-err_code jf_from_json(jrun *r, jstr s, jinja_value **out);
 
 #endif

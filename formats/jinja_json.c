@@ -131,29 +131,15 @@ static err_code read_value(reader *x, jinja_value **out)
 }
 
 /* The text is bounded by its length: it is copied so that a NUL stands behind it. */
-static err_code read_text(jinja_arena *a, jinja_value **out, const char *text, size_t n,
-                          uint8_t mark, err *e)
-{
-    char *copy;
-    TRY(json_scan(text, n, "JSON", e));
-    TRY(jinja_get(a, (void **)&copy, n + 1, e));
-    memcpy(copy, text, n);
-    reader x = {a, copy, mark, e};
-    return read_value(&x, out);
-}
-
 err_code jinja_json(jinja_scope *s, jinja_value **out, const char *text, size_t n, uint8_t mark,
                     err *e)
 {
-    return read_text(&s->mem, out, text, n, mark, e);
-}
-
-err_code jf_from_json(jrun *r, jstr s, jinja_value **out)
-{
-    const uint8_t mark = s.mark && s.n ? s.mark[0] : JINJA_OWN;
-    err e;
-    const err_code rc = read_text(&r->mem, out, s.p, s.n, mark, &e);
-    return rc == OK ? OK : jinja_error(r, "%s", e.msg);
+    char *copy;
+    TRY(json_scan(text, n, "JSON", e));
+    TRY(jinja_get(&s->mem, (void **)&copy, n + 1, e));
+    memcpy(copy, text, n);
+    reader x = {&s->mem, copy, mark, e};
+    return read_value(&x, out);
 }
 
 static err_code from_cjson(jinja_arena *a, jinja_value **out, const cJSON *o, uint8_t mark, err *e)

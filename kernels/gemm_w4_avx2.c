@@ -1,5 +1,5 @@
-/* W4 rows on AVX2: activations as int16, products and pair sums by vpmaddwd. Same
- * sums and the same order of float operations as gemm_w4_avx512.c, so the same bits. */
+/* W4 rows on AVX2: activations as int16, products and pair sums by vpmaddwd. Same sums and the same
+ * order of float operations as gemm_w4_vnni.c, so the same bits. */
 #include <assert.h>
 #include <immintrin.h>
 #include <string.h>

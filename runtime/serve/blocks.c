@@ -210,7 +210,6 @@ int32_t blocks_keep(blocks *b, int32_t block, const blocks_root *root, int32_t p
 
 /* ---- questions ---- */
 
-int32_t blocks_count(const blocks *b) { return b->count; }
 int32_t blocks_used(const blocks *b) { return b->count - b->n_available; }
 int32_t blocks_available(const blocks *b) { return b->n_available; }
 int32_t blocks_cached(const blocks *b) { return b->n_cached; }

@@ -41,7 +41,6 @@ int32_t blocks_find(blocks *b, const blocks_root *root, int32_t parent, const in
 int32_t blocks_keep(blocks *b, int32_t block, const blocks_root *root, int32_t parent,
                     const int32_t *tokens);
 
-int32_t blocks_count(const blocks *b);
 int32_t blocks_used(const blocks *b);      /* with a holder */
 int32_t blocks_available(const blocks *b); /* the others */
 int32_t blocks_cached(const blocks *b);    /* of the others: findable */

@@ -13,10 +13,6 @@
 #include "formats/tokenizer.h"
 
 typedef struct grammar grammar;
-/* An answer that matches `pattern` from its first to its last byte. E_INPUT: not a regular
- * expression, or with something (back-references, look-around) that an automaton has not; E_LIMIT:
- * too large. */
-err_code grammar_regex(grammar **out, const tokenizer *t, const char *pattern, err *e);
 /* A JSON value that validates against `schema` (its text). "{}" is any value. E_INPUT: not JSON or
  * not a schema; E_UNSUPPORTED names the keyword; E_LIMIT. */
 err_code grammar_json_schema(grammar **out, const tokenizer *t, const char *schema, size_t n,

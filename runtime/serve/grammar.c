@@ -99,12 +99,6 @@ static err_code compile_alone(grammar **out, const tokenizer *t, const grammar_s
     return rc;
 }
 
-err_code grammar_regex(grammar **out, const tokenizer *t, const char *pattern, err *e)
-{
-    return compile_alone(
-        out, t, &(grammar_source){.kind = GRAMMAR_REGEX, .text = pattern, .n = strlen(pattern)}, e);
-}
-
 err_code grammar_json_schema(grammar **out, const tokenizer *t, const char *schema, size_t n,
                              err *e)
 {
