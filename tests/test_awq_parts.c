@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/few.h"
 #include "awq/fold.h"
 #include "awq/measure.h"
 #include "awq/module_loss.h"
@@ -347,6 +348,82 @@ START_TEST(degenerate_statistics)
 }
 END_TEST
 
+/* ---- few tokens ---- */
+
+/* Statistics of every input from `count` rows, which differ in size by channel. */
+static void seen_rows(one_block *b, int64_t count)
+{
+    uint32_t x = 5;
+    for (int i = 0; i < b->stats.n_taps; i++) {
+        calib_tap *t = &b->stats.tap[i];
+        float *h = t->blocks.data, row[64];
+        t->count = count;
+        memset(t->absmax.data, 0, 64 * sizeof(float));
+        memset(t->abssum.data, 0, 64 * sizeof(double));
+        memset(h, 0, 64 * 64 * sizeof(float));
+        for (int64_t r = 0; r < count; r++) {
+            for (int c = 0; c < 64; c++) {
+                row[c] = (float)((next_value(&x) - 0.5) * (c % 9 ? 1 : 12));
+                ((float *)t->absmax.data)[c] = fmaxf(((float *)t->absmax.data)[c], fabsf(row[c]));
+                ((double *)t->abssum.data)[c] += fabsf(row[c]);
+            }
+            for (int c = 0; c < 64 * 64; c++) h[c] += row[c / 64] * row[c % 64];
+        }
+    }
+}
+
+/* Losses of the plan by what many rows say, over those of plain rounding. */
+static double loss_by_many(one_block *b, const calib_block *few)
+{
+    const calib_block kept = b->stats;
+    double before = 0, after = 0;
+    err e;
+    b->stats = *few;
+    seen_rows(b, 4096);
+    quant_block q = as_quant_block(b);
+    MUST(block_losses(&q, &b->plan, &e));
+    for (int i = 0; i < b->plan.n_linears; i++) {
+        before += b->plan.linear[i].loss_before;
+        after += b->plan.linear[i].loss_after;
+    }
+    b->stats = kept;
+    return after / before;
+}
+
+/* Without a token, with 3, and with many: nothing is fitted to what was hardly seen. */
+START_TEST(few_tokens_fall_back)
+{
+    static const int64_t counts[] = {0, 3, 512};
+    const quant_method *const methods[] = {&method_awq, &method_lmdeploy};
+    err e;
+    for (int i = 0; i < 6; i++) {
+        const int64_t count = counts[i / 2];
+        const bool few = count < 64;
+        void *mem;
+        one_block b;
+        open_block(&b);
+        seen_rows(&b, count);
+        const calib_block own = b.stats;
+        MUST(few_stats(&b.stats, 0, &mem, NULL, &e));
+        ck_assert((mem != NULL) == few && few_tokens(&b.stats, ROLE_UP) == few);
+        const float *h = b.stats.tap[0].blocks.data;
+        for (int c = 0; c < 64 * 64 && !count; c++) ck_assert(h[c] == (c / 64 == c % 64));
+        quant_block q = as_quant_block(&b);
+        MUST(methods[i % 2]->plan_block(&q, &b.plan, &e));
+        bool factors = false;
+        for (int k = 0; k < PLAN_FOLDS; k++) factors |= b.plan.fold[k].s.data != NULL;
+        ck_assert(factors != few);
+        const double left = loss_by_many(&b, &own);
+        ck_assert_msg(i % 2 ? !few || left == 1 : left < (few ? 1.02 : 0.9),
+                      "%s, %d tokens: %g of plain rounding's loss", methods[i % 2]->name,
+                      (int)count, left);
+        b.stats = own;
+        mem_free(mem);
+        close_block(&b);
+    }
+}
+END_TEST
+
 /* ---- statistics against a plain forward pass ---- */
 
 typedef struct {
@@ -563,6 +640,7 @@ int main(void)
     tcase_add_test(t, awq_against_numpy);
     tcase_add_test(t, lmdeploy_against_numpy);
     tcase_add_test(t, degenerate_statistics);
+    tcase_add_test(t, few_tokens_fall_back);
     tcase_add_loop_test(t, statistics, 0, 2);
     tcase_add_loop_test(t, module_loss_against_plain, 0, 2);
     suite_add_tcase(s, t);
