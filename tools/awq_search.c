@@ -13,8 +13,7 @@ static struct {
 
 static const cli_option options[] = {
     {"calib", 0, CLI_STR, &opt.calib, "FILE", "what calib-collect wrote for this model"},
-    {"method", 0, CLI_CHOICE, &opt.method, "NAME",
-     "how to choose factors and ranges: rtn, lmdeploy, awq, gptq or best [best]",
+    {"method", 0, CLI_CHOICE, &opt.method, "NAME", "how to choose factors and ranges [best]",
      .choices = "rtn|lmdeploy|awq|gptq|best"},
     {"search-scale", 0, CLI_FLAG, &opt.search_scale, NULL, "the same as --method awq"},
     {"loss", 0, CLI_CHOICE, &opt.loss, "NAME",
@@ -27,7 +26,8 @@ static const cli_option options[] = {
     {"rotate", 0, CLI_CHOICE, &opt.rotate, "WHAT",
      "other bases that compute the same: vo, of keys and values where it pays [none]",
      .choices = "none|vo"},
-    {"without", 0, CLI_STR, &opt.without, "STAGE,..", "stages of best to leave out [none]"},
+    {"without", 0, CLI_STR, &opt.without, "STAGE,..",
+     "stages of best to leave out, which the man page names [none]"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
