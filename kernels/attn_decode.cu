@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(NWARPS * 32, D > 128 || BITS == 16 ? 2 : 3)
     const int32_t *table = c.table + (size_t)seq * c.table_stride;
     tile_regs<D, BITS> cur[U];
     pdl_launch();
-    /* Before the wait nothing but the newest token may be missing in the cache. */
-    const bool early = c.fused || p.lo + warp < (p.len - 1) / (U * TILE);
-    if (early) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
+    /* Fused, nothing but the newest token is missing in the cache before the wait; else the launch
+     * before may be writing all of it (a prompt, of which one row goes on). */
+    if (c.fused) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
     if (c.fused) newest_angles(angles, c.rope, p.len - 1);
     team_sync(tm);
     pdl_wait();
-    if (!early) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
+    if (!c.fused) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
     attn_decode_item<D, BITS, U, true, H>(tm, c, attn_memory_of<D>(memory, p.heads, angles),
                                           (out_rows<D> *)&outs, p, cur, seq);
 }

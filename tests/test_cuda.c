@@ -423,6 +423,53 @@ START_TEST(attention)
 }
 END_TEST
 
+/* What the last block of a prompt does: all rows into the cache, then attention for the last row of
+ * each sequence, which must see what the launch just before wrote, and nothing older. */
+static void tail_step(side *s, side *last, const attn_shape *a, tensor *qkv, tensor *y)
+{
+    static const int32_t n[SEQS] = {700, 40}, zero[SEQS] = {0}, from[SEQS] = {699, 39},
+                         one[SEQS] = {1, 1};
+    const int64_t hd = a->dim, kv_at = a->heads * hd;
+    const batch_rows all = make_rows(s, zero, n), picked = make_rows(last, from, one);
+    tensor q = heads4(qkv, 0, a->kv_heads, a->heads / a->kv_heads, hd),
+           k = heads3(qkv, kv_at, a->kv_heads, hd), end = tensor_rows(&q, from[0], SEQS);
+    const tensor v = heads3(qkv, kv_at + a->kv_heads * hd, a->kv_heads, hd);
+    end.stride[0] *= n[1];
+    OK_(op_rope_kv(s->d, &q, &k, &v, &s->rope, &all, &s->kv, e));
+    OK_(op_attn(s->d, y, &end, &s->kv, &picked, 1 / sqrtf((float)hd), a->window, e));
+}
+
+static void tail_case(const attn_shape *a, double tol)
+{
+    const int64_t m = 740, cols = (int64_t)(a->heads + 2 * a->kv_heads) * a->dim,
+                  out = (int64_t)a->heads * a->dim;
+    float *x = values(m * cols, 0.5), *want = must((size_t)(SEQS * out), sizeof *want);
+    side c, cl, g, gl;
+    dev_buf xb, yb;
+    side_open(&c, cpu, a), side_open(&cl, cpu, a), side_open(&g, gpu, a), side_open(&gl, gpu, a);
+    tensor gx = upload(&xb, DT_F16, m, cols, 0, x), gy = upload(&yb, DT_F16, SEQS, out, PAD, NULL),
+           cx = tensor_2d(x, DT_F32, m, cols), cy = tensor_2d(want, DT_F32, SEQS, out);
+    tail_step(&g, &gl, a, &gx, &gy);
+    tail_step(&c, &cl, a, &cx, &cy);
+    float *got = download(&gy, "last rows of prompts");
+    near(got, want, SEQS * out, tol, "last rows of prompts");
+    mem_free(x), mem_free(want), mem_free(got);
+    dev_free(&xb), dev_free(&yb);
+    side_close(&c), side_close(&cl), side_close(&g), side_close(&gl);
+}
+
+START_TEST(prompt_tails)
+{
+    static const kv_format formats[] = {KV_16, KV_8, KV_4};
+    static const double tol[] = {2e-3, 6e-3, 4e-2};
+    limits(1024, 2048, 4096);
+    for (int i = 0; i < (few ? 6 : 36); i++) {
+        const attn_shape a = {8, 2, i % 6 < 3 ? 64 : 128, 64, 0, formats[i % 3], false};
+        tail_case(&a, tol[i % 3]);
+    }
+}
+END_TEST
+
 /* ---- rows ---- */
 
 /* A host tensor of the CPU device; 16-bit values are f32 there. */
@@ -743,6 +790,7 @@ int main(int argc, char **argv)
     tcase_add_test(cuda_case(s, "dense", 300), dense_products);
     tcase_add_test(cuda_case(s, "norm", 300), norm_w4_glu);
     tcase_add_test(cuda_case(s, "attention", 300), attention);
+    tcase_add_test(cuda_case(s, "prompt tails", 300), prompt_tails);
     tcase_add_test(cuda_case(s, "rows", 300), rows_ops);
     tcase_add_test(cuda_case(s, "pass", 300), recorded_pass);
     const int rc = cuda_run(s);
