@@ -1,8 +1,8 @@
-/* Inputs that few tokens came through, as those of a mixture's experts may be. With fewer tokens than
- * inputs second moments have no full rank, and whatever is fitted to them fits these tokens alone:
- * such linears get no factors, no error feedback and no corrected weights; their ranges are searched
- * by second moments that are shrunk towards their mean diagonal, a share k / (k + tokens) of the
- * way, which without a token weighs all inputs alike. */
+/* Inputs that few tokens came through, as those of a mixture's experts may be. With fewer tokens
+ * than inputs second moments have no full rank, and whatever is fitted to them fits these tokens
+ * alone: such linears get no factors, no error feedback and no corrected weights; their ranges are
+ * searched by second moments that are shrunk towards their mean diagonal, a share k / (k + tokens)
+ * of the way, which without a token weighs all inputs alike. */
 #ifndef TMF_AWQ_FEW_H
 #define TMF_AWQ_FEW_H
 
