@@ -6,6 +6,7 @@
 
 #include "awq/chain_shared.h"
 #include "base/mem.h"
+#include "kernels/search_ops.h"
 
 enum { SLOTS = 7 };
 
@@ -25,9 +26,9 @@ struct chain {
     float *weights[SLOTS]; /* [n,k] */
     int n_roles;
     moment_room set[2]; /* trained on, held out */
-    float *product;     /* [k,k] of one window */
+    float *scratch;     /* [longest,k] for what asks for it */
+    float *pulled;      /* [n,k] the same */
     float *input;       /* [pass rows, k] 16-bit input */
-    float *turned;      /* [k,seqlen] d of one window, inputs first */
     float *residual;    /* [pass rows, hidden] 16-bit residual stream */
     tensor_role tap;
     int32_t first; /* window of the pass */
@@ -50,33 +51,36 @@ typedef struct {
     int64_t count; /* floats */
 } chain_part;
 
-static int parts_of(chain *c, const model_desc *m, int64_t rows, int64_t seqlen, chain_part *p)
+static int parts_of(chain *c, const model_desc *m, int64_t rows, chain_part *p)
 {
     const int64_t k = widest_of(m), longest = k > m->hidden ? k : m->hidden;
+    int64_t most = 0;
     int n = 0;
     c->n_roles = model_block_linears(m, c->role);
-    for (int i = 0; i < c->n_roles; i++)
-        p[n++] = (chain_part){(void **)&c->weights[i],
-                              model_linear_n(m, c->role[i]) * model_linear_k(m, c->role[i])};
+    for (int i = 0; i < c->n_roles; i++) {
+        const int64_t count = model_linear_n(m, c->role[i]) * model_linear_k(m, c->role[i]);
+        p[n++] = (chain_part){(void **)&c->weights[i], count};
+        most = count > most ? count : most;
+    }
+    p[n++] = (chain_part){(void **)&c->pulled, most};
     for (int i = 0; i < 2; i++) {
         p[n++] = (chain_part){(void **)&c->set[i].h, k * k};
         p[n++] = (chain_part){(void **)&c->set[i].cross, k * k};
         p[n++] = (chain_part){(void **)&c->set[i].resid, m->hidden * k};
     }
-    p[n++] = (chain_part){(void **)&c->product, longest * k};
+    p[n++] = (chain_part){(void **)&c->scratch, longest * k};
     p[n++] = (chain_part){(void **)&c->input, rows * k};
-    p[n++] = (chain_part){(void **)&c->turned, longest * seqlen};
     p[n++] = (chain_part){(void **)&c->residual, rows * m->hidden};
     return n;
 }
 
 enum { PARTS_MAX = SLOTS + 10 };
 
-size_t chain_bytes(const model_desc *m, int64_t pass_rows, int64_t seqlen)
+size_t chain_bytes(const model_desc *m, int64_t pass_rows)
 {
     chain c = {0};
     chain_part p[PARTS_MAX];
-    const int n = parts_of(&c, m, pass_rows, seqlen, p);
+    const int n = parts_of(&c, m, pass_rows, p);
     size_t sum = 0;
     for (int i = 0; i < n; i++) sum += arena_need((size_t)p[i].count * sizeof(float));
     return sum;
@@ -91,7 +95,7 @@ static err_code take_room(chain *c, err *e)
 {
     chain_part p[PARTS_MAX];
     const int64_t rows = c->windows.per_pass * c->windows.seqlen;
-    const int n = parts_of(c, c->m, rows, c->windows.seqlen, p);
+    const int n = parts_of(c, c->m, rows, p);
     const op_limits lim = {.rows = (int32_t)rows,
                            .k = c->widest > c->windows.seqlen ? c->widest : c->windows.seqlen,
                            .n = c->widest,
@@ -99,7 +103,7 @@ static err_code take_room(chain *c, err *e)
                            .head_dim = c->m->head_dim,
                            .max_kv = 1,
                            .seqs = 1};
-    TRY(arena_init(&c->mem, chain_bytes(c->m, rows, c->windows.seqlen), "rounded block", e));
+    TRY(arena_init(&c->mem, chain_bytes(c->m, rows), "rounded block", e));
     for (int i = 0; i < n; i++)
         TRY(arena_get(&c->mem, p[i].out, (size_t)p[i].count * sizeof(float), e));
     TRY(ops_reserve(c->d, &lim, e));
@@ -158,7 +162,12 @@ tensor chain_room(chain *c, tensor_role r)
                      model_linear_k(c->m, r));
 }
 
-float *chain_scratch(chain *c) { return c->product; }
+tensor chain_pulled(chain *c, tensor_role r)
+{
+    return tensor_2d(c->pulled, DT_F32, model_linear_n(c->m, r), model_linear_k(c->m, r));
+}
+
+float *chain_scratch(chain *c) { return c->scratch; }
 
 void chain_put(chain *c, tensor_role r) { chain_bound(&c->variant, r)->dense = chain_room(c, r); }
 
@@ -180,49 +189,26 @@ static err_code keep_input(void *ctx, tensor_role role, int32_t layer, const ten
 }
 
 typedef struct {
-    const float *a, *b; /* rows; b's lie `stride` apart, a's close together */
-    float *out;         /* [n,rows] */
-    int64_t rows, n, stride;
-} turn_job;
+    float *to;         /* rows close together */
+    const float *less; /* rows `stride` apart */
+    int64_t k, stride;
+} less_job;
 
-enum { TURN = 16 };
-
-/* out = (a - b)^T, TURN columns an item. */
-static void turn_columns(void *ctx, int64_t item, int worker)
+static void less_row(void *ctx, int64_t i, int worker)
 {
-    const turn_job *j = ctx;
-    const int64_t end = (item + 1) * TURN < j->n ? (item + 1) * TURN : j->n;
+    const less_job *j = ctx;
     (void)worker;
-    for (int64_t r = 0; r < j->rows; r++)
-        for (int64_t i = item * TURN; i < end; i++)
-            j->out[i * j->rows + r] = j->a[r * j->n + i] - j->b[r * j->stride + i];
+    for (int64_t q = 0; q < j->k; q++) j->to[i * j->k + q] -= j->less[i * j->stride + q];
 }
 
-typedef struct {
-    float *to;
-    const float *from;
-    int64_t k;
-} add_job;
-
-static void add_row(void *ctx, int64_t i, int worker)
+/* to [n,k] += (a - b)^T x over the rows of a window; a is lost. */
+static err_code add_cross(chain *c, float *to, float *a, const float *b, int64_t stride, int64_t n,
+                          const tensor *x, err *e)
 {
-    const add_job *j = ctx;
-    (void)worker;
-    for (int64_t q = 0; q < j->k; q++) j->to[i * j->k + q] += j->from[i * j->k + q];
-}
-
-/* to [n,k] += (a - b)^T x over the rows of a window. */
-static err_code add_cross(chain *c, float *to, const float *a, const float *b, int64_t stride,
-                          int64_t n, const tensor *x, err *e)
-{
-    const int64_t k = x->shape[1];
-    turn_job t = {a, b, c->turned, x->shape[0], n, stride};
-    const tensor turned = tensor_2d(c->turned, DT_F32, n, x->shape[0]);
-    tensor y = tensor_2d(c->product, DT_F32, n, k);
-    pool_run(dev_pool(c->d), turn_columns, &t, (n + TURN - 1) / TURN);
-    TRY(op_matmul(c->d, &y, &turned, x, e));
-    pool_run(dev_pool(c->d), add_row, &(add_job){to, c->product, k}, n);
-    return OK;
+    const tensor less = tensor_2d(a, DT_F32, x->shape[0], n);
+    tensor y = tensor_2d(to, DT_F32, n, x->shape[1]);
+    pool_run(dev_pool(c->d), less_row, &(less_job){a, b, n, stride}, x->shape[0]);
+    return op_cross(c->d, &y, &less, x, e);
 }
 
 static err_code add_window(chain *c, const tensor *rows, int32_t i, err *e)

@@ -18,7 +18,7 @@ typedef struct {
 } chain_moments;
 
 /* What it holds beside the second stream of states. */
-size_t chain_bytes(const model_desc *m, int64_t pass_rows, int64_t seqlen);
+size_t chain_bytes(const model_desc *m, int64_t pass_rows);
 size_t chain_split_bytes(const device *d, const model_desc *m, int64_t rows);
 
 /* Splits the walk's states in two: stream 0 is the 16-bit one, 1 the rounded one, which stays in
@@ -36,6 +36,8 @@ err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *trai
                       chain_moments *held, err *e);
 /* f32 [k,k] of the widest k, free until the next chain_gather. */
 float *chain_scratch(chain *c);
+/* Room for what linear r is pulled by (correct_pull). */
+tensor chain_pulled(chain *c, tensor_role r);
 /* Where the rounded weights of linear r go, f32 [n,k], as they act on the unscaled input; they
  * count from chain_put on. */
 tensor chain_room(chain *c, tensor_role r);

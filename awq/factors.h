@@ -5,7 +5,10 @@
 
 #include "awq/smooth.h"
 
-/* Enters the best into the plan; nothing where that is the identity. E_INPUT without statistics. */
-err_code factors_search(const quant_block *b, const smooth_group *g, block_plan *out, err *e);
+/* Enters the best into the plan; nothing where that is the identity. E_INPUT without statistics.
+ * thin: on the CPU, where some of the targets' rows are enough to tell candidates apart, these
+ * decide which few of them are compared over all rows. */
+err_code factors_search(const quant_block *b, const smooth_group *g, bool thin, block_plan *out,
+                        err *e);
 
 #endif

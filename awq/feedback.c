@@ -22,8 +22,8 @@ typedef struct {
     float *h;            /* [k,k] H of the scaled input */
     float *u;            /* [k,k] upper factor of its damped inverse, in rounding order */
     int32_t *order;      /* [k] input of each place in rounding order */
-    float *w, *x;        /* [TILE,k] weights; products */
-    float *spread;       /* [TILE,BLOCK] errors over the pivot; what weights moved by */
+    float *w, *x;        /* [TILE,k] weights, or errors; errors over the pivot */
+    float *sums;         /* [TILE,BLOCK] what the products give a block */
     float *square;       /* [BLOCK,BLOCK] of h, at the block */
     float *scale, *zero; /* [TILE,groups] */
     uint8_t *codes;      /* [TILE,k] */
@@ -36,7 +36,7 @@ typedef struct {
 size_t feedback_bytes(int64_t k)
 {
     const size_t n = (size_t)k;
-    return (2 * n * n + BLOCK * BLOCK) * sizeof(float) + n * sizeof(int32_t) +
+    return cholesky_bytes(k) + (2 * n * n + BLOCK * BLOCK) * sizeof(float) + n * sizeof(int32_t) +
            TILE * (2 * n * sizeof(float) + BLOCK * sizeof(float) + n + 2 * n / 32 * sizeof(float));
 }
 
@@ -97,20 +97,30 @@ static void gather_row(void *ctx, int64_t i, int worker)
     for (int64_t q = 0; q < k; q++) to[q] = from[s->order[k - 1 - q]];
 }
 
+/* The row and its opposite, both from their ends; the one in the middle with itself. */
+static void reverse_row(void *ctx, int64_t i, int worker)
+{
+    const feedback *s = ctx;
+    float *a = s->u + i * s->k, *z = s->u + (s->k - i) * s->k - 1;
+    (void)worker;
+    for (int64_t q = 0; q < s->k && a < z; q++, a++, z--) {
+        const float t = *a;
+        *a = *z;
+        *z = t;
+    }
+}
+
 /* In that order H = L L^T; the inverse of L, read from its end, is the upper factor of
  * H's inverse in rounding order. */
-static bool factor(feedback *s, float add)
+static err_code factor(feedback *s, float add, bool *good, err *e)
 {
     pool *p = dev_pool(s->b->d);
     pool_run(p, gather_row, s, s->k);
     for (int64_t i = 0; i < s->k; i++) s->u[i * s->k + i] += add;
-    if (!cholesky_factor(p, s->u, s->k) || !cholesky_invert(p, s->u, s->k)) return false;
-    for (int64_t a = 0, z = s->k * s->k - 1; a < z; a++, z--) {
-        const float t = s->u[a];
-        s->u[a] = s->u[z];
-        s->u[z] = t;
-    }
-    return true;
+    TRY(cholesky_factor(s->b->d, s->u, s->k, good, e));
+    if (*good) TRY(cholesky_invert(s->b->d, s->u, s->k, good, e));
+    if (*good) pool_run(p, reverse_row, s, (s->k + 1) / 2);
+    return OK;
 }
 
 static err_code factor_damped(feedback *s, double damping, err *e)
@@ -120,7 +130,9 @@ static err_code factor_damped(feedback *s, double damping, err *e)
     mean /= (double)s->k;
     if (!(mean > 0)) mean = 1; /* no activations at all: any factor will do */
     for (int i = 0; i < MAX_RAISES; i++, damping *= 10) {
-        if (factor(s, (float)(damping * mean))) return OK;
+        bool good;
+        TRY(factor(s, (float)(damping * mean), &good, e));
+        if (good) return OK;
         job_log(s->b->j, LOG_DEBUG, "layer %d: %s: damping %g is not enough", (int)s->b->layer,
                 role_name(s->out->role), damping);
     }
@@ -140,15 +152,17 @@ static int code_of(float w, float scale, float zero)
 /* One row through the columns of the block. */
 static void round_row(feedback *s, int64_t r)
 {
-    float *w = s->w + r * s->k, *spread = s->spread + r * BLOCK;
+    float *w = s->w + r * s->k, *miss = s->x + r * s->k;
+    const float *sums = s->sums + r * BLOCK;
+    for (int64_t c = 0; s->at && c < s->width; c++) w[s->at + c] -= sums[c];
     for (int64_t c = 0; c < s->width; c++) {
         const int64_t j = s->at + c, g = r * s->groups + s->order[j] / s->b->o->group;
         const float *u = s->u + j * s->k;
         const int code = code_of(w[j], s->scale[g], s->zero[g]);
-        const float miss = (w[j] - ((float)code - s->zero[g]) * s->scale[g]) / u[j];
+        const float off = (w[j] - ((float)code - s->zero[g]) * s->scale[g]) / u[j];
         s->codes[r * s->k + s->order[j]] = (uint8_t)code;
-        spread[c] = miss;
-        for (int64_t q = j + 1; q < s->at + s->width; q++) w[q] -= miss * u[q];
+        miss[j] = off;
+        for (int64_t q = j + 1; q < s->at + s->width; q++) w[q] -= off * u[q];
     }
 }
 
@@ -160,39 +174,34 @@ static void round_rows(void *ctx, int64_t item, int worker)
         round_row(s, r);
 }
 
-static void subtract_rows(void *ctx, int64_t item, int worker)
-{
-    feedback *s = ctx;
-    const int64_t next = s->at + s->width, rest = s->k - next;
-    (void)worker;
-    for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++)
-        for (int64_t i = 0; i < rest; i++) s->w[r * s->k + next + i] -= s->x[r * rest + i];
-}
-
 static int64_t chunks(const feedback *s) { return (s->rows + ROW_CHUNK - 1) / ROW_CHUNK; }
+
+/* What the rows of x [rows, inputs] make of the block's columns of h, into s->sums: one block's
+ * worth of results at a time, so that they stay near. */
+static err_code block_sums(feedback *s, float *x, float *h, int64_t inputs, err *e)
+{
+    tensor y = tensor_2d(s->sums, DT_F32, s->rows, s->width),
+           a = tensor_2d(x, DT_F32, s->rows, inputs),
+           b = tensor_2d(h + s->at, DT_F32, inputs, s->width);
+    y.stride[0] = BLOCK;
+    a.stride[0] = b.stride[0] = s->k;
+    return op_matmul(s->b->d, &y, &a, &b, e);
+}
 
 static err_code round_tile(feedback *s, err *e)
 {
     for (s->at = 0; s->at < s->k; s->at += s->width) {
         s->width = s->k - s->at < BLOCK ? s->k - s->at : BLOCK;
-        const int64_t next = s->at + s->width, rest = s->k - next;
+        if (s->at) TRY(block_sums(s, s->x, s->u, s->at, e));
         pool_run(dev_pool(s->b->d), round_rows, s, chunks(s));
-        if (!rest) continue;
-        tensor miss = tensor_2d(s->spread, DT_F32, s->rows, s->width);
-        miss.stride[0] = BLOCK;
-        tensor u = tensor_2d(s->u + s->at * s->k + next, DT_F32, s->width, rest);
-        u.stride[0] = s->k;
-        tensor y = tensor_2d(s->x, DT_F32, s->rows, rest);
-        TRY(op_matmul(s->b->d, &y, &miss, &u, e));
-        pool_run(dev_pool(s->b->d), subtract_rows, s, chunks(s));
     }
     return OK;
 }
 
 /* ---- coordinate descent ----
- * x holds (w' - w) H. Block by block of inputs: against the block's own square of H its codes and
- * scales move to where the loss, with all else fixed, is least; one product then carries what the
- * weights moved by to the other inputs. */
+ * w holds the errors w' - w. Block by block of inputs: one product gives the block's columns of
+ * (w' - w) H; against the block's own square of H its codes and scales move to where the loss, with
+ * all else fixed, is least. */
 
 /* One row at its block. */
 typedef struct {
@@ -200,8 +209,8 @@ typedef struct {
     uint8_t *codes;
     float *scale;
     const float *zero;
-    float grad[BLOCK]; /* of x */
-    float *moved;      /* [BLOCK] */
+    float *grad;  /* [BLOCK] of (w' - w) H */
+    float *error; /* [BLOCK] of w' - w */
     int64_t width;
     int32_t group;
 } descent;
@@ -222,7 +231,7 @@ static int64_t move_codes(descent *c)
         const float move = (q - (float)c->codes[j]) * step;
         if (move == 0.f) continue;
         c->codes[j] = (uint8_t)q;
-        c->moved[j] += move;
+        c->error[j] += move;
         changed++;
         add_scaled(c->grad, move, h, c->width);
     }
@@ -250,7 +259,7 @@ static void refit_group(descent *c, int64_t group)
         return;
     c->scale[group] = next;
     add_scaled(c->grad, move, uh, c->width);
-    for (int64_t i = from; i < end; i++) c->moved[i] += move * ((float)c->codes[i] - zero);
+    for (int64_t i = from; i < end; i++) c->error[i] += move * ((float)c->codes[i] - zero);
 }
 
 static void sweep_rows(void *ctx, int64_t item, int worker)
@@ -263,22 +272,13 @@ static void sweep_rows(void *ctx, int64_t item, int worker)
                      .codes = s->codes + r * s->k + s->at,
                      .scale = s->scale + r * s->groups + first,
                      .zero = s->zero + r * s->groups + first,
-                     .moved = s->spread + r * BLOCK,
+                     .grad = s->sums + r * BLOCK,
+                     .error = s->w + r * s->k + s->at,
                      .width = s->width,
                      .group = s->b->o->group};
-        memcpy(c.grad, s->x + r * s->k + s->at, (size_t)s->width * sizeof *c.grad);
-        memset(c.moved, 0, (size_t)s->width * sizeof *c.moved);
         s->changed[item] += move_codes(&c);
         for (int64_t g = 0; s->refit && g < groups; g++) refit_group(&c, g);
     }
-}
-
-static void add_rows(void *ctx, int64_t item, int worker)
-{
-    feedback *s = ctx;
-    (void)worker;
-    for (int64_t r = item * ROW_CHUNK; r < (item + 1) * ROW_CHUNK && r < s->rows; r++)
-        add_scaled(s->x + r * s->k, 1.f, s->w + r * s->k, s->k);
 }
 
 static err_code sweep_block(feedback *s, err *e)
@@ -286,13 +286,8 @@ static err_code sweep_block(feedback *s, err *e)
     for (int64_t i = 0; i < s->width; i++)
         memcpy(s->square + i * BLOCK, s->h + (s->at + i) * s->k + s->at,
                (size_t)s->width * sizeof *s->square);
+    TRY(block_sums(s, s->w, s->h, s->k, e));
     pool_run(dev_pool(s->b->d), sweep_rows, s, chunks(s));
-    tensor moved = tensor_2d(s->spread, DT_F32, s->rows, s->width),
-           h = tensor_2d(s->h + s->at * s->k, DT_F32, s->width, s->k),
-           y = tensor_2d(s->w, DT_F32, s->rows, s->k);
-    moved.stride[0] = BLOCK;
-    TRY(op_matmul(s->b->d, &y, &moved, &h, e));
-    pool_run(dev_pool(s->b->d), add_rows, s, chunks(s));
     return OK;
 }
 
@@ -325,9 +320,6 @@ static err_code sweep_tile(feedback *s, const feedback_opts *o, err *e)
 {
     bool any = true;
     pool_run(dev_pool(s->b->d), error_rows, s, chunks(s));
-    tensor w = tensor_2d(s->w, DT_F32, s->rows, s->k), h = tensor_2d(s->h, DT_F32, s->k, s->k),
-           x = tensor_2d(s->x, DT_F32, s->rows, s->k);
-    TRY(op_matmul(s->b->d, &x, &w, &h, e));
     s->refit = o->refit;
     for (int i = 0; i < o->sweeps && any; i++) TRY(sweep(s, &any, e));
     s->refit = false; /* the last sweep is for the codes */
@@ -380,7 +372,7 @@ static err_code room(feedback *s, arena *a, err *e)
                 {(void **)&s->order, k * sizeof(int32_t)},
                 {(void **)&s->w, TILE * k * f},
                 {(void **)&s->x, TILE * k * f},
-                {(void **)&s->spread, TILE * BLOCK * f},
+                {(void **)&s->sums, TILE * BLOCK * f},
                 {(void **)&s->square, BLOCK * BLOCK * f},
                 {(void **)&s->scale, TILE * g * f},
                 {(void **)&s->zero, TILE * g * f},

@@ -9,11 +9,12 @@
 #include "base/half.h"
 #include "kernels/quant_group.h"
 
-#define TILE_ELEMS ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
-#define MIN_ROWS   64                 /* op_quad runs at half its speed on fewer */
-#define MAX_ROWS   8192
-#define MIN_GROUP  32
-#define ROWS_MAX   8192
+#define TILE_ELEMS  ((int64_t)1 << 21) /* 8 MB of f32: a few of them stay in the outer caches */
+#define MIN_ROWS    64                 /* op_quad runs at half its speed on fewer */
+#define MAX_ROWS    8192
+#define MIN_GROUP   32
+#define BATCH_ELEMS ((int64_t)1 << 24) /* errors of several candidates: H is packed once for them */
+#define BATCH_MAX   16                 /* tiles */
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -33,6 +34,8 @@ quant_scratch quant_scratch_shape(const model_desc *m, bool searches)
         s.widest = most(s.widest, k);
     }
     s.groups = s.elems / MIN_GROUP;
+    s.batch = searches ? most(s.elems, least(BATCH_MAX * s.elems, BATCH_ELEMS)) : s.widest;
+    s.batch_rows = searches ? MAX_ROWS : s.rows_max;
     return s;
 }
 
@@ -48,7 +51,7 @@ static int parts_of(quant_scratch *s, scratch_part out[8])
     const size_t searched = s->searches ? groups : 0;
     int n = 0;
     out[n++] = (scratch_part){(void **)&s->w, elems * sizeof(float)};
-    out[n++] = (scratch_part){(void **)&s->x, (s->searches ? elems : widest) * sizeof(float)};
+    out[n++] = (scratch_part){(void **)&s->x, (size_t)s->batch * sizeof(float)};
     out[n++] = (scratch_part){(void **)&s->m0, searched * sizeof(float)};
     out[n++] = (scratch_part){(void **)&s->limit, searched * sizeof(float)};
     out[n++] = (scratch_part){(void **)&s->best, searched * sizeof(float)};
@@ -64,7 +67,7 @@ size_t quant_scratch_bytes(const quant_scratch *s)
     quant_scratch copy = *s;
     scratch_part p[8];
     const int n = parts_of(&copy, p);
-    size_t sum = arena_need((size_t)s->rows_max * sizeof(double));
+    size_t sum = arena_need((size_t)s->batch_rows * sizeof(double));
     for (int i = 0; i < n; i++) sum += arena_need(p[i].bytes);
     return sum;
 }
@@ -76,7 +79,12 @@ err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches
     const int n = parts_of(s, p);
     TRY(arena_init(&s->mem, quant_scratch_bytes(s), "search scratch", e));
     for (int i = 0; i < n; i++) TRY(arena_get(&s->mem, p[i].out, p[i].bytes, e));
-    return arena_get(&s->mem, (void **)&s->row, (size_t)s->rows_max * sizeof(double), e);
+    return arena_get(&s->mem, (void **)&s->row, (size_t)s->batch_rows * sizeof(double), e);
+}
+
+int64_t batch_tiles(const quant_scratch *s, int64_t rows, int64_t k)
+{
+    return most(1, least(s->batch / (rows * k), s->batch_rows / rows));
 }
 
 void quant_scratch_free(quant_scratch *s) { arena_free(&s->mem); }
@@ -142,28 +150,73 @@ err_code moment_loss(const quant_block *b, const tensor *x, const second_moment 
     return OK;
 }
 
+/* Rows of a linear with its plan: each step on all of them in the pool. */
+typedef struct {
+    float *x;       /* [n,k] */
+    const float *w; /* [n,k] */
+    int64_t k, group, from;
+    const plan_linear *l;
+    const float *col, *row;
+    bool less;
+} rows_job;
+
 /* As op_quant_error, for codes that the method fixed; the weights count as 0 unless `less`. */
-static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, const float *col,
-                        int64_t from, bool less)
+static void fixed_row(void *ctx, int64_t i, int worker)
 {
-    const int64_t n = w->shape[0], k = w->shape[1], g = b->o->group;
-    const f16 *scale = (const f16 *)l->scale.data + from * (k / g);
-    const uint8_t *zero = (const uint8_t *)l->zero.data + from * (k / g);
-    const uint8_t *codes = (const uint8_t *)l->codes.data + from * k / 2;
-    float *x = w->data;
-    for (int64_t i = 0; i < n * k; i++) {
-        const int code = codes[i / 2] >> 4 * (i & 1) & 15;
-        const float y = (float)(code - zero[i / g]) * f16_to_f32(scale[i / g]);
-        const float miss = less ? y - x[i] : y;
-        x[i] = col ? miss / col[i % k] : miss;
+    const rows_job *j = ctx;
+    const int64_t k = j->k, g = j->group, r = j->from + i;
+    const f16 *scale = (const f16 *)j->l->scale.data + r * (k / g);
+    const uint8_t *zero = (const uint8_t *)j->l->zero.data + r * (k / g);
+    const uint8_t *codes = (const uint8_t *)j->l->codes.data + r * k / 2;
+    float *x = j->x + i * k;
+    (void)worker;
+    for (int64_t b = 0; b < k / g; b++) {
+        const float s = f16_to_f32(scale[b]);
+        for (int64_t q = b * g; q < (b + 1) * g; q++) {
+            const int code = codes[q / 2] >> 4 * (q & 1) & 15;
+            const float y = (float)(code - zero[b]) * s, miss = j->less ? y - x[q] : y;
+            x[q] = j->col ? miss / j->col[q] : miss;
+        }
     }
 }
 
-static void unscale_rows(tensor *w, const fold_linear *f, int64_t from)
+static void fixed_error(const quant_block *b, tensor *w, const plan_linear *l, const float *col,
+                        int64_t from, bool less)
 {
-    const int64_t k = w->shape[1];
-    for (int64_t i = 0; f && f->row && i < w->shape[0]; i++)
-        for (int64_t j = 0; j < k; j++) ((float *)w->data)[i * k + j] *= f->row[from + i];
+    rows_job j = {.x = w->data,
+                  .k = w->shape[1],
+                  .group = b->o->group,
+                  .from = from,
+                  .l = l,
+                  .col = col,
+                  .less = less};
+    pool_run(dev_pool(b->d), fixed_row, &j, w->shape[0]);
+}
+
+static void unscale_row(void *ctx, int64_t i, int worker)
+{
+    const rows_job *j = ctx;
+    (void)worker;
+    for (int64_t q = 0; q < j->k; q++) j->x[i * j->k + q] *= j->row[j->from + i];
+}
+
+static void unscale_rows(const quant_block *b, tensor *w, const fold_linear *f, int64_t from)
+{
+    rows_job j = {.x = w->data, .k = w->shape[1], .from = from, .row = f && f->row ? f->row : NULL};
+    if (j.row) pool_run(dev_pool(b->d), unscale_row, &j, w->shape[0]);
+}
+
+/* Errors become what was rounded, over the factors. */
+static void restore_row(void *ctx, int64_t i, int worker)
+{
+    const rows_job *j = ctx;
+    float *x = j->x + i * j->k;
+    const float *w = j->w + i * j->k;
+    (void)worker;
+    for (int64_t q = 0; q < j->k; q++) {
+        const float v = w[q] + x[q];
+        x[q] = j->col ? v / j->col[q] : v;
+    }
 }
 
 /* Error of one tile of rows, in the terms of the unscaled input and output: (w' - w) * row / col.
@@ -185,7 +238,7 @@ static err_code tile_error(const quant_block *b, tensor *w, const plan_linear *l
         fixed_error(b, w, l, col.data, from, true);
     else
         TRY(op_quant_error(b->d, w, w, &scale, &zero, col.data ? &col : NULL, b->o->group, e));
-    unscale_rows(w, f, from);
+    unscale_rows(b, w, f, from);
     return OK;
 }
 
@@ -197,17 +250,14 @@ err_code plan_rows(const quant_block *b, const tensor *w, const plan_linear *l,
     float *y = x->data;
     if (l->codes.data) {
         fixed_error(b, x, l, col, from, false);
-        unscale_rows(x, f, from);
+        unscale_rows(b, x, f, from);
         return OK;
     }
     const tensor scale = tensor_rows(&l->scale, from, n), zero = tensor_rows(&l->zero, from, n);
     const float *was = w->data;
     TRY(op_quant_error(b->d, x, w, &scale, &zero, NULL, b->o->group, e));
-    for (int64_t i = 0; i < n * k; i++) {
-        const float v = was[i] + y[i];
-        y[i] = col ? v / col[i % k] : v;
-    }
-    unscale_rows(x, f, from);
+    pool_run(dev_pool(b->d), restore_row, &(rows_job){.x = y, .w = was, .k = k, .col = col}, n);
+    unscale_rows(b, x, f, from);
     return OK;
 }
 

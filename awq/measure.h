@@ -18,14 +18,14 @@ err_code moment_of(const quant_block *b, tensor_role r, second_moment *h, err *e
 
 struct quant_scratch {
     float *w; /* [elems] a tile of weights */
-    float *x; /* [elems], [widest input] where nothing is searched: candidates, errors */
+    float *x; /* [batch], [widest input] where nothing is searched: candidates, errors */
     float *m0, *limit, *best; /* [groups]: per row and group; NULL where nothing is searched */
     f16 *scale;               /* [groups] */
     uint8_t *zero;            /* [groups] and at least [widest input] */
-    double *row;              /* [rows_max] */
+    double *row;              /* [batch_rows] */
     double *sum; /* [groups] where something is searched, and at least [widest input] */
     arena mem;
-    int64_t elems, groups, widest, rows_max;
+    int64_t elems, groups, widest, rows_max, batch, batch_rows;
     bool searches;
 };
 /* Sizes without memory: what tile_rows and quant_scratch_bytes look at. */
@@ -35,6 +35,9 @@ err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches
 void quant_scratch_free(quant_scratch *s);
 /* Rows of a tile of a linear with k inputs: fixed by k alone. */
 int64_t tile_rows(const quant_scratch *s, int64_t k);
+/* How many tiles of `rows` rows the scratch's x and row have room for: candidates whose losses are
+ * taken together. */
+int64_t batch_tiles(const quant_scratch *s, int64_t rows, int64_t k);
 
 /* sum over the rows of e [n,k] of e_i H e_i^T, in row order. */
 err_code moment_loss(const quant_block *b, const tensor *err_rows, const second_moment *h,

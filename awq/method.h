@@ -73,6 +73,7 @@ typedef struct {
     dev_scratch *dev; /* NULL: the device's memory is the host's, and the steps run there */
     arena *mem;       /* what the plan points to: factors and codes */
     const job *j;
+    struct pace *pace; /* told of each step (awq/pace.h); NULL: nobody asks */
 } quant_block;
 
 enum { METHOD_CALIB = 1 }; /* what a method cannot do without */

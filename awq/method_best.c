@@ -11,6 +11,7 @@
 #include "awq/factors.h"
 #include "awq/feedback.h"
 #include "awq/few.h"
+#include "awq/pace.h"
 #include "awq/range.h"
 #include "base/mem.h"
 #include "kernels/quant_group.h"
@@ -31,6 +32,7 @@ typedef struct {
     const fold *f; /* NULL: no factors */
     plan_linear *out;
     const chain_moments *held; /* what it is judged by */
+    tensor pulled;             /* of these (correct_pull) */
     float *tile;               /* weights with their factors, f32 [STEP,k] */
 } judged;
 
@@ -50,7 +52,7 @@ static err_code rows_of(void *ctx, int64_t from, int64_t n, tensor *x, err *e)
 
 static err_code judge(judged *j, double *loss, err *e)
 {
-    return correct_loss(j->b, j->out->role, j->held, &j->o->correction, rows_of, j, loss, e);
+    return correct_loss(j->b, j->out->role, j->held, &j->pulled, rows_of, j, loss, e);
 }
 
 /* Codes by rounding the model's weights, for the scale and zero that are there. */
@@ -111,6 +113,7 @@ static err_code round_linear(judged *j, const chain_moments *train, tensor *w, e
     double loss[3];
     int best = 2;
     TRY(arena_get(j->b->mem, &codes, (size_t)tensor_count(&j->out->codes), e));
+    TRY(correct_pull(j->b, j->out->role, j->held, &j->o->correction, &j->pulled, e));
     TRY(distance_before(*j, train, w, e));
     for (int way = 0; way < 2; way++) {
         TRY(fall_back(j, way, e));
@@ -164,6 +167,7 @@ static err_code round_tap(const quant_block *b, const best_opts *o, const fold *
 {
     chain_moments train, held;
     TRY(chain_gather(b->chain, tap->role[0], b->j, &train, &held, e));
+    pace_step(b->pace);
     if (!o->corrects) {
         clear(&train.cross);
         clear(&train.resid);
@@ -171,11 +175,15 @@ static err_code round_tap(const quant_block *b, const best_opts *o, const fold *
     float *factor = chain_scratch(b->chain);
     TRY(correct_factor(b, tap->role[0], &train, factor, &o->correction, e));
     for (int i = 0; i < tap->n; i++) {
-        judged j = {b, o, f, plan_find_linear(out, tap->role[i]), &held, tile};
+        judged j = {b,     o,
+                    f,     plan_find_linear(out, tap->role[i]),
+                    &held, chain_pulled(b->chain, tap->role[i]),
+                    tile};
         tensor w = chain_room(b->chain, tap->role[i]);
         TRY(correct_weights(b, tap->role[i], &train, factor, &o->correction, &w, e));
         TRY(round_linear(&j, &train, &w, e));
         TRY(hand_on(&j, &train, &w, e));
+        pace_step(b->pace);
     }
     return OK;
 }
@@ -211,8 +219,10 @@ static err_code plan_best(const quant_block *b, block_plan *out, err *e)
     const smooth_groups groups = smooth_groups_of(b, without & STAGE_VO ? VO_NONE : VO_SHARED);
     const best_opts o = stages_of(without);
     fold f;
-    for (int i = 0; i < groups.n && !(without & STAGE_FACTORS); i++)
-        TRY(factors_search(b, &groups.g[i], out, e));
+    for (int i = 0; i < groups.n && !(without & STAGE_FACTORS); i++) {
+        TRY(factors_search(b, &groups.g[i], true, out, e));
+        pace_step(b->pace);
+    }
     TRY(fold_init(&f, b->m, out, e));
     const err_code rc = b->dev ? dev_best_block(b, &f, out, &o, e) : round_block(b, &o, &f, out, e);
     fold_free(&f);

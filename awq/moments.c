@@ -152,6 +152,7 @@ err_code moments_layer(moment_source *s, int32_t layer, bool advance, bool *adva
 {
     s->layer = layer;
     s->progress = *p;
+    if (!s->all) s->progress.stage = NULL; /* passes come again and again */
     *advanced = false;
     for (int i = 0; i < CALIB_TAPS; i++) s->m[i].ready = false;
     if (!s->all) return OK;

@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "awq/chain.h"
+#include "awq/correct.h"
 #include "awq/dev_chain.h"
 #include "awq/dev_fold.h"
 #include "awq/dev_replay.h"
@@ -18,6 +19,7 @@
 #include "awq/module_loss.h"
 #include "awq/moments.h"
 #include "awq/on_device.h"
+#include "awq/pace.h"
 #include "awq/rotate.h"
 #include "kernels/search_ops.h"
 #include "runtime/layer_walk.h"
@@ -42,6 +44,7 @@ typedef struct {
     arena plan_mem;       /* scales and zeros of a block, then what the method adds */
     void *few;            /* statistics of few tokens, of the layer at work */
     spool *spool;
+    pace *pace;                 /* NULL: nothing walks */
     double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
     char options[160];
 } search;
@@ -312,8 +315,10 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
                                 (size_t)(2 * (int64_t)s.m->hidden * c->samples * c->seqlen));
         else if (s.method->carries)
             memory_plan_add(p, "rounded inputs",
-                            chain_bytes(s.m, (int64_t)per_pass * c->seqlen, c->seqlen) +
+                            chain_bytes(s.m, (int64_t)per_pass * c->seqlen) +
                                 chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
+        if (s.method->carries && !on_device(&s))
+            memory_plan_add(p, "corrected rows", correct_bytes(s.scratch.widest));
         if (s.method->fixes_codes && !on_device(&s))
             memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
         if (s.q.loss == LOSS_MODULE)
@@ -372,7 +377,8 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
                      .scratch = &s->scratch,
                      .dev = s->dev,
                      .mem = &s->plan_mem,
-                     .j = s->j};
+                     .j = s->j,
+                     .pace = s->pace};
     *advanced = false;
     if (s->calib) {
         TRY(calib_layer(s->calib, layer, &stats, e));
@@ -388,6 +394,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
         if (s->dev_chain) TRY(dev_chain_layer(s->dev_chain, e));
         TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !carries(s), advanced, p,
                           e));
+        pace_step(s->pace);
     }
     if (!s->walk) {
         weights_prefetch(s->src, layer);
@@ -500,19 +507,24 @@ static err_code run_layers(search *s, search_summary *out, err *e)
                   total = per_layer * s->m->layers;
     bool walked = false;
     int32_t first;
+    pace steps = pace_open(s->j, "search", per_layer, total);
+    if (s->walk) s->pace = &steps;
     TRY(first_layer(s, &first, e));
     s->saved_at = now_s();
     for (int32_t l = first; l < s->m->layers && spool_count(s->spool) < s->m->layers; l++) {
         bool advanced = false;
-        const walk_progress p = {s->j, "search", l * per_layer, total};
+        pace_layer(&steps, l);
+        walk_progress p = pace_pass(&steps);
         TRY(job_check(s->j, e));
         TRY(one_layer(s, l, &p, &advanced, e));
+        p = pace_pass(&steps);
         if (s->walk && !advanced && l + 1 < s->m->layers)
             TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
-        job_step(s->j, p.stage, s->walk ? "window" : "layer", (l + 1) * per_layer, total);
         if (s->walk) TRY(save_states(s, l + 1, e));
+        pace_end(&steps);
         walked = l + 1 == s->m->layers;
     }
+    s->pace = NULL;
     return predict(s, out, walked, e);
 }
 

@@ -124,31 +124,76 @@ err_code smooth_fits(const quant_block *b, const smooth_group *g, const float *s
 
 /* ---- losses of candidates ---- */
 
-static void scale_rows(float *out, const float *w, const float *s, int64_t n, int64_t k)
+typedef struct {
+    const float *w, *s; /* [rows,k], [k] */
+    float *out;
+    int64_t k;
+} scale_job;
+
+static void scale_row(void *ctx, int64_t i, int worker)
 {
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < k; j++) out[i * k + j] = w[i * k + j] * s[j];
+    const scale_job *j = ctx;
+    (void)worker;
+    for (int64_t c = 0; c < j->k; c++) j->out[i * j->k + c] = j->w[i * j->k + c] * j->s[c];
 }
 
-static err_code candidate_loss(const quant_block *b, const tensor *w, const float *s,
-                               const second_moment *h, double *loss, err *e)
+/* Errors of the rows of w under the factors s into x. */
+static err_code candidate_errors(const quant_block *b, const tensor *w, const float *s, float *x,
+                                 err *e)
 {
     const int64_t n = w->shape[0], k = w->shape[1];
     quant_scratch *q = b->scratch;
-    tensor x = tensor_2d(q->x, DT_F32, n, k), col = tensor_1d((float *)(uintptr_t)s, DT_F32, k);
+    tensor y = tensor_2d(x, DT_F32, n, k), col = tensor_1d((float *)(uintptr_t)s, DT_F32, k);
     tensor scale = tensor_2d(q->scale, DT_F16, n, k / b->o->group),
            zero = tensor_2d(q->zero, DT_U8, n, k / b->o->group);
-    double part;
-    scale_rows(q->x, w->data, s, n, k);
-    TRY(op_quant_range(b->d, &scale, &zero, &x, NULL, b->o->group, e));
-    TRY(op_quant_error(b->d, &x, &x, &scale, &zero, &col, b->o->group, e));
-    TRY(moment_loss(b, &x, h, &part, e));
-    *loss += part;
+    pool_run(dev_pool(b->d), scale_row, &(scale_job){w->data, s, x, k}, n);
+    TRY(op_quant_range(b->d, &scale, &zero, &y, NULL, b->o->group, e));
+    return op_quant_error(b->d, &y, &y, &scale, &zero, &col, b->o->group, e);
+}
+
+/* Adds the losses of n candidates over the rows of w to loss: as many at once as there is room for
+ * where H is whole, so that it is packed once for all of them. */
+static err_code add_losses(const quant_block *b, const tensor *w, const float *s, int n,
+                           const second_moment *h, double *loss, err *e)
+{
+    const int64_t rows = w->shape[0], k = w->shape[1];
+    quant_scratch *q = b->scratch;
+    const int most = h->full.data ? (int)batch_tiles(q, rows, k) : 1;
+    for (int at = 0; at < n; at += most) {
+        const int count = n - at < most ? n - at : most;
+        for (int c = 0; c < count; c++) {
+            TRY(job_check(b->j, e));
+            TRY(candidate_errors(b, w, s + (at + c) * k, q->x + c * rows * k, e));
+        }
+        const tensor x = tensor_2d(q->x, DT_F32, count * rows, k);
+        tensor out = tensor_1d(q->row, DT_F64, count * rows);
+        double part;
+        if (!h->full.data) {
+            TRY(moment_loss(b, &x, h, &part, e));
+            loss[at] += part;
+            continue;
+        }
+        TRY(op_quad(b->d, &out, &x, &h->full, e));
+        for (int c = 0; c < count; c++) {
+            part = 0;
+            for (int64_t i = 0; i < rows; i++) part += q->row[c * rows + i];
+            loss[at + c] += part;
+        }
+    }
     return OK;
 }
 
+/* One row of every `each`, the rest of w gone. */
+static void thin_out(tensor *w, int64_t each)
+{
+    const int64_t k = w->shape[1], n = (w->shape[0] + each - 1) / each;
+    float *p = w->data;
+    for (int64_t i = 1; i < n; i++) memcpy(p + i * k, p + i * each * k, (size_t)k * sizeof *p);
+    *w = tensor_2d(p, DT_F32, n, k);
+}
+
 err_code smooth_losses(const quant_block *b, const smooth_group *g, const float *s, int n,
-                       double *loss, err *e)
+                       int64_t each, double *loss, err *e)
 {
     const int64_t k = model_linear_k(b->m, g->targets[0]), step = tile_rows(b->scratch, k);
     second_moment h;
@@ -163,10 +208,8 @@ err_code smooth_losses(const quant_block *b, const smooth_group *g, const float 
             tensor w = {.data = b->scratch->w};
             TRY(fold_rows(&w, &v.dense, NULL, at, rows - at < step ? rows - at : step, b->layer,
                           g->targets[t], e));
-            for (int c = 0; c < n; c++) {
-                TRY(job_check(b->j, e));
-                TRY(candidate_loss(b, &w, s + (int64_t)c * k, &h, &loss[c], e));
-            }
+            thin_out(&w, each);
+            TRY(add_losses(b, &w, s, n, &h, loss, e));
         }
     }
     return OK;

@@ -31,8 +31,8 @@ err_code smooth_fits(const quant_block *b, const smooth_group *g, const float *s
                      err *e);
 
 /* Sum over the targets of the loss with plain rounding under each candidate: s f32 [n][k], loss
- * [n]. */
+ * [n]. On the CPU over one row of every `each`. */
 err_code smooth_losses(const quant_block *b, const smooth_group *g, const float *s, int n,
-                       double *loss, err *e);
+                       int64_t each, double *loss, err *e);
 
 #endif

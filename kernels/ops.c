@@ -226,6 +226,17 @@ err_code op_matmul(device *d, tensor *y, const tensor *a, const tensor *b, err *
     return tensor_count(y) ? d->ops.matmul(d, y, a, b, e) : OK;
 }
 
+err_code op_product(device *d, tensor *y, float alpha, const tensor *a, const tensor *b, bool add,
+                    err *e)
+{
+    if (!d->ops.product)
+        return err_set(e, E_UNSUPPORTED, "op_product: expected the CPU device, got %s", d->name);
+    TRY(check_tensor(d, a, "op_product: a", DT_F32, 2, SHAPE(-1, -1), e));
+    TRY(check_tensor(d, b, "op_product: b", DT_F32, 2, SHAPE(a->shape[1], -1), e));
+    TRY(check_tensor(d, y, "op_product: y", DT_F32, 2, SHAPE(a->shape[0], b->shape[1]), e));
+    return tensor_count(y) ? d->ops.product(d, y, alpha, a, b, add, e) : OK;
+}
+
 err_code w4_upload(device *d, dev_buf *buf, w4_weight *out, const w4_weight *const *parts,
                    int n_parts, err *e)
 {

@@ -97,6 +97,10 @@ err_code op_quad(device *d, tensor *out, const tensor *x, const tensor *h, err *
 /* out f64 [m] = x_i H x_i^T for each row of x f32 [m,k]; h f32 [k,k] symmetric */
 err_code op_matmul(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 /* y f32 [m,n] = a f32 [m,k] * b f32 [k,n]; for the search, not for the forward pass */
+err_code op_product(device *d, tensor *y, float alpha, const tensor *a, const tensor *b, bool add,
+                    err *e);
+/* y (+)= alpha a b as above, but f32 arithmetic wherever op_matmul takes less; y overlaps neither.
+ * The CPU only. */
 
 /* ---- sampling, where a device does it itself ---- */
 /* How one row is drawn from. What is done, and in which order, is defined by runtime/sampler.h. */
@@ -159,6 +163,10 @@ typedef struct op_table {
     err_code (*gram_finish)(device *, tensor *, err *);
     err_code (*quad)(device *, tensor *, const tensor *, const tensor *, err *);
     err_code (*matmul)(device *, tensor *, const tensor *, const tensor *, err *);
+    err_code (*cross)(device *, tensor *, const tensor *, const tensor *,
+                      err *); /* NULL: the one of `search` */
+    err_code (*product)(device *, tensor *, float, const tensor *, const tensor *, bool,
+                        err *); /* NULL: not here */
     /* NULL: the ops in turn */
     err_code (*norm_gemm_w4)(device *, tensor *, tensor *, const tensor *, const tensor *, float,
                              const w4_weight *, bool, err *);

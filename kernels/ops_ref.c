@@ -29,6 +29,7 @@ void ops_init_ref(op_table *t)
         .gram_finish = gram_finish_ref,
         .quad = quad_ref,
         .matmul = matmul_ref,
+        .product = product_ref,
         .scratch_bytes = scratch_bytes_ref,
         .search = &search_ops_ref,
     };

@@ -1,4 +1,4 @@
-/* gram, quad and matmul on AMX tiles (amx.h): both sides f32, three tile products each. */
+/* gram, cross, quad and matmul on AMX tiles (amx.h): both sides f32, three tile products each. */
 #include "kernels/amx.h"
 #include "kernels/cpu.h"
 
@@ -6,15 +6,15 @@
 #define SIDE_G      128 /* side of a work item's square of h */
 #define COLS        512 /* columns of b (of h) packed at a time */
 #define ROWS        128 /* rows of a (of x) of a work item */
-#define BLOCK_STEPS 8
+#define BLOCK_STEPS 6
 
 typedef struct {
     device *d;
-    const float *a, *b; /* a [m,k]; b [k, columns] at its first column, k from k0 on */
-    int64_t m, k, lda, ldb;
-    int64_t cols, steps; /* of b as packed: COLS at most, and its k in steps */
-    int64_t twice_from;  /* inputs from here on count twice (quad) */
-    uint8_t *pa, *pb;    /* panels */
+    const float *a, *b;        /* a [m,k]; b [k, columns] at its first column, k from k0 on */
+    int64_t m, n, k, lda, ldb; /* n: of gram and cross */
+    int64_t cols, steps;       /* of b as packed: COLS at most, and its k in steps */
+    int64_t twice_from;        /* inputs from here on count twice (quad) */
+    uint8_t *pa, *pb;          /* panels */
     float *y;
     int64_t ldy;
     double *out;
@@ -157,40 +157,42 @@ err_code quad_amx(device *d, tensor *out, const tensor *x, const tensor *h, err 
     return OK;
 }
 
-/* ---- gram ---- */
+/* ---- gram, cross ---- */
 
-/* One tile column of x as both panels: the A tile is the B tile with its pairs transposed. */
-static void pack_gram_item(void *ctx, int64_t column, int worker)
+/* One tile column of x as the B panel and, where there is room for it, the A panel: an A tile is
+ * the B tile with its pairs transposed. */
+static void pack_x_item(void *ctx, int64_t column, int worker)
 {
     const product_ctx *c = ctx;
-    const int64_t c0 = column * AMX_TILE, left = c->m - c0,
+    const int64_t c0 = column * AMX_TILE, left = c->cols - c0,
                   cols = left < AMX_TILE ? left : AMX_TILE;
     const int64_t at = column * c->steps * AMX_PARTS * AMX_BYTES;
     (void)worker;
     for (int64_t s = 0; s < c->steps; s++) {
         __m512i hi[16], lo[16];
-        uint8_t *a = c->pa + at + s * AMX_PARTS * AMX_BYTES,
-                *b = c->pb + at + s * AMX_PARTS * AMX_BYTES;
+        uint8_t *a = c->pa ? c->pa + at + s * AMX_PARTS * AMX_BYTES : NULL,
+                *b = c->pb ? c->pb + at + s * AMX_PARTS * AMX_BYTES : NULL;
         amx_pack_b_cols(hi, lo, c->b + s * AMX_STEP * c->ldb + c0, c->ldb, cols,
                         c->k - s * AMX_STEP, 1.0f);
-        amx_store_rows(b, hi);
-        amx_store_rows(b + AMX_BYTES, lo);
-        amx_transpose(hi);
-        amx_transpose(lo);
-        amx_store_rows(a, hi);
-        amx_store_rows(a + AMX_BYTES, lo);
+        if (b) {
+            amx_store_rows(b, hi);
+            amx_store_rows(b + AMX_BYTES, lo);
+        }
+        if (a) {
+            amx_transpose(hi);
+            amx_transpose(lo);
+            amx_store_rows(a, hi);
+            amx_store_rows(a + AMX_BYTES, lo);
+        }
     }
 }
 
-static void gram_item(void *ctx, int64_t item, int worker)
+/* y's square i, j of SIDE_G += the columns of A's panel there by those of B's. */
+static void add_square(const product_ctx *c, int64_t i, int64_t j0, int worker)
 {
-    const product_ctx *c = ctx;
     const int64_t pitch = c->steps * AMX_PARTS * AMX_BYTES, tiles = SIDE_G / AMX_TILE;
-    int64_t i = 0;
-    while ((i + 1) * (i + 2) / 2 <= item) i++;
-    const int64_t j0 = item - i * (i + 1) / 2;
     const int64_t rows = c->m - i * SIDE_G < SIDE_G ? c->m - i * SIDE_G : SIDE_G;
-    const int64_t cols = c->m - j0 * SIDE_G < SIDE_G ? c->m - j0 * SIDE_G : SIDE_G;
+    const int64_t cols = c->n - j0 * SIDE_G < SIDE_G ? c->n - j0 * SIDE_G : SIDE_G;
     amx_job j = {.c = dev_worker(c->d, worker),
                  .rows = amx_up(rows, 64) / AMX_TILE,
                  .columns = (cols + 15) / AMX_TILE,
@@ -216,6 +218,24 @@ static void gram_item(void *ctx, int64_t item, int worker)
     }
 }
 
+/* Squares of the lower triangle, row by row of squares. */
+static void gram_item(void *ctx, int64_t item, int worker)
+{
+    int64_t i = 0;
+    while ((i + 1) * (i + 2) / 2 <= item) i++;
+    add_square(ctx, i, item - i * (i + 1) / 2, worker);
+}
+
+/* Squares in strips of four columns, so that what the last ones read is still near. */
+static void cross_item(void *ctx, int64_t item, int worker)
+{
+    const product_ctx *c = ctx;
+    const int64_t down = (c->m + SIDE_G - 1) / SIDE_G, strip = item / (4 * down) * 4,
+                  across = (c->n + SIDE_G - 1) / SIDE_G - strip, wide = across < 4 ? across : 4,
+                  in = item - strip * down;
+    add_square(c, in / wide, strip + in % wide, worker);
+}
+
 /* Both panels, with room for whole squares: their last one may reach beyond k. */
 static size_t gram_scratch(int64_t m, int64_t k)
 {
@@ -226,7 +246,8 @@ static size_t gram_scratch(int64_t m, int64_t k)
 err_code gram_amx(device *d, tensor *h, const tensor *x, err *e)
 {
     const int64_t m = x->shape[0], k = x->shape[1], side = (k + SIDE_G - 1) / SIDE_G;
-    product_ctx c = {.d = d, .m = k, .ldb = x->stride[0], .y = h->data, .ldy = h->stride[0]};
+    product_ctx c = {
+        .d = d, .m = k, .n = k, .cols = k, .ldb = x->stride[0], .y = h->data, .ldy = h->stride[0]};
     void *p;
     TRY(dev_scratch(d, &p, gram_scratch(m, k), "op_gram", e));
     for (int64_t r = 0; r < m; r += ROWS_G) {
@@ -235,8 +256,35 @@ err_code gram_amx(device *d, tensor *h, const tensor *x, err *e)
         c.b = (const float *)x->data + r * x->stride[0];
         c.pa = p;
         c.pb = c.pa + amx_up(k, 64) * c.steps * 128;
-        pool_run(d->workers, pack_gram_item, &c, (k + 15) / AMX_TILE);
+        pool_run(d->workers, pack_x_item, &c, (k + 15) / AMX_TILE);
         pool_run(d->workers, gram_item, &c, side * (side + 1) / 2);
+    }
+    return OK;
+}
+
+err_code cross_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
+{
+    const int64_t rows = a->shape[0], m = a->shape[1], n = b->shape[1];
+    product_ctx c = {.d = d, .m = m, .n = n, .y = y->data, .ldy = y->stride[0]};
+    void *p;
+    TRY(dev_scratch(d, &p, gram_scratch(rows, m > n ? m : n), "op_cross", e));
+    for (int64_t r = 0; r < rows; r += ROWS_G) {
+        c.k = rows - r < ROWS_G ? rows - r : ROWS_G;
+        c.steps = (c.k + AMX_STEP - 1) / AMX_STEP;
+        product_ctx side = c;
+        side.cols = m;
+        side.ldb = a->stride[0];
+        side.b = (const float *)a->data + r * side.ldb;
+        side.pa = c.pa = p;
+        pool_run(d->workers, pack_x_item, &side, (m + 15) / AMX_TILE);
+        side.cols = n;
+        side.ldb = b->stride[0];
+        side.b = (const float *)b->data + r * side.ldb;
+        side.pa = NULL;
+        side.pb = c.pb = c.pa + amx_up(m, 64) * c.steps * 128;
+        pool_run(d->workers, pack_x_item, &side, (n + 15) / AMX_TILE);
+        pool_run(d->workers, cross_item, &c,
+                 (m + SIDE_G - 1) / SIDE_G * ((n + SIDE_G - 1) / SIDE_G));
     }
     return OK;
 }

@@ -1,6 +1,6 @@
 /* gram, quad and matmul as products of rows (gemm_block), which wants k along the rows of both
  * sides: x and b are transposed into shared scratch first, which costs one pass beside k of
- * arithmetic. */
+ * arithmetic. cross turns one side and takes the f32 product. */
 #include "kernels/cpu_gemm.h"
 #include "kernels/cpu_ops.h"
 #include "kernels/vec.h"
@@ -87,6 +87,22 @@ err_code CPU_FN(gram_cpu)(device *d, tensor *h, const tensor *x, err *e)
                          d,
                          NULL};
         pool_run(d->workers, gram_item, &c, side * (side + 1) / 2);
+    }
+    return OK;
+}
+
+/* a's rows of a part turned, then the f32 product. */
+err_code CPU_FN(cross_cpu)(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
+{
+    const int64_t m = a->shape[0], n = a->shape[1];
+    void *p;
+    TRY(dev_scratch(d, &p, (size_t)n * (size_t)(m < PART ? m : PART) * sizeof(float), "op_cross",
+                    e));
+    for (int64_t r = 0; r < m; r += PART) {
+        const int64_t rows = m - r < PART ? m - r : PART;
+        transpose(d, p, rows, (const float *)a->data + r * a->stride[0], a->stride[0], rows, n);
+        const tensor turned = tensor_2d(p, DT_F32, n, rows), part = tensor_rows(b, r, rows);
+        TRY(CPU_FN(product_f32)(d, y, 1.f, &turned, &part, true, e));
     }
     return OK;
 }

@@ -45,5 +45,7 @@ err_code gram_ref(device *d, tensor *h, const tensor *x, err *e);
 err_code gram_finish_ref(device *d, tensor *h, err *e);
 err_code quad_ref(device *d, tensor *out, const tensor *x, const tensor *h, err *e);
 err_code matmul_ref(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
+err_code product_ref(device *d, tensor *y, float alpha, const tensor *a, const tensor *b, bool add,
+                     err *e);
 
 #endif

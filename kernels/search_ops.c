@@ -67,7 +67,8 @@ err_code op_cross(device *d, tensor *y, const tensor *a, const tensor *b, err *e
     TRY(check_tensor(d, b, "op_cross: b", d->act, 2, SHAPE(a->shape[0], -1), e));
     TRY(check_tensor(d, y, "op_cross: y", DT_F32, 2, SHAPE(a->shape[1], b->shape[1]), e));
     TRY(check_contiguous(y, "op_cross: y", e));
-    return tensor_count(a) ? d->ops.search->cross(d, y, a, b, e) : OK;
+    if (!tensor_count(a) || !tensor_count(b)) return OK;
+    return d->ops.cross ? d->ops.cross(d, y, a, b, e) : d->ops.search->cross(d, y, a, b, e);
 }
 
 err_code op_diagonal(device *d, tensor *out, const tensor *h, err *e)

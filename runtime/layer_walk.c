@@ -517,7 +517,9 @@ err_code layer_walk_run(layer_walk *w, bool keep, tap_fn tap, void *tap_ctx, con
         const int32_t n = w->windows - at < w->per_pass ? w->windows - at : w->per_pass;
         TRY(job_check(p->j, e));
         TRY(run_pass(w, at, n, keep, tap, tap_ctx, e));
-        job_step(p->j, p->stage, "window", p->base + at + n, p->total);
+        if (!p->stage) continue;
+        job_step(p->j, p->stage, "window",
+                 p->base + (p->each > 0 ? (int64_t)(p->each * (at + n)) : at + n), p->total);
     }
     return layer_walk_settle(w, e);
 }

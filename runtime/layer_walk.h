@@ -61,11 +61,12 @@ int32_t layer_walk_windows_per_pass(const layer_walk *w);
 err_code layer_walk_bind(layer_walk *w, int32_t layer, err *e);
 const block *layer_walk_block(const layer_walk *w);
 
-/* Progress of a run within the whole job: base..base+windows of total. */
+/* Progress of a run within the whole job: base..base+windows*each of total. */
 typedef struct {
     const job *j;
-    const char *stage;
+    const char *stage; /* NULL: none is told */
     int64_t base, total;
+    double each; /* 0: 1 */
 } walk_progress;
 
 /* All windows through the bound block, in order; the states become its output unless `keep`. */

@@ -29,11 +29,13 @@ static const struct {
     [TOL_KV] = {"kv", 1.01, 1.01},         /* of one code step (or f16 step): ties may fall apart */
     [TOL_ATTN] = {"attn", 4 * U, 0x1p-14}, /* of max|v| (1 + |score|): see kcases_attn.c */
     [TOL_NLL] = {"nll", 16 * U, 16 * U},   /* of max|logit| + 1 */
-    [TOL_ABSSUM] = {"abssum", 0x1p-40, 0x1p-40}, /* sums in double on both sides */
-    [TOL_GRAM] = {"gram", 16 * U, 0x1p-15},      /* of sum |x_i||x_j|; depth 512/16 */
-    [TOL_QUAD] = {"quad", 42 * U, 0x1p-15},      /* of sum |x||H||x| */
-    [TOL_MATMUL] = {"matmul", 42 * U, 0x1p-15},  /* of sum |a||b| */
-    [TOL_W4] = {"w4", 0x1p-6, 0x1p-6},           /* tighter: test_gemm_w4.c */
+    [TOL_ABSSUM] = {"abssum", 0x1p-40, 0x1p-40},   /* sums in double on both sides */
+    [TOL_GRAM] = {"gram", 16 * U, 0x1p-15},        /* of sum |x_i||x_j|; depth 512/16 */
+    [TOL_QUAD] = {"quad", 42 * U, 0x1p-15},        /* of sum |x||H||x| */
+    [TOL_MATMUL] = {"matmul", 42 * U, 0x1p-15},    /* of sum |a||b| */
+    [TOL_CROSS] = {"cross", 262 * U, 0x1p-15},     /* as product, as gram; + |y| */
+    [TOL_PRODUCT] = {"product", 262 * U, 262 * U}, /* chains of 256; of sum |a||b| + |y| */
+    [TOL_W4] = {"w4", 0x1p-6, 0x1p-6},             /* tighter: test_gemm_w4.c */
 };
 
 double kc_tolerance(tol_row row, const char *isa)

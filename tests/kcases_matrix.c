@@ -1,5 +1,5 @@
-/* Cases of the matrix products: gemm, gram, quad, matmul. Magnitudes that errors scale with come
- * from the reference itself, run on absolute values. */
+/* Cases of the matrix products: gemm, gram, cross, quad, matmul, product. Magnitudes that errors
+ * scale with come from the reference itself, run on absolute values. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,6 +7,7 @@
 
 #include "base/mem.h"
 #include "kcheck.h"
+#include "kernels/search_ops.h"
 
 typedef struct {
     kbuf x, w, bias;
@@ -224,6 +225,45 @@ static void gram_case(kcheck *c, int64_t m, int64_t k, int64_t pad, bool timed)
     kb_free(&a.x);
 }
 
+/* ---- cross ---- */
+
+static err_code run_cross(device *d, void *arg, kbuf *out, err *e)
+{
+    const gemm_arg *a = arg;
+    const int64_t m = a->x.t.shape[1], n = a->w.t.shape[1];
+    TRY(reserve(d, a->x.t.shape[0], m > n ? m : n, m > n ? m : n, e));
+    return op_cross(d, &out[0].t, &a->x.t, &a->w.t, e);
+}
+
+/* y [n,k] += a^T b over m rows. */
+static void cross_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, bool timed)
+{
+    err e;
+    gemm_arg a = {.x = kb_2d(DT_F32, m, n, pad), .w = kb_2d(DT_F32, m, k, pad)};
+    kc_fill_wild(c, &a.x, 1);
+    kc_fill(c, &a.w, 1);
+    kcase q = {.op = "cross", .run = run_cross, .arg = &a, .outs = 1, .tol = {TOL_CROSS}};
+    snprintf(q.label, sizeof q.label, "m %d n %d k %d", (int)m, (int)n, (int)k);
+    q.out[0] = kb_2d(DT_F32, n, k, 0);
+    kc_fill(c, &q.out[0], 1);
+    q.flops = timed ? 2.0 * (double)m * (double)n * (double)k : 0;
+    q.bytes = timed ? 4.0 * (double)(m * n + m * k) + 8.0 * (double)(n * k) : 0;
+    float *mag = NULL;
+    if (!c->bench) {
+        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
+        kbuf out = kb_abs(&q.out[0]);
+        if (run_cross(c->ref, &b, &out, &e) != OK) kc_fail(c, "cross: %s", e.msg);
+        kb_free(&b.x);
+        kb_free(&b.w);
+        q.mag[0] = mag = take_floats(&out);
+    }
+    kc_case(c, &q);
+    mem_free(mag);
+    kb_free(&q.out[0]);
+    kb_free(&a.x);
+    kb_free(&a.w);
+}
+
 /* ---- quad ---- */
 
 static err_code run_quad(device *d, void *arg, kbuf *out, err *e)
@@ -302,6 +342,56 @@ static void matmul_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad,
     kb_free(&a.w);
 }
 
+/* ---- product ---- */
+
+enum { ADDED = 7 }; /* what y holds where it is added to */
+
+static err_code run_product(device *d, void *arg, kbuf *out, err *e)
+{
+    const gemm_arg *a = arg;
+    for (int64_t i = 0; a->add && i < out[0].t.shape[0]; i++)
+        for (int64_t j = 0; j < out[0].t.shape[1]; j++) kb_set(&out[0], i, j, ADDED);
+    return op_product(d, &out[0].t, a->add ? -0.5f : 1.f, &a->x.t, &a->w.t, a->add, e);
+}
+
+static err_code run_magnitude(device *d, const gemm_arg *a, kbuf *out, err *e)
+{
+    const float from = (float)ADDED;
+    for (int64_t i = 0; i < out->t.shape[0]; i++)
+        for (int64_t j = 0; j < out->t.shape[1]; j++) kb_set(out, i, j, from);
+    return op_product(d, &out->t, 1.f, &a->x.t, &a->w.t, true, e);
+}
+
+static void product_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, bool add,
+                         bool timed)
+{
+    err e;
+    gemm_arg a = {
+        .x = kb_2d(DT_F32, m, k, pad), .w = kb_2d(DT_F32, k, n, pad), .add = add && !timed};
+    kc_fill_wild(c, &a.x, 1);
+    kc_fill(c, &a.w, 1);
+    kcase q = {.op = "product", .run = run_product, .arg = &a, .outs = 1, .tol = {TOL_PRODUCT}};
+    snprintf(q.label, sizeof q.label, "m %d n %d k %d%s", (int)m, (int)n, (int)k,
+             add ? " added" : "");
+    q.out[0] = kb_2d(DT_F32, m, n, pad);
+    q.flops = timed ? 2.0 * (double)m * (double)n * (double)k : 0;
+    q.bytes = timed ? 4.0 * (double)(m * k + k * n + m * n) : 0;
+    float *mag = NULL;
+    if (!c->bench) {
+        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
+        kbuf out = kb_clone(&q.out[0]);
+        if (run_magnitude(c->ref, &b, &out, &e) != OK) kc_fail(c, "product: %s", e.msg);
+        kb_free(&b.x);
+        kb_free(&b.w);
+        q.mag[0] = mag = take_floats(&out);
+    }
+    kc_case(c, &q);
+    mem_free(mag);
+    kb_free(&q.out[0]);
+    kb_free(&a.x);
+    kb_free(&a.w);
+}
+
 void kcases_matrix(kcheck *c)
 {
     static const int64_t edge[] = {1, 2, 5, 11, 15, 16, 17, 31, 33, 64, 100, 129};
@@ -311,19 +401,27 @@ void kcases_matrix(kcheck *c)
         const int64_t m = edge[(i * 5 + 2) % ne], k = edge[i], n = edge[(i * 7 + 3) % ne],
                       pad = i % 4;
         if (kc_wants(c, "gram")) gram_case(c, m, k, pad, false);
+        if (kc_wants(c, "cross")) cross_case(c, m, n, k, pad, false);
         if (kc_wants(c, "quad")) quad_case(c, m, k, pad, false);
         if (kc_wants(c, "matmul")) matmul_case(c, m, n, k, pad, false);
+        if (kc_wants(c, "product")) product_case(c, m, n, k, pad, i % 2, false);
     }
     if (kc_wants(c, "gram")) gram_case(c, 700, 300, 0, false);
     if (kc_wants(c, "gram")) gram_case(c, 33, 520, 0, false);
+    if (kc_wants(c, "cross")) cross_case(c, 600, 300, 700, 1, false);
     if (kc_wants(c, "quad")) quad_case(c, 300, 333, 1, false);
     if (kc_wants(c, "quad")) quad_case(c, 17, 600, 0, false);
     if (kc_wants(c, "matmul")) matmul_case(c, 270, 300, 550, 1, false);
+    if (kc_wants(c, "product")) product_case(c, 270, 600, 550, 1, true, false);
     if (!c->bench) return;
     if (kc_wants(c, "gram")) gram_case(c, 512, 512, 0, true);
     if (kc_wants(c, "gram")) gram_case(c, 512, 2048, 0, true);
     if (kc_wants(c, "gram")) gram_case(c, 512, 5632, 0, true);
+    if (kc_wants(c, "cross")) cross_case(c, 512, 2048, 2048, 0, true);
     if (kc_wants(c, "quad")) quad_case(c, 512, 512, 0, true);
     if (kc_wants(c, "quad")) quad_case(c, 2048, 2048, 0, true);
     if (kc_wants(c, "matmul")) matmul_case(c, 1024, 1024, 1024, 0, true);
+    if (kc_wants(c, "matmul")) matmul_case(c, 1024, 128, 8192, 0, true);
+    if (kc_wants(c, "product")) product_case(c, 1024, 2048, 2048, 0, false, true);
+    if (kc_wants(c, "product")) product_case(c, 1024, 256, 8192, 0, false, true);
 }

@@ -22,7 +22,7 @@ typedef struct {
     device *ref;
     kvariant variant[4];
     int variants;
-    const char *only; /* op name, or NULL for all */
+    const char *only; /* op names, or NULL for all */
     bool bench, slow;
     int threads; /* of --bench: 2, or 1: then the thread's CPU time counts, which other load
                     disturbs less */
@@ -61,6 +61,8 @@ typedef enum { /* rows of the tolerance table in kcases.c */
                TOL_GRAM,
                TOL_QUAD,
                TOL_MATMUL,
+               TOL_CROSS,
+               TOL_PRODUCT,
                TOL_W4,
                TOL_COUNT
 } tol_row;
@@ -87,7 +89,7 @@ void kc_fail(kcheck *c, const char *fmt, ...) __attribute__((format(printf, 2, 3
 bool kc_wants(const kcheck *c, const char *op);
 
 void kcases_rows(kcheck *c);   /* embed, rmsnorm, add, glu, nll, absstat */
-void kcases_matrix(kcheck *c); /* gemm, gram, quad, matmul */
+void kcases_matrix(kcheck *c); /* gemm, gram, cross, quad, matmul, product */
 void kcases_attn(kcheck *c);   /* rope_kv, attn */
 
 #endif

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/factors.h"
 #include "awq/few.h"
 #include "awq/fold.h"
 #include "awq/measure.h"
@@ -629,6 +630,81 @@ START_TEST(module_loss_against_plain)
 }
 END_TEST
 
+/* ---- candidates by some of the rows ---- */
+
+enum { WIDE = 1024, K = 64 }; /* rows of gate and of up; their inputs */
+
+/* A block whose gate and up are tall, H of their input and its mean |x|, in channels of very
+ * different size. */
+static void open_tall(one_block *b, float *h, double *abssum)
+{
+    weights_mem *w = NULL;
+    uint32_t seed = 3;
+    err e;
+    *b = (one_block){.m = tiny_desc(), .o = {.group = 32, .loss = LOSS_GRAM}};
+    b->m.hidden = b->m.head_dim = b->m.rope_dims = K;
+    b->m.ffn = WIDE;
+    b->m.heads = b->m.kv_heads = 1;
+    MUST(weights_mem_open(&w, &b->m, &e));
+    MUST(weights_mem_random(w, 1, 0.1f, &e));
+    MUST(weights_mem_source(&b->src, &w, &e));
+    memset(h, 0, K * K * sizeof *h);
+    memset(abssum, 0, K * sizeof *abssum);
+    for (int r = 0; r < 4 * K; r++) {
+        double x[K];
+        for (int i = 0; i < K; i++) x[i] = next_value(&seed) * exp2(i % 7 - 3);
+        for (int i = 0; i < K; i++) abssum[i] += fabs(x[i]);
+        for (int i = 0; i < K * K; i++) h[i] += (float)(x[i / K] * x[i % K]);
+    }
+    b->stats = calib_shape(&b->m);
+    for (int i = 0; i < b->stats.n_taps; i++) {
+        b->stats.tap[i].count = 4 * K;
+        b->stats.tap[i].abssum = tensor_1d(abssum, DT_F64, K);
+    }
+    MUST(quant_scratch_init(&b->scratch, &b->m, true, &e));
+    MUST(arena_init(&b->mem, 2 * plan_factors_bytes(&b->m, false), "test", &e));
+    MUST(ops_reserve(
+        dev,
+        &(op_limits){
+            .rows = 4096, .k = WIDE, .n = WIDE, .heads = 1, .head_dim = K, .max_kv = 1, .seqs = 1},
+        &e));
+}
+
+/* Candidates' losses are the same taken together and alone, about a quarter over one row in four,
+ * and these find what all rows find. */
+START_TEST(thinned_candidates)
+{
+    one_block b;
+    float h[K * K], s[5 * K];
+    double abssum[K], loss[5], alone, part[5];
+    err e;
+    open_tall(&b, h, abssum);
+    quant_block q = as_quant_block(&b);
+    const linear_target target = {ROLE_GATE, {0}, tensor_2d(h, DT_F32, K, K)};
+    const smooth_group g = {ROLE_FFN_NORM, {ROLE_GATE, ROLE_UP}, 2};
+    q.target = &target;
+    for (int i = 0; i < 5 * K; i++) s[i] = (float)pow(abssum[i % K], i / K / 5.);
+    MUST(smooth_losses(&q, &g, s, 5, 1, loss, &e));
+    MUST(smooth_losses(&q, &g, s, 5, 4, part, &e));
+    for (int c = 0; c < 5; c++) {
+        MUST(smooth_losses(&q, &g, s + c * K, 1, 1, &alone, &e));
+        ck_assert(alone == loss[c]);
+        ck_assert_msg(near(4 * part[c], loss[c], 0.1), "%g of %g", part[c], loss[c]);
+    }
+    float *found[2];
+    for (int thin = 0; thin < 2; thin++) {
+        b.plan = plan_shape(&b.m, b.o.group);
+        MUST(factors_search(&q, &g, thin, &b.plan, &e));
+        found[thin] = plan_find_fold(&b.plan, ROLE_FFN_NORM)->s.data;
+        ck_assert_ptr_nonnull(found[thin]);
+    }
+    ck_assert_mem_eq(found[0], found[1], K * sizeof(float));
+    quant_scratch_free(&b.scratch);
+    arena_free(&b.mem);
+    weights_close(&b.src);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("awq_parts");
@@ -643,6 +719,7 @@ int main(void)
     tcase_add_test(t, few_tokens_fall_back);
     tcase_add_loop_test(t, statistics, 0, 2);
     tcase_add_loop_test(t, module_loss_against_plain, 0, 2);
+    tcase_add_test(t, thinned_candidates);
     suite_add_tcase(s, t);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
