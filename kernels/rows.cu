@@ -220,6 +220,7 @@ __device__ __forceinline__ void take_top(float *top, int32_t *id, float o, int32
 }
 
 #define NLL_THREADS 1024
+#define NLL_PARTS   8 /* blocks of a row where they can reach each other's memory */
 __device__ __forceinline__ float nll_sum(float v, float *part)
 {
     for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
@@ -230,29 +231,58 @@ __device__ __forceinline__ float nll_sum(float v, float *part)
     return v;
 }
 
-__global__ void __launch_bounds__(NLL_THREADS)
-    nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld, const int32_t *target,
-               int64_t v)
+/* The largest of some logits, its id, and what e to the others less it comes to. */
+typedef struct {
+    float top, sum;
+    int32_t id;
+} nll_part;
+
+/* To the memory of the cluster's first block. */
+__device__ __forceinline__ void nll_leave(nll_part *to, const nll_part &v)
+{
+#if __CUDA_ARCH__ >= 900
+    uint32_t at;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(at) : "r"(smem_addr(to)));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(v.top) : "memory");
+    asm volatile("st.shared::cluster.f32 [%0 + 4], %1;" ::"r"(at), "f"(v.sum) : "memory");
+    asm volatile("st.shared::cluster.s32 [%0 + 8], %1;" ::"r"(at), "r"(v.id) : "memory");
+#else
+    *to = v;
+#endif
+}
+__device__ __forceinline__ void cluster_arrive(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+/* Logits from..to of four and, with `rest`, those behind all fours. */
+__device__ __forceinline__ nll_part nll_of(const float *row, int64_t v, int64_t v4, int64_t from,
+                                           int64_t to, bool rest)
 {
     __shared__ float tops[32], part[32];
     __shared__ int32_t ids[32];
     const int lane = threadIdx.x & 31;
-    pdl_launch();
-    pdl_wait();
-    const float *row = logits + (int64_t)blockIdx.x * ld;
-    /* the order of the sum is that of all rows, not of the aligned ones */
-    const int64_t v4 = ((uintptr_t)logits | (uintptr_t)(ld * 4)) % 16 == 0 ? v / 4 : 0;
     float top = -INFINITY, sum = 0.f;
     int32_t id = 0;
 #pragma unroll 4
-    for (int64_t i = threadIdx.x; i < v4; i += NLL_THREADS) {
+    for (int64_t i = from + threadIdx.x; i < to; i += NLL_THREADS) {
         const float4 f = ((const float4 *)row)[i];
         if (f.x > top) top = f.x, id = (int32_t)(4 * i);
         if (f.y > top) top = f.y, id = (int32_t)(4 * i) + 1;
         if (f.z > top) top = f.z, id = (int32_t)(4 * i) + 2;
         if (f.w > top) top = f.w, id = (int32_t)(4 * i) + 3;
     }
-    for (int64_t i = 4 * v4 + threadIdx.x; i < v; i += NLL_THREADS)
+    for (int64_t i = 4 * v4 + threadIdx.x; rest && i < v; i += NLL_THREADS)
         take_top(&top, &id, row[i], (int32_t)i);
     for (int s = 16; s; s >>= 1)
         take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
@@ -261,17 +291,46 @@ __global__ void __launch_bounds__(NLL_THREADS)
     top = tops[lane], id = ids[lane];
     for (int s = 16; s; s >>= 1)
         take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
+    const float base = top == -INFINITY ? 0.f : top;
 #pragma unroll 4
-    for (int64_t i = threadIdx.x; i < v4; i += NLL_THREADS) {
+    for (int64_t i = from + threadIdx.x; i < to; i += NLL_THREADS) {
         const float4 f = ((const float4 *)row)[i];
-        sum += __expf(f.x - top) + __expf(f.y - top) + __expf(f.z - top) + __expf(f.w - top);
+        sum += __expf(f.x - base) + __expf(f.y - base) + __expf(f.z - base) + __expf(f.w - base);
     }
-    for (int64_t i = 4 * v4 + threadIdx.x; i < v; i += NLL_THREADS) sum += __expf(row[i] - top);
-    sum = nll_sum(sum, part);
-    if (threadIdx.x == 0) {
-        nll[blockIdx.x] = top + logf(sum) - row[target[blockIdx.x]];
-        if (best) best[blockIdx.x] = id;
-    }
+    for (int64_t i = 4 * v4 + threadIdx.x; rest && i < v; i += NLL_THREADS)
+        sum += __expf(row[i] - base);
+    const nll_part p = {top, nll_sum(sum, part), id};
+    return p;
+}
+
+/* A row by `parts` blocks, a cluster; their sums are added in their order. */
+__global__ void __launch_bounds__(NLL_THREADS)
+    nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld, const int32_t *target,
+               int64_t v, int parts)
+{
+    __shared__ nll_part all[NLL_PARTS];
+    const int rank = blockIdx.x % parts, at = blockIdx.x / parts;
+    cluster_arrive();
+    pdl_launch();
+    pdl_wait();
+    const float *row = logits + (int64_t)at * ld;
+    /* the order of the sum is that of all rows, not of the aligned ones */
+    const int64_t v4 = ((uintptr_t)logits | (uintptr_t)(ld * 4)) % 16 == 0 ? v / 4 : 0;
+    const nll_part p = nll_of(row, v, v4, v4 * rank / parts, v4 * (rank + 1) / parts,
+                              rank == parts - 1);
+    cluster_wait(); /* the first block is there */
+    if (threadIdx.x == 0) nll_leave(&all[rank], p);
+    cluster_arrive();
+    cluster_wait();
+    if (rank || threadIdx.x) return;
+    float top = -INFINITY, sum = 0.f;
+    int32_t id = 0;
+    for (int i = 0; i < parts; i++)
+        if (all[i].top > top) top = all[i].top, id = all[i].id;
+    for (int i = 0; i < parts; i++)
+        sum += all[i].top == top ? all[i].sum : all[i].sum * __expf(all[i].top - top);
+    nll[at] = top + logf(sum) - row[target[at]];
+    if (best) best[at] = id;
 }
 
 /* 32 channels a block; warp w takes rows w, w + 32, .., whose sums are added in order of the
@@ -408,10 +467,27 @@ err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, er
 err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
                   const tensor *target, err *e)
 {
-    return cuda_launch(d, "nll", nll_kernel, dim3((unsigned)logits->shape[0]), dim3(NLL_THREADS), 0,
-                       e, (float *)nll->data, argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
-                       (const float *)logits->data, logits->stride[0],
-                       (const int32_t *)target->data, logits->shape[1]);
+    const bool cluster = cuda_of(d)->sm >= 90;
+    const int parts = cluster ? NLL_PARTS : 1;
+    cudaLaunchConfig_t cfg = {};
+    cudaLaunchAttribute attr[2];
+    TRY(cuda_pass_flush(d, e));
+    cfg.gridDim = dim3((unsigned)(logits->shape[0] * parts));
+    cfg.blockDim = dim3(NLL_THREADS);
+    cfg.stream = cuda_of(d)->stream;
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    attr[1].id = cudaLaunchAttributeClusterDimension;
+    attr[1].val.clusterDim.x = (unsigned)parts;
+    attr[1].val.clusterDim.y = attr[1].val.clusterDim.z = 1;
+    cfg.attrs = attr;
+    cfg.numAttrs = cluster ? 2 : 0;
+    return cuda_launched(d, "nll",
+                         cudaLaunchKernelEx(&cfg, nll_kernel, (float *)nll->data,
+                                            argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
+                                            (const float *)logits->data, logits->stride[0],
+                                            (const int32_t *)target->data, logits->shape[1], parts),
+                         e);
 }
 
 err_code absstat_cuda(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)
