@@ -697,10 +697,16 @@ static float *by_reference(const stack *s, int32_t held, uint64_t seed)
     return out;
 }
 
-/* Scores are steep here and make much of any rounding: the pass may be off the reference by what
- * its ops are, one by one, and little more. In few bits a code of the newest token may round to
- * its neighbour. */
-static void stack_case(const attn_shape *a, int32_t held, double more)
+/* How far off the reference a recorded pass may be. At 16 bits of cache 1.0e-3 at most was
+ * measured; where there is no pass it is the same ops again. In few bits a code of the newest token
+ * may round to its neighbour, and scores are steep here: the ops one by one are off as much, the
+ * pass by up to 1.2 times what they are. */
+static double most_off(kv_format f, double by_ops)
+{
+    return f == KV_16 ? fmax(1.5e-3, by_ops) : 1.25 * by_ops + 2e-3;
+}
+
+static void stack_case(const attn_shape *a, int32_t held)
 {
     stack s;
     dev_graph *work;
@@ -731,8 +737,8 @@ static void stack_case(const attn_shape *a, int32_t held, double more)
         float *got = download(&s.x, what);
         const double off = distance(got, want, HIDDEN), by_ops = distance(ops, want, HIDDEN);
         if (i == 0) printf("%s: %.2g off the reference, its ops %.2g\n", what, off, by_ops);
-        ck_assert_msg(off <= 2 * by_ops + more, "%s: %.3g off the reference, its ops %.3g", what,
-                      off, by_ops);
+        ck_assert_msg(off <= most_off(a->format, by_ops),
+                      "%s: %.3g off the reference, its ops %.3g", what, off, by_ops);
         for (int j = 0; first && j < HIDDEN; j++)
             ck_assert_msg(got[j] == first[j], "%s: runs differ at %d", what, j);
         if (first)
@@ -754,15 +760,14 @@ START_TEST(recorded_pass)
                                         {18, 2, 64, 32, 50, KV_16, true},
                                         {4, 2, 96, 64, 0, KV_16, false}};
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
-    static const double tol[] = {2e-3, 2e-2, 5e-2};
     limits(1024, 2048, 4096);
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i += few ? 2 : 1) {
         for (int f = 0; f < 3; f++) {
             attn_shape a = shapes[i];
             a.format = formats[f];
-            if (!few) stack_case(&a, 1, tol[f]);
-            if (!few) stack_case(&a, 130, tol[f]);
-            stack_case(&a, 350, tol[f]);
+            if (!few) stack_case(&a, 1);
+            if (!few) stack_case(&a, 130);
+            stack_case(&a, 350);
         }
     }
 }
