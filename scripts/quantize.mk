@@ -10,7 +10,7 @@
 #   METHOD     rtn, lmdeploy, awq, gptq or best; rtn needs no calibration [best]
 #   DATA       calibration texts; without any the model writes its own
 #   DATASET    how the rows of DATA are joined: wikitext2 ptb c4 pileval
-#   SAMPLES    calibration windows                                    [128]
+#   SAMPLES    calibration windows; best gains from several hundred   [128]
 #   SEQLEN     tokens of a window                                     [512]
 #   PICK       windows from random places, or from the first on       [random]
 #   SEED       of every random choice                                 [0]
