@@ -82,7 +82,7 @@ err_code quant_scratch_init(quant_scratch *s, const model_desc *m, bool searches
     return arena_get(&s->mem, (void **)&s->row, (size_t)s->batch_rows * sizeof(double), e);
 }
 
-int64_t batch_tiles(const quant_scratch *s, int64_t rows, int64_t k)
+int64_t quant_batch(const quant_scratch *s, int64_t rows, int64_t k)
 {
     return most(1, least(s->batch / (rows * k), s->batch_rows / rows));
 }

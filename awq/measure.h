@@ -37,7 +37,7 @@ void quant_scratch_free(quant_scratch *s);
 int64_t tile_rows(const quant_scratch *s, int64_t k);
 /* How many tiles of `rows` rows the scratch's x and row have room for: candidates whose losses are
  * taken together. */
-int64_t batch_tiles(const quant_scratch *s, int64_t rows, int64_t k);
+int64_t quant_batch(const quant_scratch *s, int64_t rows, int64_t k);
 
 /* sum over the rows of e [n,k] of e_i H e_i^T, in row order. */
 err_code moment_loss(const quant_block *b, const tensor *err_rows, const second_moment *h,

@@ -158,7 +158,7 @@ static err_code add_losses(const quant_block *b, const tensor *w, const float *s
 {
     const int64_t rows = w->shape[0], k = w->shape[1];
     quant_scratch *q = b->scratch;
-    const int most = h->full.data ? (int)batch_tiles(q, rows, k) : 1;
+    const int most = h->full.data ? (int)quant_batch(q, rows, k) : 1;
     for (int at = 0; at < n; at += most) {
         const int count = n - at < most ? n - at : most;
         for (int c = 0; c < count; c++) {

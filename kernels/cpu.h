@@ -33,7 +33,7 @@ err_code attn_cpu_few_avx512(device *d, tensor *y, const tensor *q, const kv_lay
 err_code attn_amx(device *d, tensor *y, const tensor *q, const kv_layer *kv, const batch_rows *rows,
                   float scale, int32_t window, err *e);
 err_code gram_amx(device *d, tensor *h, const tensor *x, err *e);
-err_code cross_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
+err_code product_cross_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 err_code quad_amx(device *d, tensor *out, const tensor *x, const tensor *h, err *e);
 err_code matmul_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 

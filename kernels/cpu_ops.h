@@ -23,7 +23,7 @@ err_code CPU_FN(nll_cpu)(device *d, tensor *nll, tensor *argmax, const tensor *l
                          const tensor *target, err *e);
 err_code CPU_FN(absstat_cpu)(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e);
 err_code CPU_FN(gram_cpu)(device *d, tensor *h, const tensor *x, err *e);
-err_code CPU_FN(cross_cpu)(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
+err_code CPU_FN(product_cross)(device *d, tensor *y, const tensor *a, const tensor *b, err *e);
 err_code CPU_FN(gram_finish_cpu)(device *d, tensor *h, err *e);
 err_code CPU_FN(quad_cpu)(device *d, tensor *out, const tensor *x, const tensor *h, err *e);
 err_code CPU_FN(matmul_cpu)(device *d, tensor *y, const tensor *a, const tensor *b, err *e);

@@ -24,7 +24,7 @@ static void fill_amx(op_table *t)
     t->gemm = gemm_amx;
     t->attn = attn_amx;
     t->gram = gram_amx;
-    t->cross = cross_amx;
+    t->cross = product_cross_amx;
     t->quad = quad_amx;
     t->matmul = matmul_amx;
 }

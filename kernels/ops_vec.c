@@ -13,7 +13,7 @@ void CPU_FN(ops_fill)(op_table *t)
     t->nll = CPU_FN(nll_cpu);
     t->absstat = CPU_FN(absstat_cpu);
     t->gram = CPU_FN(gram_cpu);
-    t->cross = CPU_FN(cross_cpu);
+    t->cross = CPU_FN(product_cross);
     t->gram_finish = CPU_FN(gram_finish_cpu);
     t->quad = CPU_FN(quad_cpu);
     t->matmul = CPU_FN(matmul_cpu);

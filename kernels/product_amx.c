@@ -262,7 +262,7 @@ err_code gram_amx(device *d, tensor *h, const tensor *x, err *e)
     return OK;
 }
 
-err_code cross_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
+err_code product_cross_amx(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
 {
     const int64_t rows = a->shape[0], m = a->shape[1], n = b->shape[1];
     product_ctx c = {.d = d, .m = m, .n = n, .y = y->data, .ldy = y->stride[0]};

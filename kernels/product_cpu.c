@@ -92,7 +92,7 @@ err_code CPU_FN(gram_cpu)(device *d, tensor *h, const tensor *x, err *e)
 }
 
 /* a's rows of a part turned, then the f32 product. */
-err_code CPU_FN(cross_cpu)(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
+err_code CPU_FN(product_cross)(device *d, tensor *y, const tensor *a, const tensor *b, err *e)
 {
     const int64_t m = a->shape[0], n = a->shape[1];
     void *p;
