@@ -3,6 +3,7 @@
  * time. */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "awq/pack.h"
 #include "tests/support/awq_case.h"
@@ -43,6 +44,32 @@ static void same(const char *method, const search_summary *own, const search_sum
     }
 }
 
+static void stop_behind_first(void *ud, log_level level, const char *line)
+{
+    (void)level;
+    if (strncmp(line, "layer 0: loss", 13) == 0) atomic_store((atomic_bool *)ud, true);
+}
+
+/* A run of best that was stopped behind its first layer ends in the bytes of the plan that is
+ * there. */
+static void goes_on(bool on_device)
+{
+    atomic_bool stop = false;
+    const job j = {.log = stop_behind_first, .level = LOG_INFO, .ud = &stop, .stop = &stop};
+    search_opts o = options("best", NULL);
+    search_summary s;
+    size_t n;
+    err e;
+    char *want = bytes_of(plan_path, &n);
+    o.on_device = on_device;
+    ck_assert_int_eq(unlink(plan_path), 0);
+    ck_assert_int_eq(search_run(&s, dev, &o, &j, &e), E_CANCELED);
+    MUST(search_run(&s, dev, &o, NULL, &e));
+    ck_assert_int_eq(s.resumed, 1);
+    same_as(plan_path, want, n);
+    mem_free(want);
+}
+
 START_TEST(as_on_the_cpu)
 {
     const model_desc forms[] = {tiny_llama(), tiny_internlm2(), tiny_qwen2()};
@@ -55,6 +82,7 @@ START_TEST(as_on_the_cpu)
         same(method, &own, &host, 1e-4, 5e-3);
         ck_assert(own.after < own.before);
     }
+    if (_i == 0) goes_on(true);
 }
 END_TEST
 
@@ -127,6 +155,7 @@ START_TEST(on_a_gpu)
         same_as(plan_path, bytes, n);
         mem_free(bytes);
     }
+    goes_on(false);
     dev_close(&gpu);
     dev = cpu;
 }
