@@ -4,7 +4,8 @@
 #   ops        every CUDA op against the CPU's references (tests/test_cuda.c), and loading, drawing, the
 #              search's ops and those of deterministic devices (test_cuda_*.c)
 #   engine     the server's engine: the same answers alone, in batches, after preemption; and the search
-#   e2e        the bundled model: perplexity and greedy text, each cache format, GPU beside CPU
+#   e2e        the bundled model: perplexity, exact replies of dialogues after each other, and greedy text,
+#              each cache format, GPU beside CPU
 #   golden     log-probabilities and greedy ids of golden files, each cache format, token by token and
 #              twice (tests/test_golden.c): the bundled model, and those in TMF_SHARED (../shared)
 #   sanitizer  ops and loading again under compute-sanitizer, fewer shapes; the recorded pass is one of them
@@ -59,8 +60,8 @@ stage_golden() {
 # Under the sanitizer a kernel takes many times as long: one shape of each kind (--few).
 stage_sanitizer() {
     local each bad=0
-    for each in w4 norm attention rows pass; do
-        CK_RUN_CASE=$each timeout 90 compute-sanitizer --error-exitcode 9 --leak-check full \
+    for each in w4 'w4 tiles' norm attention 'prompt tails' rows pass; do
+        CK_RUN_CASE=$each timeout 70 compute-sanitizer --error-exitcode 9 --leak-check full \
             "$build/tests/test_cuda" --few || { echo "sanitizer: $each: exit $?"; bad=1; }
     done
     timeout 80 compute-sanitizer --error-exitcode 9 --leak-check full "$build/tests/test_cuda_load" ||
@@ -92,14 +93,29 @@ ids() { # DEVICE
         --max-new-tokens 24 --temperature 0 --json | grep -o '"ids":\[[0-9,]*\]'
 }
 
+# Exact replies of 120 dialogues after each other in one process: what an earlier one left in the
+# cache must not show. Questions of one turn are taken from the bundled dialogues.
+replies() { # DEVICE BITS
+    local from='s/^{"messages": \[\({"role": "user", "content": "[^"]*"}\), {"role": "assistant",'
+    from+=' "content": \("[^"]*"\)}\]}$/{"kind":"demo","messages":[\1],"answer":\2}/p'
+    sed -n "$from" $demo/eval.jsonl | head -n 120 >"$work.jsonl"
+    timeout 120 "$build/tools/tm-run" tasks $demo --device "$1" --data "$work.jsonl" \
+        --quant-policy "$2" --json | field all
+}
+
+# Whether A and B differ by no more than SHARE of A.
+close() { # A B SHARE
+    awk -v a="$1" -v b="$2" -v s="$3" 'BEGIN { exit !(a > 0 && b - a <= s * a && a - b <= s * a) }'
+}
+
 stage_e2e() {
-    local bits a b bad=0
-    printf '| cache | perplexity, CPU | GPU |\n|---|---:|---:|\n'
+    local bits a b c d bad=0
+    printf '| cache | perplexity, CPU | GPU | exact replies, CPU | GPU |\n|---|---:|---:|---:|---:|\n'
     for bits in 0 8 4; do
-        a=$(ppl cpu $bits) b=$(ppl cuda $bits)
-        echo "| $bits | $a | $b |"
-        awk -v a="$a" -v b="$b" 'BEGIN { exit !(a > 0 && b > 0 && a / b < 1.005 && b / a < 1.005) }' ||
-            { echo "perplexities differ by more than 0.5 %"; bad=1; }
+        a=$(ppl cpu $bits) b=$(ppl cuda $bits) c=$(replies cpu $bits) d=$(replies cuda $bits)
+        echo "| $bits | $a | $b | $c | $d |"
+        close "$a" "$b" 0.005 || { echo "perplexities differ by more than 0.5 %"; bad=1; }
+        close "$c" "$d" 0.05 || { echo "exact replies differ by more than 5 %"; bad=1; }
     done
     a=$(ids cpu) b=$(ids cuda)
     if [ -z "$a" ] || [ "$a" != "$b" ]; then
