@@ -23,7 +23,7 @@ static void look_at_layer(const calib_file *f, int32_t layer)
     }
     for (int i = 0; i < b.n_taps; i++) {
         const calib_tap *t = &b.tap[i];
-        need(t->k > 0 && t->g > 0 && t->k % t->g == 0 && t->count > 0);
+        need(t->k > 0 && t->g > 0 && t->k % t->g == 0 && t->count >= 0);
         need(tensor_count(&t->absmax) == t->k && tensor_count(&t->abssum) == t->k);
         need(tensor_count(&t->blocks) == t->k * t->g);
     }
