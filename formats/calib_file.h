@@ -21,7 +21,7 @@
 int32_t calib_block_size(int64_t k);
 
 typedef struct {
-    tensor_role tap; /* ROLE_QKV, ROLE_O, ROLE_GATE or ROLE_DOWN, as block_forward calls taps */
+    tensor_role tap;  /* ROLE_QKV, ROLE_O, ROLE_GATE or ROLE_DOWN, as block_forward calls taps */
     int64_t k, count; /* count: tokens seen, 0 where none came through */
     int32_t g;
     tensor absmax; /* f32 [k] */

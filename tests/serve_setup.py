@@ -179,12 +179,17 @@ def test_keys_that_show():
 def test_metrics_alias():
     def body(server, prefix, names):
         answers(server)
-        text = server.get("/metrics").text
-        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        stopped = prefix + 'request_success_total{model_name="demo",engine="0",finished_reason="stop"}'
+        for _ in range(100):  # a request is counted once all of its answer is sent: its reader may be faster
+            text = server.get("/metrics").text
+            lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+            if lines[stopped] != "0":
+                break
+            time.sleep(0.05)
         own, labels = {k: v for k, v in lines.items() if k.startswith("tm_")}, '{model_name="demo",engine="0"}'
         for alias, ours in names.items():
             expect(alias, lines[prefix + alias + labels], own["tm_" + ours])
-        expect("a reason", lines[prefix + 'request_success_total{model_name="demo",engine="0",finished_reason="stop"}'], "1")
+        expect("a reason", lines[stopped], "1")
         bucket = 'time_to_first_token_seconds_bucket{model_name="demo",engine="0",le="+Inf"}'
         expect("histogram", lines[prefix + bucket], own['tm_time_to_first_token_seconds_bucket{le="+Inf"}'])
         check("a share", float(lines[prefix + "gpu_cache_usage_perc" + labels]) <= 1)
