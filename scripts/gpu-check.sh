@@ -1,8 +1,8 @@
 #!/bin/bash
 # gpu-check.sh STAGE ...: checks and measures the CUDA backend on a machine with a GPU.
 #   build      configures and builds with CUDA for the GPU's own architecture (TMF_BUILD, build/gpu)
-#   ops        every CUDA op against the CPU's references (tests/test_cuda.c), and loading, drawing, the
-#              search's ops and those of deterministic devices (test_cuda_*.c)
+#   ops        every CUDA op against the CPU's references (tests/test_cuda.c, test_cuda_attn.c), and loading,
+#              drawing, the search's ops and those of deterministic devices (test_cuda_*.c)
 #   engine     the server's engine: the same answers alone, in batches, after preemption; and the search
 #   e2e        the bundled model: perplexity, exact replies of dialogues after each other, and greedy text,
 #              each cache format, GPU beside CPU
@@ -34,15 +34,14 @@ stage_build() {
     [ "$arch" != 90 ] || arch=90a
     cmake -S . -B "$build" -DWITH_CUDA=ON -DCUDA_ARCHS="$arch" &&
         cmake --build "$build" -j "$(nproc)" --target tm-run make_model test_cuda \
-            test_cuda_load test_cuda_fixed test_cuda_sample test_cuda_search test_engine test_awq_device \
-            test_golden bench_cuda
+            test_cuda_attn test_cuda_load test_cuda_fixed test_cuda_sample test_cuda_search \
+            test_engine test_awq_device test_golden bench_cuda
 }
 
 stage_ops() {
     local t
-    timeout 300 "$build/tests/test_cuda" || return 1
-    for t in load fixed sample search; do
-        timeout 50 "$build/tests/test_cuda_$t" || return 1
+    for t in '' _attn _load _fixed _sample _search; do
+        timeout 150 "$build/tests/test_cuda$t" || return 1
     done
 }
 
@@ -59,10 +58,12 @@ stage_golden() {
 
 # Under the sanitizer a kernel takes many times as long: one shape of each kind (--few).
 stage_sanitizer() {
-    local each bad=0
-    for each in w4 'w4 tiles' norm attention 'prompt tails' rows pass; do
-        CK_RUN_CASE=$each timeout 70 compute-sanitizer --error-exitcode 9 --leak-check full \
-            "$build/tests/test_cuda" --few || { echo "sanitizer: $each: exit $?"; bad=1; }
+    local each suite bad=0
+    for each in w4 'w4 tiles' norm rows _attn:attention '_attn:prompt tails' _attn:pass; do
+        suite=test_cuda
+        [ "$each" = "${each#*:}" ] || suite+=${each%%:*}
+        CK_RUN_CASE=${each#*:} timeout 70 compute-sanitizer --error-exitcode 9 --leak-check full \
+            "$build/tests/$suite" --few || { echo "sanitizer: $each: exit $?"; bad=1; }
     done
     timeout 80 compute-sanitizer --error-exitcode 9 --leak-check full "$build/tests/test_cuda_load" ||
         { echo "sanitizer: loading: exit $?"; bad=1; }
@@ -70,14 +71,16 @@ stage_sanitizer() {
 }
 
 stage_ptx() {
-    local sm
+    local sm t
     for sm in 75 80; do
         if command -v cmake >/dev/null; then
             cmake -S . -B "$build-ptx$sm" -DWITH_CUDA=ON -DCUDA_ARCHS="$sm-virtual" &&
-                cmake --build "$build-ptx$sm" -j "$(nproc)" --target test_cuda || return 1
+                cmake --build "$build-ptx$sm" -j "$(nproc)" --target test_cuda test_cuda_attn || return 1
         fi
         # There is nothing but PTX in it; CUDA_FORCE_PTX_JIT would ask the same of cuBLAS, which has none.
-        CUDA_CACHE_DISABLE=1 timeout 250 "$build-ptx$sm/tests/test_cuda" --sm $sm || return 1
+        for t in test_cuda test_cuda_attn; do
+            CUDA_CACHE_DISABLE=1 timeout 130 "$build-ptx$sm/tests/$t" --sm $sm || return 1
+        done
     done
 }
 
