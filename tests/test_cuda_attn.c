@@ -1,6 +1,6 @@
-/* Attention of a CUDA device and the decode pass recorded from its ops, against the CPU's references:
- * every cache format, guards behind outputs. Without a GPU, or in a build without CUDA, the cases are
- * skipped out loud. */
+/* Attention of a CUDA device and the decode pass recorded from its ops, against the CPU's
+ * references: every cache format, guards behind outputs. Without a GPU, or in a build without
+ * CUDA, the cases are skipped out loud. */
 #include "support/cuda_pair.h"
 
 /* ---- attention ---- */
