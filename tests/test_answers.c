@@ -9,6 +9,7 @@
 #include "runtime/score.h"
 #include "runtime/tasks.h"
 #include "support/alloc_fail.h"
+#include "support/suite.h"
 #include "support/tiny_weights.h"
 
 #define DEMO TMF_SOURCE_DIR "/datasets/demo"
@@ -262,9 +263,5 @@ int main(void)
     tcase_add_test(t, test_every_allocation_of_a_model);
     tcase_add_test(t, test_every_allocation_of_tasks);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

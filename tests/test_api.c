@@ -9,6 +9,7 @@
 #include "runtime/text_stream.h"
 #include "support/alloc_fail.h"
 #include "support/byte_tokenizer.h"
+#include "support/suite.h"
 
 static const api_limits limits = {.vocab = 1000, .max_n = 8};
 
@@ -648,9 +649,5 @@ int main(void)
     tcase_add_test(t, test_sessions);
     tcase_add_test(t, test_session_words);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

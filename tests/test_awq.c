@@ -9,6 +9,7 @@
 #include "base/half.h"
 #include "kernels/quant_group.h"
 #include "tests/support/awq_case.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 START_TEST(methods)
@@ -459,9 +460,5 @@ int main(void)
     tcase_add_test(t, another_model);
     tcase_add_test(t, not_finite);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

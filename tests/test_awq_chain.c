@@ -13,6 +13,7 @@
 #include "awq/range.h"
 #include "formats/weights_mem.h"
 #include "tests/support/awq_case.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 enum { ROWS = WINDOWS * SEQLEN, HELD = 3 };
@@ -676,9 +677,5 @@ int main(void)
     tcase_add_loop_test(t, carried_is_better, 0, 3);
     tcase_add_test(t, stages_left_out);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 
 #include "awq/pack.h"
 #include "tests/support/awq_case.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 static const char *const methods[] = {"awq", "best"};
@@ -172,9 +173,5 @@ int main(void)
     tcase_add_test(t, other_methods);
     tcase_add_test(t, on_a_gpu);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -15,6 +15,7 @@
 #include "runtime/layer_walk.h"
 #include "tests/support/awq_case.h"
 #include "tests/support/golden_lines.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 /* ---- folding ---- */
@@ -721,9 +722,5 @@ int main(void)
     tcase_add_loop_test(t, module_loss_against_plain, 0, 2);
     tcase_add_test(t, thinned_candidates);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 
 #include "awq/report.h"
 #include "tests/support/awq_case.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 /* Mean loss of the window that is held out. */
@@ -130,9 +131,5 @@ int main(void)
     tcase_add_loop_test(t, prediction_against_plain, 0, 2);
     tcase_add_test(t, report_of_a_plan);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

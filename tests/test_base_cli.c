@@ -1,5 +1,6 @@
 /* base/cli: parsing, messages, help, completion. */
 #include "base/cli.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <stdlib.h>
@@ -311,9 +312,5 @@ int main(void)
     tcase_add_test(t, cli_completion_syntax);
     tcase_add_test(t, cli_completion_bash);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

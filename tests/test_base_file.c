@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/mem.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 static int calls, fail_at = -1; /* wrapped calls so far; the one that fails, -1 none */
@@ -495,9 +496,5 @@ int main(void)
     tcase_add_test(t, trees_and_lists);
     tcase_add_test(t, locks);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

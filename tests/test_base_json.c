@@ -9,6 +9,7 @@
 #include "base/file.h"
 #include "base/json_scan.h"
 #include "base/mem.h"
+#include "support/suite.h"
 
 #define VECTORS TMF_SHARED_DIR "/data/malformed/json"
 
@@ -299,9 +300,5 @@ int main(void)
     tcase_add_test(t, json_text);
     tcase_add_test(t, json_out_of_memory);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -1,5 +1,6 @@
 /* base/pool: every item once, whatever the counts; run under the thread sanitizer too. */
 #include "base/pool.h"
+#include "support/suite.h"
 
 #include <check.h>
 #include <pthread.h>
@@ -181,9 +182,5 @@ int main(void)
     tcase_add_test(t, pool_limits);
     tcase_add_test(t, pool_signals);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

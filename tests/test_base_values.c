@@ -11,6 +11,7 @@
 #include "base/job.h"
 #include "base/mem.h"
 #include "base/tensor.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 START_TEST(err_messages)
@@ -419,9 +420,5 @@ int main(void)
     tcase_add_test(t, hash_known);
     tcase_add_test(t, job_calls);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

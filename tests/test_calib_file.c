@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/mem.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 
@@ -369,9 +370,5 @@ int main(void)
     tcase_add_test(t, resume);
     tcase_add_test(t, targets);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

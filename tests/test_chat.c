@@ -14,6 +14,7 @@
 #include "formats/chat_table.h"
 #include "support/byte_tokenizer.h"
 #include "support/chat_case.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 static char *render(const chat *c, const chat_message *m, int64_t n, const char *meta, bool gen)
@@ -569,9 +570,5 @@ int main(void)
     tcase_add_test(c, chat_choice);
     tcase_add_test(c, chat_from_file);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

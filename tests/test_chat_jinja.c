@@ -13,6 +13,7 @@
 #include "datasets/corpus.h"
 #include "support/byte_tokenizer.h"
 #include "support/chat_case.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 /* The directory's template as a file: no row stands in for it. */
@@ -351,9 +352,5 @@ int main(void)
     tcase_add_test(c, tools_plain);
     tcase_add_test(c, tools_formats);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -1,5 +1,6 @@
 /* tm-run chat on a pseudo terminal: typing, commands, Ctrl-C, paste, history. The bundled model
  * answers; it is greedy, so its words are known (datasets/demo/golden.json). */
+#include "support/suite.h"
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -438,9 +439,5 @@ int main(void)
     tcase_add_test(t, test_history_and_completion);
     tcase_add_test(t, test_no_history);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

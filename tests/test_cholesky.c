@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "awq/cholesky.h"
+#include "support/suite.h"
 
 #define MUST(call) ck_assert_msg((call) == OK, "%s", e.msg)
 
@@ -107,9 +108,5 @@ int main(void)
     tcase_set_timeout(t, 120);
     tcase_add_test(t, factors_of_moments);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "runtime/compare.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 #define MUST(x) ck_assert_msg((x) == OK, "%s", e.msg)
@@ -148,9 +149,5 @@ int main(void)
     tcase_add_test(t, with_itself);
     tcase_add_test(t, refusals);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

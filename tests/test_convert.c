@@ -12,6 +12,7 @@
 #include "base/mem.h"
 #include "formats/manifest.h"
 #include "formats/tm_store.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 #include "tests/support/tiny_weights.h"
@@ -542,9 +543,5 @@ int main(void)
     tcase_add_test(t, values);
     tcase_add_test(t, stops);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

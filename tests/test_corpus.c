@@ -17,6 +17,7 @@
 #include "base/mem.h"
 #include "support/alloc_fail.h"
 #include "support/byte_tokenizer.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 static char dir[256];
@@ -720,9 +721,5 @@ int main(void)
     tcase_add_test(c, corpus_stops);
     tcase_add_test(c, corpus_no_memory);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -5,6 +5,7 @@
 
 #include "runtime/generate.h"
 #include "support/engine_case.h"
+#include "support/suite.h"
 
 /* All requests alone, then in batches of 4 and 32, with prefixes, and with a cache that is too
  * small for them. */
@@ -274,11 +275,6 @@ static Suite *suite(void)
 int main(int argc, char **argv)
 {
     if (argc == 2 && strcmp(argv[1], "cuda") == 0) up_device = DEV_CUDA;
-    SRunner *r = srunner_create(suite());
-    if (up_device == DEV_CUDA)
-        srunner_set_fork_status(r, CK_NOFORK); /* a context outlives no fork */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    /* A context outlives no fork. */
+    return suite_run_forked(suite(), up_device == DEV_CUDA ? CK_NOFORK : CK_FORK_GETENV);
 }

@@ -11,6 +11,7 @@
 #include "support/alloc_count.h"
 #include "support/engine_case.h"
 #include "support/fake_constraint.h"
+#include "support/suite.h"
 
 /* ---- the door ---- */
 
@@ -473,11 +474,4 @@ static Suite *suite(void)
     return s;
 }
 
-int main(void)
-{
-    SRunner *r = srunner_create(suite());
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
-}
+int main(void) { return suite_run(suite()); }

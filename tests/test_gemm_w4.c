@@ -16,6 +16,7 @@
 #include "base/half.h"
 #include "base/mem.h"
 #include "kernels/device_internal.h"
+#include "support/suite.h"
 
 /* avxvnni has no name of its own: avx512 without its dot product. */
 static const char *const isas[] = {"ref", "avx2", "avxvnni", "avx512", "amx"};
@@ -519,9 +520,5 @@ int main(void)
     tcase_add_test(t, refusals);
     tcase_add_test(t, scratch_limit);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

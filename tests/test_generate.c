@@ -8,6 +8,7 @@
 #include "runtime/generate.h"
 #include "runtime/score.h"
 #include "support/alloc_count.h"
+#include "support/suite.h"
 #include "support/tiny_weights.h"
 
 #define MAX_N 200
@@ -300,9 +301,5 @@ int main(void)
     tcase_add_test(t, test_score);
     tcase_add_test(t, test_perplexity);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -17,6 +17,7 @@
 #include "support/grammar_walk.h"
 #include "support/json_validate.h"
 #include "support/schema_maker.h"
+#include "support/suite.h"
 
 static const tokenizer *bytes;
 static grammar_set *set;
@@ -775,9 +776,5 @@ int main(void)
     tcase_add_test(c, set_threads);
     tcase_add_test(c, memory_fails);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "formats/artifact.h"
 #include "formats/convert.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 
@@ -200,9 +201,5 @@ int main(void)
     tcase_add_test(t, artifacts);
     tcase_add_test(t, text);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

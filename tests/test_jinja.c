@@ -12,6 +12,7 @@
 #include "datasets/corpus.h"
 #include "support/alloc_fail.h"
 #include "support/jinja_scope.h"
+#include "support/suite.h"
 
 #define TEMPLATES TMF_SHARED_DIR "/data/chat-templates"
 enum { DAY = 1717761600 }; /* 2024-06-07, as the goldens were made on */
@@ -369,9 +370,5 @@ int main(void)
     tcase_add_test(c, jinja_refuses);
     tcase_add_test(c, jinja_memory);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -5,6 +5,7 @@
 
 #include "kernels/device.h"
 #include "runtime/kv_cache.h"
+#include "support/suite.h"
 
 static device *dev;
 
@@ -249,9 +250,5 @@ int main(void)
     tcase_add_test(t, test_bad_options);
     tcase_add_test(t, test_lent);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "lib/tmforge.h"
+#include "support/suite.h"
 
 #define DEMO TMF_SOURCE_DIR "/datasets/demo"
 #define SUM  "[{\"role\":\"user\",\"content\":\"What is 17 + 25?\"}]"
@@ -483,9 +484,5 @@ int main(void)
     tcase_add_test(c, scores);
     tcase_add_test(c, threads);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 
 #include "formats/tokenizer.h"
 #include "formats/weights.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 static char dir[64];
@@ -119,9 +120,5 @@ int main(void)
     tcase_add_test(t, make_same_bytes);
     tcase_add_test(t, make_refuses);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

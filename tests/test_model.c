@@ -11,6 +11,7 @@
 #include "base/mem.h"
 #include "formats/chat.h"
 #include "formats/hf_config.h"
+#include "support/suite.h"
 
 #define GOLDEN  TMF_SOURCE_DIR "/tests/golden"
 #define CONFIGS TMF_SHARED_DIR "/data/hf-configs"
@@ -660,9 +661,5 @@ int main(void)
     tcase_add_test(t, config_quantization);
     tcase_add_test(t, config_collection);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 
 #include "base/half.h"
 #include "base/mem.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 
@@ -253,9 +254,5 @@ int main(void)
     tcase_add_test(t, corruption);
     tcase_add_test(t, other_headers);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -6,6 +6,7 @@
 
 #include "base/half.h"
 #include "tests/support/golden_lines.h"
+#include "tests/support/suite.h"
 
 static device *open_device(int threads)
 {
@@ -209,9 +210,5 @@ int main(void)
     tcase_add_test(t, error_over_factors);
     tcase_add_test(t, refusals);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -13,6 +13,7 @@
 #include "runtime/model.h"
 #include "tests/support/awq_case.h"
 #include "tests/support/outliers.h"
+#include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
 
 static double uniform(uint64_t *x)
@@ -407,9 +408,5 @@ int main(void)
     tcase_add_test(c, outliers_cost_little);
 #endif
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

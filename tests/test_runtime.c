@@ -10,6 +10,7 @@
 #include "runtime/block.h"
 #include "runtime/model.h"
 #include "support/alloc_count.h"
+#include "support/suite.h"
 #include "support/tiny_weights.h"
 
 #define MAX_N 200
@@ -761,9 +762,5 @@ int main(void)
     Suite *s = suite_create("runtime");
     suite_add_tcase(s, cases("up to AVX-512", setup_vectors));
     suite_add_tcase(s, cases("best of this CPU", setup_best));
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -13,6 +13,7 @@
 #include "base/json.h"
 #include "base/mem.h"
 #include "support/alloc_fail.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 
 #define DAMAGED TMF_SHARED_DIR "/data/malformed/safetensors"
@@ -706,9 +707,5 @@ int main(void)
     tcase_add_test(t, st_no_tensors);
     tcase_add_test(t, st_out_of_memory);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "runtime/sampler.h"
+#include "support/suite.h"
 
 #define VOCAB 8
 static const float base_logits[VOCAB] = {1.0f, 3.0f, 2.0f, -1.0f, 0.5f, 3.0f, -4.0f, 2.5f};
@@ -509,9 +510,5 @@ int main(void)
     tcase_add_test(t, test_goes_on_elsewhere);
     tcase_add_test(t, test_rows);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

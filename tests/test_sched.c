@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "runtime/serve/sched.h"
+#include "support/suite.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define WORLDS 60
@@ -551,9 +552,5 @@ static int replay(const char *seed)
 int main(int argc, char **argv)
 {
     if (argc == 2) return replay(argv[1]);
-    SRunner *r = srunner_create(suite());
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(suite());
 }

@@ -11,6 +11,7 @@
 
 #include "runtime/serve/server.h"
 #include "support/alloc_fail.h"
+#include "support/suite.h"
 
 static int lines;
 
@@ -198,9 +199,5 @@ int main(void)
     tcase_add_test(t, test_bad_options);
     tcase_add_test(t, test_every_allocation);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

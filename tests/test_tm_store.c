@@ -17,6 +17,7 @@
 #include "formats/convert.h"
 #include "formats/yaml.h"
 #include "support/alloc_fail.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 
@@ -728,9 +729,5 @@ int main(void)
     tcase_add_test(t, reading_out_of_memory);
     tcase_add_test(t, writing_out_of_memory);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

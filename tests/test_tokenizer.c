@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/mem.h"
 #include "datasets/corpus.h"
+#include "support/suite.h"
 #include "support/token_check.h"
 
 #define VECTORS TMF_SHARED_DIR "/data/tokenizers"
@@ -601,9 +602,5 @@ int main(void)
     tcase_add_loop_test(c, tokenizer_refuses, 0, (int)(sizeof refusals / sizeof *refusals));
     tcase_add_test(c, tokenizer_bad_regex);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 
 #include "support/alloc_fail.h"
 #include "support/byte_tokenizer.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 #include "support/token_check.h"
 
@@ -385,9 +386,5 @@ int main(void)
     tcase_add_test(c, vocab_merges);
     tcase_add_test(c, tokenizer_no_memory);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

@@ -11,6 +11,7 @@
 #include "runtime/serve/grammar.h"
 #include "support/alloc_fail.h"
 #include "support/grammar_walk.h"
+#include "support/suite.h"
 
 /* "content|name(args)|name(args)|content": what an answer came to. */
 typedef struct {
@@ -343,9 +344,5 @@ int main(void)
     tcase_add_test(c, grammar_parses);
     tcase_add_loop_test(c, memory_fails, 0, 2);
     suite_add_tcase(s, c);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

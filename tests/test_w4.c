@@ -9,6 +9,7 @@
 #include "base/half.h"
 #include "base/hash.h"
 #include "base/mem.h"
+#include "support/suite.h"
 
 static const w4_layout all[] = {W4_CODES, W4_AWQ, W4_GPTQ, W4_TM, W4_TM_A};
 #define N_LAYOUTS ((int)(sizeof all / sizeof *all))
@@ -367,9 +368,5 @@ int main(void)
     tcase_add_test(t, input_views);
     tcase_add_test(t, refused_shapes);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -15,6 +15,7 @@
 #include "base/mem.h"
 #include "formats/manifest.h"
 #include "formats/safetensors.h"
+#include "tests/support/suite.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_dir.h"
 #include "tests/support/tiny_weights.h"
@@ -415,9 +416,5 @@ int main(void)
     tcase_add_test(t, missing_bias);
     tcase_add_test(t, unwritable);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

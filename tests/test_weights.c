@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/half.h"
+#include "support/suite.h"
 #include "support/tiny_dir.h"
 
 static err e;
@@ -364,9 +365,5 @@ int main(void)
     tcase_add_test(t, mem_quantized);
     tcase_add_test(t, check_can_be_stopped);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "kernels/ops.h"
 #include "support/splitmix.h"
+#include "support/suite.h"
 
 static device *gpu;
 static uint64_t uniform_state = 1;
@@ -60,13 +61,9 @@ static inline TCase *cuda_case(Suite *s, const char *name, int seconds)
 /* Runs them all and closes the GPU; what main returns. */
 static inline int cuda_run(Suite *s)
 {
-    SRunner *r = srunner_create(s);
-    srunner_set_fork_status(r, CK_NOFORK); /* a device does not survive a fork */
-    srunner_run_all(r, CK_ENV);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
+    const int rc = suite_run_forked(s, CK_NOFORK); /* a device does not survive a fork */
     dev_close(&gpu);
-    return failed != 0;
+    return rc;
 }
 
 #endif

@@ -7,6 +7,7 @@
 #include "base/json.h"
 #include "base/mem.h"
 #include "formats/safetensors.h"
+#include "support/suite.h"
 #include "support/tempdir.h"
 #include "support/tiny_dir.h"
 
@@ -161,11 +162,7 @@ TCase *hf_cases_of(const char *name, Suite *s)
 
 int hf_run(Suite *s)
 {
-    SRunner *r = srunner_create(s);
     if (access("/dev/shm", W_OK) == 0)
         (void)setenv("TMPDIR", "/dev/shm", 0); /* syncs cost nothing there */
-    srunner_run_all(r, CK_NORMAL);
-    const int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }
