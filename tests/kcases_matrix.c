@@ -54,24 +54,36 @@ static err_code reserve(device *d, int64_t rows, int64_t n, int64_t k, err *e)
     return ops_reserve(d, &(op_limits){.rows = (int32_t)rows, .k = k, .n = n}, e);
 }
 
+/* Runs the case and frees its buffers. Magnitudes: `magnitude` on absolute values. */
+static void product_of(kcheck *c, kcase *q, gemm_arg *a,
+                       err_code (*magnitude)(device *, void *, kbuf *, err *))
+{
+    float *mag = NULL;
+    if (!c->bench) {
+        err e;
+        gemm_arg b = {.x = kb_abs(&a->x), .add = a->add};
+        if (a->w.raw) b.w = kb_abs(&a->w);
+        if (a->bias.raw) b.bias = kb_abs(&a->bias);
+        kbuf out = q->out[0].t.dt == DT_F64 ? kb_clone(&q->out[0]) : kb_abs(&q->out[0]);
+        if (magnitude(c->ref, &b, &out, &e) != OK) kc_fail(c, "%s: %s", q->op, e.msg);
+        kb_free(&b.x);
+        kb_free(&b.w);
+        kb_free(&b.bias);
+        q->mag[0] = mag = take_floats(&out);
+    }
+    kc_case(c, q);
+    mem_free(mag);
+    kb_free(&q->out[0]);
+    kb_free(&a->x);
+    kb_free(&a->w);
+    kb_free(&a->bias);
+}
+
 static err_code run_gemm(device *d, void *arg, kbuf *out, err *e)
 {
     const gemm_arg *a = arg;
     TRY(reserve(d, a->x.t.shape[0], a->w.t.shape[0], a->w.t.shape[1], e));
     return op_gemm(d, &out[0].t, &a->x.t, &a->w.t, a->bias.raw ? &a->bias.t : NULL, a->add, e);
-}
-
-static float *gemm_mag(kcheck *c, const gemm_arg *a, const kbuf *y)
-{
-    err e;
-    gemm_arg b = {.x = kb_abs(&a->x), .w = kb_abs(&a->w), .add = a->add};
-    if (a->bias.raw) b.bias = kb_abs(&a->bias);
-    kbuf out = kb_abs(y);
-    if (run_gemm(c->ref, &b, &out, &e) != OK) kc_fail(c, "gemm: %s", e.msg);
-    kb_free(&b.x);
-    kb_free(&b.w);
-    kb_free(&b.bias);
-    return take_floats(&out);
 }
 
 /* Rows in parts must give the bytes of the whole: a token decoded alone gets what prefill gives it.
@@ -123,15 +135,8 @@ static void gemm_case(kcheck *c, const gemm_shape *s)
                   4.0 * (double)(s->m * (s->k + s->n));
         q.cold = s->timed == 1;
     }
-    float *mag = c->bench ? NULL : gemm_mag(c, &a, &q.out[0]);
-    q.mag[0] = mag;
-    kc_case(c, &q);
     if (!c->bench) gemm_split(c, &a, &q.out[0], q.label);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
-    kb_free(&a.w);
-    kb_free(&a.bias);
+    product_of(c, &q, &a, run_gemm);
 }
 
 static void gemm_cases(kcheck *c)
@@ -196,7 +201,6 @@ static err_code run_gram(device *d, void *arg, kbuf *out, err *e)
 
 static void gram_case(kcheck *c, int64_t m, int64_t k, int64_t pad, bool timed)
 {
-    err e;
     gemm_arg a = {.x = kb_2d(DT_F32, m, k, pad), .add = !timed};
     (timed ? kc_fill : kc_fill_wild)(c, &a.x, 1);
     kcase q = {.op = "gram", .run = run_gram, .arg = &a, .outs = 1, .tol = {TOL_GRAM}};
@@ -211,18 +215,7 @@ static void gram_case(kcheck *c, int64_t m, int64_t k, int64_t pad, bool timed)
     }
     q.flops = timed ? (double)m * (double)k * (double)(k + 1) : 0;
     q.bytes = timed ? 4.0 * (double)(m * k) + 4.0 * (double)(k * k) : 0;
-    float *mag = NULL;
-    if (!c->bench) {
-        gemm_arg b = {.x = kb_abs(&a.x), .add = true};
-        kbuf out = kb_abs(&q.out[0]);
-        if (run_gram(c->ref, &b, &out, &e) != OK) kc_fail(c, "gram: %s", e.msg);
-        kb_free(&b.x);
-        q.mag[0] = mag = take_floats(&out);
-    }
-    kc_case(c, &q);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
+    product_of(c, &q, &a, run_gram);
 }
 
 /* ---- cross ---- */
@@ -238,7 +231,6 @@ static err_code run_cross(device *d, void *arg, kbuf *out, err *e)
 /* y [n,k] += a^T b over m rows. */
 static void cross_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, bool timed)
 {
-    err e;
     gemm_arg a = {.x = kb_2d(DT_F32, m, n, pad), .w = kb_2d(DT_F32, m, k, pad)};
     kc_fill_wild(c, &a.x, 1);
     kc_fill(c, &a.w, 1);
@@ -248,20 +240,7 @@ static void cross_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, 
     kc_fill(c, &q.out[0], 1);
     q.flops = timed ? 2.0 * (double)m * (double)n * (double)k : 0;
     q.bytes = timed ? 4.0 * (double)(m * n + m * k) + 8.0 * (double)(n * k) : 0;
-    float *mag = NULL;
-    if (!c->bench) {
-        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
-        kbuf out = kb_abs(&q.out[0]);
-        if (run_cross(c->ref, &b, &out, &e) != OK) kc_fail(c, "cross: %s", e.msg);
-        kb_free(&b.x);
-        kb_free(&b.w);
-        q.mag[0] = mag = take_floats(&out);
-    }
-    kc_case(c, &q);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
-    kb_free(&a.w);
+    product_of(c, &q, &a, run_cross);
 }
 
 /* ---- quad ---- */
@@ -275,7 +254,6 @@ static err_code run_quad(device *d, void *arg, kbuf *out, err *e)
 
 static void quad_case(kcheck *c, int64_t m, int64_t k, int64_t pad, bool timed)
 {
-    err e;
     gemm_arg a = {.x = kb_2d(DT_F32, m, k, pad), .w = kb_2d(DT_F32, k, k, pad)};
     kc_fill(c, &a.x, 0.01);
     for (int64_t i = 0; i < k; i++) {
@@ -290,20 +268,7 @@ static void quad_case(kcheck *c, int64_t m, int64_t k, int64_t pad, bool timed)
     q.out[0] = kb_new(DT_F64, 1, &m, 0);
     q.flops = timed ? 2.0 * (double)m * (double)k * (double)k : 0;
     q.bytes = timed ? 4.0 * (double)(m * k) + 4.0 * (double)(k * k) : 0;
-    float *mag = NULL;
-    if (!c->bench) {
-        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
-        kbuf out = kb_clone(&q.out[0]);
-        if (run_quad(c->ref, &b, &out, &e) != OK) kc_fail(c, "quad: %s", e.msg);
-        kb_free(&b.x);
-        kb_free(&b.w);
-        q.mag[0] = mag = take_floats(&out);
-    }
-    kc_case(c, &q);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
-    kb_free(&a.w);
+    product_of(c, &q, &a, run_quad);
 }
 
 /* ---- matmul ---- */
@@ -317,7 +282,6 @@ static err_code run_matmul(device *d, void *arg, kbuf *out, err *e)
 
 static void matmul_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, bool timed)
 {
-    err e;
     gemm_arg a = {.x = kb_2d(DT_F32, m, k, pad), .w = kb_2d(DT_F32, k, n, pad)};
     kc_fill_wild(c, &a.x, 1);
     kc_fill(c, &a.w, 1);
@@ -326,20 +290,7 @@ static void matmul_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad,
     q.out[0] = kb_2d(DT_F32, m, n, pad);
     q.flops = timed ? 2.0 * (double)m * (double)n * (double)k : 0;
     q.bytes = timed ? 4.0 * (double)(m * k + k * n + m * n) : 0;
-    float *mag = NULL;
-    if (!c->bench) {
-        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
-        kbuf out = kb_clone(&q.out[0]);
-        if (run_matmul(c->ref, &b, &out, &e) != OK) kc_fail(c, "matmul: %s", e.msg);
-        kb_free(&b.x);
-        kb_free(&b.w);
-        q.mag[0] = mag = take_floats(&out);
-    }
-    kc_case(c, &q);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
-    kb_free(&a.w);
+    product_of(c, &q, &a, run_matmul);
 }
 
 /* ---- product ---- */
@@ -354,8 +305,9 @@ static err_code run_product(device *d, void *arg, kbuf *out, err *e)
     return op_product(d, &out[0].t, a->add ? -0.5f : 1.f, &a->x.t, &a->w.t, a->add, e);
 }
 
-static err_code run_magnitude(device *d, const gemm_arg *a, kbuf *out, err *e)
+static err_code run_magnitude(device *d, void *arg, kbuf *out, err *e)
 {
+    const gemm_arg *a = arg;
     const float from = (float)ADDED;
     for (int64_t i = 0; i < out->t.shape[0]; i++)
         for (int64_t j = 0; j < out->t.shape[1]; j++) kb_set(out, i, j, from);
@@ -365,7 +317,6 @@ static err_code run_magnitude(device *d, const gemm_arg *a, kbuf *out, err *e)
 static void product_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad, bool add,
                          bool timed)
 {
-    err e;
     gemm_arg a = {
         .x = kb_2d(DT_F32, m, k, pad), .w = kb_2d(DT_F32, k, n, pad), .add = add && !timed};
     kc_fill_wild(c, &a.x, 1);
@@ -376,20 +327,7 @@ static void product_case(kcheck *c, int64_t m, int64_t n, int64_t k, int64_t pad
     q.out[0] = kb_2d(DT_F32, m, n, pad);
     q.flops = timed ? 2.0 * (double)m * (double)n * (double)k : 0;
     q.bytes = timed ? 4.0 * (double)(m * k + k * n + m * n) : 0;
-    float *mag = NULL;
-    if (!c->bench) {
-        gemm_arg b = {.x = kb_abs(&a.x), .w = kb_abs(&a.w)};
-        kbuf out = kb_clone(&q.out[0]);
-        if (run_magnitude(c->ref, &b, &out, &e) != OK) kc_fail(c, "product: %s", e.msg);
-        kb_free(&b.x);
-        kb_free(&b.w);
-        q.mag[0] = mag = take_floats(&out);
-    }
-    kc_case(c, &q);
-    mem_free(mag);
-    kb_free(&q.out[0]);
-    kb_free(&a.x);
-    kb_free(&a.w);
+    product_of(c, &q, &a, run_magnitude);
 }
 
 void kcases_matrix(kcheck *c)
