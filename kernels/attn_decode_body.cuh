@@ -5,16 +5,6 @@
 
 #include "kernels/attn_decode_tile.cuh"
 
-/* Channel f (0..F-1) that lane g holds; D or more when it is padding. */
-template <int D, int BITS> __device__ __forceinline__ int channel_of(int i, int odd, int g)
-{
-    typedef geom<D, BITS> G;
-    /* tile i of a word holds, by BITS: 4: channels 2i, 2i + 1; 8: pairs; 16: the pair of the word
-     * */
-    const int f = 2 * i + odd;
-    return (f / G::VD * 8 + g) * G::VD + f % G::VD;
-}
-
 /* Outputs of a block's heads: thread i holds (head i / D, channel i % D) of each NWARPS * 32. With
  * planes a head is a unit of the product behind, which a warp makes of it. */
 template <int D> struct out_rows {
