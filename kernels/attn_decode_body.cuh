@@ -311,18 +311,64 @@ template <int D, int BITS> __device__ __forceinline__ int channel_of_word(int w,
     return ((w / (G::KV / 4) * 4 + t) * (G::KV / 4) + w % (G::KV / 4)) * 32 / BITS;
 }
 
+/* A head's query as planes of fixed point; its sum and scale on every lane of g. */
+template <int D, int BITS, int H>
+__device__ __forceinline__ void query_planes(query_regs<D, BITS, H> *q, int h, const __half2 *x,
+                                             float *sum, float *scale, float scale_log2, int g,
+                                             int t)
+{
+    constexpr int WORDS = geom<D, BITS>::KW, PER = 32 / BITS; /* channels of a word */
+    float top = 0.f;
+    uint32_t raw[WORDS][PER / 2];
+#pragma unroll
+    for (int w = 0; w < WORDS; w++)
+#pragma unroll
+        for (int i = 0; i < PER / 2; i++) {
+            const __half2 v = x[channel_of_word<D, BITS>(w, t) / 2 + i];
+            const float2 f = __half22float2(v);
+            raw[w][i] = *(const uint32_t *)&v;
+            *sum += f.x + f.y;
+            top = fmaxf(top, fmaxf(fabsf(f.x), fabsf(f.y)));
+        }
+#pragma unroll
+    for (int m = 1; m < 4; m <<= 1) {
+        *sum += __shfl_xor_sync(~0u, *sum, m);
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+    }
+    const float inv = top > 0.f ? 32512.f / top : 0.f;
+    *scale = top * (scale_log2 / 32512.f);
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+        uint32_t byte[PER]; /* of this lane's plane */
+#pragma unroll
+        for (int i = 0; i < PER / 2; i++) {
+            const float2 f = __half22float2(*(const __half2 *)&raw[w][i]);
+            const int a = __float2int_rn(f.x * inv), b = __float2int_rn(f.y * inv);
+            byte[2 * i] = (uint32_t)(g & 1 ? a : (a + 128) >> 8) & 255u;
+            byte[2 * i + 1] = (uint32_t)(g & 1 ? b : (b + 128) >> 8) & 255u;
+        }
+        if (BITS == 8)
+            q->b[h * (D / 32) + w / 2][w % 2] = byte[0] | byte[1] << 8 | byte[2 % PER] << 16 |
+                                                byte[3 % PER] << 24;
+        else { /* byte j of the low nibbles is nibble 2j: channels 0, 4, 1, 5 */
+            uint32_t *b = q->b[h * (D / 32) + w % (D / 32)];
+            b[0] = byte[0] | byte[4 % PER] << 8 | byte[1] << 16 | byte[5 % PER] << 24;
+            b[1] = byte[2 % PER] | byte[6 % PER] << 8 | byte[3 % PER] << 16 | byte[7 % PER] << 24;
+        }
+    }
+}
+
 /* From qr, rows q_sub apart. */
 template <int D, int BITS, int H>
 __device__ __forceinline__ void load_query(query_regs<D, BITS, H> *q, const __half *qr,
                                            int64_t q_sub, int heads, float scale_log2, int g, int t)
 {
-    constexpr int WORDS = geom<D, BITS>::KW, PER = 32 / BITS; /* channels of a word */
     float sum[2] = {}, scale[2] = {};
     if (BITS == 16) {
         const int head = (g >> 1) + 4 * (g & 1);
         const __half *x = qr + (head < heads ? head : 0) * q_sub;
 #pragma unroll
-        for (int w = 0; w < WORDS; w++)
+        for (int w = 0; w < geom<D, BITS>::KW; w++)
             q->b[w / 2][w % 2] = head < heads && (H == 2 || !(g & 1))
                                      ? *(const uint32_t *)(x + channel_of_word<D, BITS>(w, t))
                                      : 0u;
@@ -332,45 +378,7 @@ __device__ __forceinline__ void load_query(query_regs<D, BITS, H> *q, const __ha
         for (int h = 0; h < H; h++) {
             const int head = (g >> 1) + 4 * h;
             const __half2 *x = (const __half2 *)(qr + (head < heads ? head : 0) * q_sub);
-            float top = 0.f;
-            uint32_t raw[WORDS][PER / 2];
-#pragma unroll
-            for (int w = 0; w < WORDS; w++)
-#pragma unroll
-                for (int i = 0; i < PER / 2; i++) {
-                    const __half2 v = x[channel_of_word<D, BITS>(w, t) / 2 + i];
-                    const float2 f = __half22float2(v);
-                    raw[w][i] = *(const uint32_t *)&v;
-                    sum[h] += f.x + f.y;
-                    top = fmaxf(top, fmaxf(fabsf(f.x), fabsf(f.y)));
-                }
-#pragma unroll
-            for (int m = 1; m < 4; m <<= 1) {
-                sum[h] += __shfl_xor_sync(~0u, sum[h], m);
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
-            }
-            const float inv = top > 0.f ? 32512.f / top : 0.f;
-            scale[h] = top * (scale_log2 / 32512.f);
-#pragma unroll
-            for (int w = 0; w < WORDS; w++) {
-                uint32_t byte[PER]; /* of this lane's plane */
-#pragma unroll
-                for (int i = 0; i < PER / 2; i++) {
-                    const float2 f = __half22float2(*(const __half2 *)&raw[w][i]);
-                    const int a = __float2int_rn(f.x * inv), b = __float2int_rn(f.y * inv);
-                    byte[2 * i] = (uint32_t)(g & 1 ? a : (a + 128) >> 8) & 255u;
-                    byte[2 * i + 1] = (uint32_t)(g & 1 ? b : (b + 128) >> 8) & 255u;
-                }
-                if (BITS == 8)
-                    q->b[h * (D / 32) + w / 2][w % 2] = byte[0] | byte[1] << 8 |
-                                                        byte[2 % PER] << 16 | byte[3 % PER] << 24;
-                else /* byte j of the low nibbles is nibble 2j: channels 0, 4, 1, 5 */
-                    q->b[h * (D / 32) + w % (D / 32)][0] = byte[0] | byte[4 % PER] << 8 |
-                                                           byte[1] << 16 | byte[5 % PER] << 24,
-                                                 q->b[h * (D / 32) + w % (D / 32)][1] =
-                                                     byte[2 % PER] | byte[6 % PER] << 8 |
-                                                     byte[3 % PER] << 16 | byte[7 % PER] << 24;
-            }
+            query_planes<D, BITS, H>(q, h, x, &sum[h], &scale[h], scale_log2, g, t);
         }
     }
 #pragma unroll
