@@ -11,6 +11,6 @@
 err_code module_losses(const quant_block *b, const smooth_group *g, const float *s, int n,
                        double *loss, err *e);
 /* Host and device memory it takes. */
-size_t module_loss_bytes(const model_desc *m, int64_t pass_rows);
+size_t module_loss_bytes(const device *d, const model_desc *m, int64_t pass_rows);
 
 #endif

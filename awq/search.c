@@ -173,9 +173,6 @@ static err_code pick_stages(search *s, err *e)
 static err_code check_device(const search *s, err *e)
 {
     if (!on_device(s)) return OK;
-    if (s->q.loss != LOSS_GRAM)
-        return err_set(e, E_UNSUPPORTED, "loss '%s': expected the CPU (--device cpu), got %s",
-                       loss_name(s->q.loss), dev_name(s->d));
     if (s->q.turn)
         return err_set(e, E_UNSUPPORTED, "rotation 'vo': expected the CPU (--device cpu), got %s",
                        dev_name(s->d));
@@ -323,7 +320,7 @@ err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
             memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
         if (s.q.loss == LOSS_MODULE)
             memory_plan_add(p, "module loss",
-                            module_loss_bytes(s.m, (int64_t)per_pass * c->seqlen));
+                            module_loss_bytes(d, s.m, (int64_t)per_pass * c->seqlen));
     }
     close_all(&s);
     return rc;
