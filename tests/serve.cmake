@@ -23,7 +23,7 @@ target_link_options(test_server PRIVATE ${TMF_ALLOC_FAIL})
 function(tmf_serve name label)
     add_test(NAME serve_${name} COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/serve_${name}.py
         $<TARGET_FILE:tm-run> ${PROJECT_SOURCE_DIR}/datasets/demo)
-    set_tests_properties(serve_${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77 TIMEOUT 400)
+    set_tests_properties(serve_${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77 TIMEOUT 1200)
 endfunction()
 if(Python3_FOUND)
     tmf_serve(errors cli)

@@ -15,7 +15,8 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from serve_lib import Failed, Server, check, expect, read_answer, run, tool_and_model, unchunk  # noqa: E402
+from serve_lib import (LONG_ANSWER, LONG_SESSION, Server, check, expect, run, tool_and_model,  # noqa: E402
+                       unchunk, until)
 
 TOOL, MODEL = tool_and_model()
 CLIENT = os.environ.get("TM_RUN_CLIENT", TOOL)
@@ -98,26 +99,35 @@ class Slow(threading.Thread):
 
 
 def test_slow_clients():
+    """They cost others nothing. How long the others take, and the client with them, is what an idle machine shows, in the
+    long form; the short one looks at what 500 slow connections cost the server, and that nobody waits for one of them."""
     server = Server(TOOL, MODEL, "--model-name", "demo", "--header-timeout", "4", "--body-timeout", "4", "--idle-timeout", "4",
                     "--threads", "1", prefix=pin(0))
     options = ("--concurrency", 4, "--requests", 400 if FULL else 160, "--prompt-tokens", 32, "--new-tokens", 16,
                "--warmup", 40)
     try:
         for attempt in range(3):  # the rest of the machine has spikes of its own
+            took = [server.cpu()]
             base = load(server, *options, prefix=pin(1))
+            took.append(server.cpu())
             slow = Slow(server, 500)
             slow.start()
-            while slow.open < 500:
-                time.sleep(0.05)
+            until("they are there", lambda: slow.open == 500)
+            took.append(server.cpu())
             with_slow = load(server, *options, prefix=pin(1))
+            took.append(server.cpu())
             slow.stop = True
             slow.join()
             a, b = base["ttft_ms"]["p99"], with_slow["ttft_ms"]["p99"]
-            print(f"     p99 of the first token: {a:.1f} ms, beside 500 slow connections {b:.1f} ms")
+            alone, beside = took[1] - took[0], took[3] - took[2]
+            print(f"     p99 of the first token: {a:.1f} ms, beside 500 slow connections {b:.1f} ms; {alone:.2f} s of the "
+                  f"server's core, {beside:.2f} s; longest {with_slow['ttft_ms']['max']:.0f} ms")
             expect("failed", (base["failed"], with_slow["failed"]), (0, 0))
-            if b <= 1.5 * a:
+            if b <= 1.5 * a if FULL else beside <= 2 * alone:
                 break
-        check("p99 within 1.5 times", b <= 1.5 * a, (a, b))
+        check("p99 within 1.5 times", b <= 1.5 * a or not FULL, (a, b))
+        check("the server's core", beside <= 2 * alone, (alone, beside))
+        check("none waits for a slow one's end", with_slow["ttft_ms"]["max"] < 4000 / 2, with_slow["ttft_ms"])
         time.sleep(1 if FULL else 0.2)
         healthy(server)
     finally:
@@ -150,7 +160,7 @@ def test_malformed():
         (post(b"{" + b",".join(b'"k%d":1' % i for i in range(50000)) + b"}"), {400}),
         (post(b'{"n":' + b"9" * 100000 + b"}"), {400}),
     ]
-    server = Server(TOOL, MODEL, "--model-name", "demo", "--header-timeout", "1", "--body-timeout", "1")
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--header-timeout", "3", "--body-timeout", "3")
     try:
         results = [None] * len(cases)
 
@@ -191,11 +201,11 @@ def test_absurd_requests():
     try:
         before = server.rss()
         for change in changes + [schema(deep)]:
-            begin = time.monotonic()
+            begin = server.cpu()
             answer = server.post(CHAT, {**ASK, "max_tokens": 4, **change})
             text = json.dumps(change)[:90]
             check(text, answer.status in (200, 400), (answer.status, answer.text[:200]))
-            check(text, time.monotonic() - begin < 5, f"{time.monotonic() - begin:.1f} s")
+            check(text, server.cpu() - begin < 5, f"{server.cpu() - begin:.1f} s of processors")
         check("memory stays", server.rss() - before < 400 << 20, (before, server.rss()))
         healthy(server)
     finally:
@@ -273,10 +283,7 @@ def test_reader_that_stalls():
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             s.connect(("127.0.0.1", server.port))
             s.sendall(post(body))
-            until = time.monotonic() + 20
-            while server.metric("requests_cancelled_total") < 1:
-                check("it gives up", time.monotonic() < until)
-                time.sleep(0.1)
+            until("it gives up", lambda: server.metric("requests_cancelled_total") >= 1)
         server.idle()
         healthy(server)
     finally:
@@ -285,7 +292,7 @@ def test_reader_that_stalls():
 
 def test_reader_that_is_slow():
     """What its answers are made into does not pile up: the tokens wait as tokens, and none is lost."""
-    server = Server(TOOL, MODEL, "--model-name", "demo")
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--stall-timeout", "120")
     n, each = 8, 900
     body = {**ASK, "stream": True, "n": n, "logprobs": True, "top_logprobs": 20, "max_tokens": each, "ignore_eos": True}
     try:
@@ -296,10 +303,7 @@ def test_reader_that_is_slow():
             s.settimeout(60)
             s.sendall(post(body))
             data = s.recv(1000)
-            until = time.monotonic() + 60
-            while server.metric("requests_running"):  # the engine is ahead by now
-                check("they end", time.monotonic() < until)
-                time.sleep(0.1)
+            until("they end, and the engine is ahead", lambda: server.metric("requests_running") == 0, 120, 0.1)
             most, size = 0, len(data)
             text = bytearray(data)
             while not data.endswith(b"0\r\n\r\n"):
@@ -324,9 +328,10 @@ def test_reader_that_is_slow():
 
 
 def test_cancel_is_quick():
-    """Streams, whole answers and waiting ones: a gone client's blocks come back within 200 ms."""
-    server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1")
-    long = {**ASK, "max_tokens": 1000, "ignore_eos": True}
+    """Streams, whole answers and waiting ones: a gone client's blocks come back within 200 ms. While an answer goes on
+    the server works, so that its processor time bounds the wait on a busy machine too."""
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1", "--threads", "1", *LONG_SESSION)
+    long = {**ASK, "max_tokens": LONG_ANSWER, "ignore_eos": True}
     try:
         for bodies in ([{**long, "stream": True}], [long], [long, {**long, "stream": True}, long]):
             sockets = []
@@ -334,16 +339,17 @@ def test_cancel_is_quick():
                 s = server.connect()
                 s.sendall(post(b))
                 sockets.append(s)
-            time.sleep(0.1)
-            check("they run or wait", server.metric("requests_running") + server.metric("requests_waiting") == len(bodies))
+            until("they run or wait", lambda n=len(bodies): server.inside() == n)
             for s in reversed(sockets):
                 s.close()
-            begin = time.monotonic()
-            server.idle(2)
-            check("at once", time.monotonic() - begin < 0.3, time.monotonic() - begin)
-        time.sleep(0.1)
-        rows = [json.loads(x) for x in server.lines() if x.startswith("{")]
-        expect("in the log", [r["reason"] for r in rows if r["code"] == 499], ["cancelled"] * 5)
+            begin, work_begin = time.monotonic(), server.cpu()
+            server.idle()
+            took, worked = time.monotonic() - begin, server.cpu() - work_begin
+            check("at once", took < 0.3 or not FULL, took)
+            check("at once by what it worked on", worked < 0.3, worked)
+        until("in the log", lambda: sum(r["code"] == 499 for r in server.rows()) == 5)
+        for r in server.rows():
+            check("each before its end", r["route"] != CHAT or r["reason"] == "cancelled" and r["tokens"] < LONG_ANSWER, r)
     finally:
         expect("exit code", server.stop(), 0)
 
@@ -427,47 +433,55 @@ def test_ping():
 
 
 def test_term_under_load():
+    """All that was let in is answered whole, four at once; a second signal ends it at once, with answers unfinished."""
     for signals in (1, 2):
-        server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "4")
-        body = {**ASK, "stream": True, "max_tokens": 700, "ignore_eos": True}
+        server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "4", *LONG_SESSION)
+        body = {**ASK, "stream": True, "max_tokens": 700 if signals == 1 else LONG_ANSWER, "ignore_eos": True}
         sockets = []
         try:
-            for _ in range(8):  # four run, four wait
-                s = server.connect()
-                s.sendall(post(body, extra="Connection: close\r\n"))
+            for i in range(10):  # of the first eight four run, four wait; the last two hold the server up meanwhile
+                s = server.connect(60)
+                s.sendall(post(body if i < 8 else {**body, "max_tokens": LONG_ANSWER}, extra="Connection: close\r\n"))
                 sockets.append(s)
-            while server.metric("requests_running") + server.metric("requests_waiting") < 8:
-                time.sleep(0.02)
+            until("all are in", lambda: sum(r["route"] == CHAT for r in server.rows()) + server.inside() == 10)
             server.term()
-            time.sleep(0.2)
+            until("it drains", lambda: server.get("/readyz").status == 503)
             expect("new ones", server.post(CHAT, ASK).status, 503)
             if signals == 2:
                 begin = time.monotonic()
                 server.term()
-                server.process.wait(2)
-                check("at once", time.monotonic() - begin < 1)
-                continue
-            for s in sockets:
+                server.process.wait(60)
+                check("at once", time.monotonic() - begin < 1 or not FULL)
+            for s in sockets[8:]:
+                s.close()
+            for s in sockets[:8]:
                 data = b""
-                while part := s.recv(65536):
-                    data += part
-                check("whole", b'"finish_reason":"length"' in data and b"data: [DONE]" in data, data[-200:])
-            expect("exit code", server.process.wait(10), 0)
+                try:
+                    while part := s.recv(65536):
+                        data += part
+                except ConnectionResetError:
+                    check("whole", signals == 2)
+                whole = b'"finish_reason":"length"' in data and b"data: [DONE]" in data
+                check("whole" if signals == 1 else "not whole", whole == (signals == 1), data[-200:])
+            if signals == 1:
+                expect("exit code", server.process.wait(60), 0)
         finally:
+            for s in sockets:
+                s.close()
             server.stop()
 
 
 def test_shutdown_timeout():
-    server = Server(TOOL, MODEL, "--model-name", "demo", "--shutdown-timeout", "0.1")
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--shutdown-timeout", "0.1", *LONG_SESSION)
     try:
         with server.connect() as s:
-            s.sendall(post({**ASK, "stream": True, "max_tokens": 1000, "ignore_eos": True}, extra="Connection: close\r\n"))
+            s.sendall(post({**ASK, "stream": True, "max_tokens": LONG_ANSWER, "ignore_eos": True}, extra="Connection: close\r\n"))
             data = s.recv(100)
             server.term()
             while part := s.recv(65536):
                 data += part
             check("told in the stream", b'"code":"service_unavailable"' in data and b"data: [DONE]" in data, data[-300:])
-        expect("exit code", server.process.wait(5), 143)
+        expect("exit code", server.process.wait(60), 143)
     finally:
         server.stop()
 

@@ -2,15 +2,13 @@
 """Every way to be refused: status, the four keys of the body, param, and the headers that belong to it."""
 import json
 import os
-import re
 import socket
 import sys
 import tempfile
-import threading
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from serve_lib import Failed, Server, check, expect, read_answer, run, tool_and_model  # noqa: E402
+from serve_lib import (LONG_ANSWER, LONG_SESSION, Failed, Server, check, expect, read_answer, run,  # noqa: E402
+                       tool_and_model, until)
 
 TOOL, MODEL = tool_and_model()
 CHAT = "/v1/chat/completions"
@@ -235,81 +233,82 @@ def test_framing():
 
 
 def test_body_too_slow():
-    with strict.connect() as s:
-        s.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                  f"Authorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{".encode())
-        error(read_answer(s), 408, "request_timeout")
-    with strict.connect() as s:
-        s.sendall(b"GET /v1/mod")
-        error(read_answer(s), 408, "request_timeout")
+    hasty = Server(TOOL, MODEL, "--body-timeout", "0.5", "--header-timeout", "0.5")
+    try:
+        for part in (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     f"Content-Length: 100\r\n\r\n{{", "GET /v1/mod"):
+            with hasty.connect() as s:
+                s.sendall(part.encode())
+                error(read_answer(s), 408, "request_timeout")
+    finally:
+        expect("exit code", hasty.stop(), 0)
 
 
 def test_session_busy():
     body = {"prompt": "Tell me a story.", "session_id": 7, "interactive_mode": True, "stream": True,
-            "request_output_len": 900, "ignore_eos": True}
-    with plain.connect() as s:
+            "request_output_len": LONG_ANSWER, "ignore_eos": True}
+    with lasting.connect() as s:
         data = json.dumps(body).encode()
         s.sendall(f"POST /v1/chat/interactive HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                   f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         check("it answers", b"200 OK" in s.recv(4096), "")
-        error(plain.post("/v1/chat/interactive", {**body, "stream": False}), 409, "conflict", "session_id")
-        plain.post("/v1/chat/interactive", {"session_id": 7, "cancel": True})
-    plain.idle()
+        error(lasting.post("/v1/chat/interactive", {**body, "stream": False}), 409, "conflict", "session_id")
+        lasting.post("/v1/chat/interactive", {"session_id": 7, "cancel": True})
+    lasting.idle()
 
 
 def test_feature_off():
     error(plain.post("/v1/embeddings", {"model": "demo", "input": "x"}), 501, "unsupported_feature")
 
 
+def stream(s, tokens):
+    """Asks for a stream of so many tokens."""
+    data = json.dumps({**HELLO, "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
+    s.sendall((f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+               f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n").encode() + data)
+    return s
+
+
 def test_queue_full():
-    """One answer at once and one that waits: the third is refused at the door."""
-    long = {**HELLO, "max_tokens": 900, "ignore_eos": True}
-    answers, threads = [], []
-    for _ in range(2):
-        threads.append(threading.Thread(target=lambda: answers.append(strict.post(CHAT, long, KEYED))))
-        threads[-1].start()
-    while sum(float(v) for v in re.findall(r"^tm_requests_(?:running|waiting) (\d+)$", strict.get(
-            "/metrics", KEYED).text, re.M)) < 2:
-        time.sleep(0.01)
-    begin = time.monotonic()
-    refused = strict.post(CHAT, HELLO, KEYED)
-    took = time.monotonic() - begin
-    error(refused, 429, "queue_full", type_="rate_limit")
-    check("Retry-After", int(refused.headers["retry-after"]) >= 1, refused.headers)
-    check("at once", took < 0.5, f"{took} s")
-    for t in threads:
-        t.join()
-    error(strict.post(CHAT, {**HELLO, "n": 2}, KEYED), 400, "invalid_value", "n")
-    for a in answers:
-        expect("accepted", a.status, 200)
+    """One answer at once and one that waits: the third is refused at the door, while they go on."""
+    with lasting.connect() as first, lasting.connect() as second:
+        for s in (first, second):
+            stream(s, LONG_ANSWER)
+        until("both are in", lambda: lasting.inside() == 2)
+        refused = lasting.post(CHAT, HELLO)
+        error(refused, 429, "queue_full", type_="rate_limit")
+        check("Retry-After", int(refused.headers["retry-after"]) >= 1, refused.headers)
+        expect("at once: both are still there", lasting.inside(), 2)
+    lasting.idle()
+    error(lasting.post(CHAT, {**HELLO, "n": 2}), 400, "invalid_value", "n")
+    expect("accepted again", lasting.post(CHAT, HELLO).status, 200)
 
 
 def test_draining():
-    server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1")
-    body = {**HELLO, "max_tokens": 500, "ignore_eos": True, "stream": True}
-    data = json.dumps(body).encode()
-    request = (f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-               f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n").encode() + data
+    """What was let in is answered, and nothing else is. A long answer holds the server up meanwhile."""
+    server = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1", *LONG_SESSION)
+    sockets = []
     try:
-        with server.connect() as s, server.connect() as second, server.connect() as third:
-            s.sendall(request)
-            first = s.recv(1000)
-            second.sendall(request)  # they wait: there is time to look at the server
-            third.sendall(request)
-            while server.metric("requests_waiting") < 2:
-                time.sleep(0.01)
-            server.term()
-            time.sleep(0.15)
-            for answer in [server.post(CHAT, HELLO), server.get("/readyz")]:
-                error(answer, 503, "service_unavailable")
-                check("Retry-After", int(answer.headers["retry-after"]) >= 1, answer.headers)
-            expect("alive", server.get("/livez").status, 200)
-            for s_, rest in ((s, first), (second, b""), (third, b"")):
-                while part := s_.recv(65536):
-                    rest += part
-                check("whole answer", b"data: [DONE]" in rest and b'"finish_reason":"length"' in rest, rest[-300:])
-        code = server.process.wait(10)
+        for tokens in (1000, LONG_ANSWER, 300, 300):
+            sockets.append(stream(server.connect(), tokens))
+        until("all are in", lambda: sum(r["route"] == CHAT for r in server.rows()) + server.inside() == 4)
+        server.term()
+        until("it drains", lambda: server.get("/readyz").status == 503)
+        for answer in [server.post(CHAT, HELLO), server.get("/readyz")]:
+            error(answer, 503, "service_unavailable")
+            check("Retry-After", int(answer.headers["retry-after"]) >= 1, answer.headers)
+        expect("alive", server.get("/livez").status, 200)
+        sockets.pop(1).close()
+        for s in sockets:
+            s.settimeout(60)
+            rest = b""
+            while part := s.recv(65536):
+                rest += part
+            check("whole answer", b"data: [DONE]" in rest and b'"finish_reason":"length"' in rest, rest[-300:])
+        code = server.process.wait(60)
     finally:
+        for s in sockets:
+            s.close()
         server.stop()
     expect("exit code", code, 0)
 
@@ -345,16 +344,17 @@ with tempfile.NamedTemporaryFile("w") as keys:
     keys.flush()
     plain = Server(TOOL, MODEL, "--model-name", "demo", "--model-name", "gpt-3.5-turbo")
     strict = Server(TOOL, MODEL, "--model-name", "demo", "--api-key-file", keys.name, "--strict-params", "--max-body", "64K",
-                    "--body-timeout", "0.5", "--header-timeout", "0.5", "--max-batch-size", "1", "--max-queue", "1",
                     "--allow-origin", "https://page.example", env={"TM_RUN_API_KEY": "second-key"})
+    lasting = Server(TOOL, MODEL, "--model-name", "demo", "--max-batch-size", "1", "--max-queue", "1", *LONG_SESSION)
+servers = (plain, strict, lasting)
 try:
     result = run([f for name, f in sorted(globals().items()) if name.startswith("test_")])
-    if plain.process.poll() is not None or strict.process.poll() is not None:
+    if any(s.process.poll() is not None for s in servers):
         print("FAIL a server is gone")
         result = 1
 finally:
-    codes = [plain.stop(), strict.stop()]
-if codes != [0, 0]:
+    codes = [s.stop() for s in servers]
+if any(codes):
     print(f"FAIL exit codes: {codes}")
     result = 1
 sys.exit(result)

@@ -23,6 +23,21 @@ def check(what, ok, detail=""):
         raise Failed(f"{what}: {detail}")
 
 
+def until(what, true, limit=60, pause=0.01):
+    """What true() gives as soon as it is true; it must be within `limit` seconds."""
+    end = time.monotonic() + limit
+    while not (value := true()):
+        check(f"{what} within {limit} s", time.monotonic() < end)
+        time.sleep(pause)
+    return value
+
+
+# A session beyond the model's context, for answers that go on for seconds: a test that looks at what runs or waits has
+# time for it on any machine.
+LONG_SESSION = ("--session-len", "8192")
+LONG_ANSWER = 8000
+
+
 class Server:
     """tm-run serve on a port of its own; its log is kept in .lines(). unix: its socket instead of a port; tls: the
     context that connections are made with."""
@@ -68,6 +83,16 @@ class Server:
         if os.path.exists(self.log):
             os.unlink(self.log)
         return code
+
+    def rows(self):
+        """The requests of its log so far."""
+        return [json.loads(line) for line in self.lines() if line.startswith("{") and line.endswith("}\n")]
+
+    def cpu(self):
+        """Seconds of processors that it took so far: what others do on the machine is not in them."""
+        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as f:
+            fields = f.read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def rss(self):
         with open(f"/proc/{self.process.pid}/status", encoding="ascii") as f:
@@ -117,15 +142,14 @@ class Server:
         check("metric", found, f"no tm_{name}")
         return sum(float(v) for v in found)
 
-    def idle(self, limit=10):
+    def inside(self):
+        """Requests that run or wait, of one look: between two of them one may have begun."""
+        text = self.get("/metrics").text
+        return sum(int(n) for n in re.findall(r"^tm_requests_(?:running|waiting) (\d+)$", text, re.M))
+
+    def idle(self, limit=60):
         """Waits until no request runs and no block is held."""
-        until = time.monotonic() + limit
-        while time.monotonic() < until:
-            if self.metric("requests_running") == 0 and self.metric("kv_blocks_used") == 0:
-                return
-            time.sleep(0.05)
-        raise Failed(f"running {self.metric('requests_running')}, blocks {self.metric('kv_blocks_used')} "
-                     f"after {limit} s")
+        until("it is idle", lambda: self.metric("requests_running") == 0 and self.metric("kv_blocks_used") == 0, limit)
 
 
 class Answer:

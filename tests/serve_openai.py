@@ -14,7 +14,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
-from serve_lib import Server, check, expect, run, tool_and_model  # noqa: E402
+from serve_lib import LONG_ANSWER, LONG_SESSION, Server, check, expect, run, tool_and_model, until  # noqa: E402
 
 VENV = os.path.join(os.path.dirname(HERE), "build", "venv-openai")
 
@@ -266,26 +266,22 @@ def test_12_errors():
 
 def test_13_cancel():
     before = server.metric("requests_cancelled_total")
-    stream = chat(stream=True, max_tokens=900, extra_body={"ignore_eos": True})
+    stream = chat(stream=True, max_tokens=LONG_ANSWER, extra_body={"ignore_eos": True})
     for _, chunk in zip(range(5), stream):
         check("chunk", chunk.id)
     stream.close()
-    for _ in range(100):
-        if server.metric("requests_cancelled_total") > before and server.metric("kv_blocks_used") == 0:
-            break
-        time.sleep(0.02)
-    expect("noticed", server.metric("requests_cancelled_total") > before, True)
-    expect("blocks", server.metric("kv_blocks_used"), 0)
+    until("noticed", lambda: server.metric("requests_cancelled_total") > before)
+    until("blocks are back", lambda: server.metric("kv_blocks_used") == 0)
 
 
 def test_14_timeouts():
     try:
         client.with_options(timeout=0.05, max_retries=0).chat.completions.create(
-            model="demo", messages=ASK, max_tokens=900, extra_body={"ignore_eos": True})
+            model="demo", messages=ASK, max_tokens=LONG_ANSWER, extra_body={"ignore_eos": True})
         check("timeout", False)
     except openai.APITimeoutError:
         pass
-    a = chat(max_tokens=900, extra_body={"ignore_eos": True, "timeout_ms": 50}).choices[0]
+    a = chat(max_tokens=LONG_ANSWER, extra_body={"ignore_eos": True, "timeout_ms": 50}).choices[0]
     expect("ours", (a.finish_reason, a.timed_out), ("length", True))
     server.idle()
 
@@ -319,7 +315,7 @@ def test_99_count():
     check("at least 60 calls", calls >= 60, calls)
 
 
-server = Server(TOOL, MODEL, "--model-name", "demo", "--max-queue", "200", env={"TM_RUN_API_KEY": KEY})
+server = Server(TOOL, MODEL, "--model-name", "demo", "--max-queue", "200", *LONG_SESSION, env={"TM_RUN_API_KEY": KEY})
 ask_ours, server.ask = server.ask, lambda m, p, b=None, h=None, t=60: ask_ours(m, p, b, {"X-Api-Key": KEY, **(h or {})}, t)
 client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=KEY, max_retries=0)
 try:

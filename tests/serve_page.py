@@ -132,8 +132,7 @@ def turns(page):
     ask(page, "slow", wait=False)
     page.wait("/the the the/.test(document.querySelector('.assistant .md')?.innerText)", "it streams")
     check(page.eval("document.getElementById('go').getAttribute('aria-label')") == "Stop", "Send has become Stop")
-    check(re.match(r"[0-9]+ tokens · [0-9.]+ tokens/s", page.eval("document.getElementById('figures').innerText")),
-          "live figures")
+    page.wait("/^[0-9]+ tokens · [0-9.]+ tokens.s/.test(document.getElementById('figures').innerText)", "live figures")
     shot(page, "desktop-streaming")
     page.key("Escape")
     page.wait("!document.body.classList.contains('busy') && document.querySelector('.cut')?.innerText === 'Stopped'",
@@ -321,7 +320,7 @@ def stand_in(work, **env):
     if os.path.exists(port):
         os.remove(port)
     process = Process([sys.executable, os.path.join(here, "support", "chat_server.py"), port], **env)
-    for _ in range(200):
+    for _ in range(1200):
         if os.path.exists(port):
             break
         time.sleep(0.05)
@@ -355,7 +354,7 @@ def main():
                 line = server.stderr.readline()
             check("http://" in line, "the server listens")
             url = re.search(r"http://\S+", line).group(0).rstrip("/") + "/"
-            for _ in range(200):
+            for _ in range(1200):
                 try:
                     urllib.request.urlopen(url + "readyz").read()
                     break

@@ -304,8 +304,9 @@ END_TEST
 
 START_TEST(test_interrupt)
 {
-    /* Without its stop tokens the model writes until the session is full. */
-    start("--no-history", "--logit-bias", "4094=-1000", "--logit-bias", "2=-1000", NULL);
+    /* Without its stop tokens the model writes until the session is full: for seconds. */
+    start("--no-history", "--session-len", "8192", "--max-new-tokens", "8000", "--logit-bias",
+          "4094=-1000", "--logit-bias", "2=-1000", NULL);
     prompt();
     say("hello");
     expect("Hello!");

@@ -27,10 +27,10 @@ static server_opts options(void)
     return (server_opts){.http = {.host = "127.0.0.1",
                                   .max_connections = 8,
                                   .max_body_bytes = 4096,
-                                  .head_ms = 300,
-                                  .body_ms = 300,
-                                  .idle_ms = 1000,
-                                  .stall_ms = 1000},
+                                  .head_ms = 20000,
+                                  .body_ms = 20000,
+                                  .idle_ms = 20000,
+                                  .stall_ms = 20000},
                          .names = names,
                          .n_names = 1,
                          .check_host = true,
@@ -83,7 +83,7 @@ START_TEST(test_loading)
     ck_assert_ptr_nonnull(strstr(talk(connect_tcp(s), "GET /livez" HEAD "\r\n"), " 200 OK"));
     ck_assert_ptr_nonnull(strstr(talk(connect_tcp(s), "GET /v1/models" HEAD "\r\n"), "\"m\""));
     ck_assert_ptr_nonnull(strstr(talk(connect_tcp(s), "GET /metrics" HEAD "\r\n"), "tm_ready 0"));
-    ck_assert_int_eq(server_active(s), 0);
+    while (server_active(s)) (void)usleep(1000); /* its books are closed behind the last byte */
     server_close(&s);
     ck_assert_ptr_null(s);
     ck_assert_int_eq(lines, 5);
@@ -93,9 +93,11 @@ END_TEST
 /* A request that stays unfinished is answered and ended although the library still reads it. */
 START_TEST(test_deadlines)
 {
-    const server_opts o = options();
+    server_opts o = options();
     server *s;
     err e;
+    o.http.head_ms = o.http.body_ms = 300;
+    o.http.idle_ms = 1000;
     ck_assert_msg(server_open(&s, &o, NULL, &e) == OK, "%s", e.msg);
     const char *a = talk(connect_tcp(s), "GET /live");
     ck_assert_ptr_nonnull(strstr(a, "HTTP/1.1 408"));

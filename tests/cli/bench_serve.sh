@@ -4,7 +4,7 @@ unset TM_RUN_API_KEY
 python3 "$TMF_SOURCE/tests/support/chat_server.py" port &
 server=$!
 trap 'kill $server; wait $server 2>/dev/null' EXIT
-for _ in $(seq 600); do [ -s port ] && break; sleep 0.05; done
+until_true [ -s port ]
 url=127.0.0.1:$(cat port)
 
 check 'closed loop' 0 tm-run bench-serve "$url" -c 4 -n 12 --warmup 4 --new-tokens 20 --json
@@ -48,7 +48,7 @@ check 'nobody there' 6 tm-run bench-serve 127.0.0.1:1
 # The two on a real server: the terminal's answer, and prompts of an exact length as the server counts them.
 tm-run serve "$TMF_SOURCE/datasets/demo" --server-port 0 2>served &
 trap 'kill $server $!; wait $server $! 2>/dev/null' EXIT
-for _ in $(seq 600); do grep -q 'listening on' served && break; sleep 0.05; done
+until_true grep -q 'listening on' served
 url=$(sed -nE 's/.*listening on (http[^ ]*).*/\1/p' served)
 for _ in $(seq 600); do tm-run client "$url" -p hello >/dev/null 2>&1 && break; sleep 0.05; done
 check 'tm-run client on tm-run serve' 0 tm-run client "$url" -t 0 -p 'What is 17 + 25?'

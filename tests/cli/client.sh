@@ -7,7 +7,7 @@ serve() { # [NAME=VALUE]: starts the stand-in, $url is where it is
     rm -f port
     env "$@" python3 "$TMF_SOURCE/tests/support/chat_server.py" port &
     server=$!
-    for _ in $(seq 600); do [ -s port ] && break; sleep 0.05; done
+    until_true [ -s port ]
     url=127.0.0.1:$(cat port)
 }
 stop() { kill "$server" 2>/dev/null; wait "$server" 2>/dev/null; }
@@ -69,23 +69,23 @@ check 'empty question' 2 tm-run client "$url"
 
 tm-run client "$url" -p slow >out 2>err </dev/null &
 client=$!
-for _ in $(seq 1000); do [ -s out ] && break; sleep 0.02; done
+until_true [ -s out ]
 kill -INT $client
 code=0
 wait $client || code=$?
 [ $code -eq 130 ]
 verdict $? 'an interrupt ends the answer' "exit $code"
-for _ in $(seq 1000); do [ -s port.log ] && break; sleep 0.02; done
+until_true [ -s port.log ]
 [ "$(cat port.log 2>/dev/null)" = left ]
 verdict $? 'and closes the connection'
 
 cat >talk.py <<'P'
-import os, pty, re, select, signal, sys, time
+import os, pty, re, signal, sys, termios, time
 pid, fd = pty.fork()
 if pid == 0:
     os.environ.update(TERM="xterm", LC_ALL="C.UTF-8")
     os.execvp("tm-run", ["tm-run", "client", sys.argv[1], "--no-history"])
-signal.alarm(60)
+signal.alarm(200)
 seen = b""
 def expect(what):
     global seen
@@ -94,7 +94,8 @@ def expect(what):
     seen = seen[m.end():]
 def prompt():
     expect(rb"> ")
-    time.sleep(0.1)
+    while termios.tcgetattr(fd)[3] & termios.ICANON:  # a key typed before the editor has the terminal is lost
+        time.sleep(0.005)
 prompt()
 os.write(fd, b"slow\r")
 expect(rb"the the the")

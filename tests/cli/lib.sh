@@ -5,6 +5,8 @@
 #   check NAME CODE COMMAND ...   runs the command: its stdout is in ./out, its stderr in ./err
 #   out_is TEXT | out_has REGEX | err_has REGEX | err_lines N | out_json PYTHON   about that command
 #   absent PATH | same FILE FILE                                                  about files
+#   until_true COMMAND ...        waits until it succeeds, for a minute; its status
+#   catches PID NUMBER            whether the process has a handler for that signal
 #   skip REASON                   says out loud that something is not tested here
 #   finish                        last line: fails the script if a check failed
 #
@@ -47,5 +49,15 @@ sys.exit(not eval(sys.argv[1]))' "$1" 2>>err
 }
 absent() { [ ! -e "$1" ]; verdict $? "$tests_name: no $1"; }
 same() { cmp -s "$1" "$2"; verdict $? "$tests_name: $1 and $2 are equal"; }
+until_true() {
+    local i
+    for i in $(seq 3000); do "$@" && return 0 || sleep 0.02; done
+    return 1
+}
+catches() {
+    local mask
+    mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null)
+    [ -n "$mask" ] && [ $((0x$mask >> ($2 - 1) & 1)) -eq 1 ]
+}
 skip() { printf 'SKIP - %s\n' "$1"; }
 finish() { exit $((tests_failed > 0)); }

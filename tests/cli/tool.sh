@@ -81,8 +81,8 @@ signal_case() { # NAME SIGNAL CODE ARGS...
     shift 3
     : >err
     tool_probe steps --steps 2000 --ms 5 --progress json "$@" >out 2>err </dev/null &
-    local pid=$! i
-    for i in $(seq 100); do [ -s err ] && break || sleep 0.1; done # its handlers stand
+    local pid=$!
+    until_true [ -s err ] # its handlers stand, and it works
     kill -s "$signal" "$pid"
     wait "$pid" || code=$?
     [ "$code" -eq "$want" ]
@@ -93,20 +93,25 @@ err_has '^tool_probe: stopped$'
 signal_case 'SIGTERM' TERM 143
 signal_case 'SIGINT with a checkpoint' INT 8 --resumable
 err_has '^tool_probe: stopped; the same command goes on from here$'
-signal_case 'SIGUSR1 is no end' USR1 0 --steps 150
-signal_case 'an interrupt taken back' INT 0 --steps 150 --take
+signal_case 'SIGUSR1 is no end' USR1 0 --steps 400
+signal_case 'an interrupt taken back' INT 0 --steps 400 --take
 err_has 'took an interrupt'
 tests_name='SIGUSR1 shows progress'
 tool_probe steps --steps 150 --ms 20 >out 2>err </dev/null &
 pid=$!
-sleep 1; kill -USR1 $pid; wait $pid
+until_true catches $pid 10
+kill -USR1 $pid; wait $pid
 err_has 'probing: step [0-9]+/150'
 tests_name='two SIGINTs end it at once'
-tool_probe steps --steps 1 --ms 20000 >out 2>err </dev/null &
+tool_probe steps --steps 1 --ms 60000 >out 2>err </dev/null &
 pid=$!
-sleep 1; kill -INT $pid; sleep 0.2; kill -INT $pid 2>/dev/null
+until_true catches $pid 2 && kill -INT $pid
+caught() { ! catches $pid 2; } # the first takes the handler away
+until_true caught
+kill -INT $pid 2>/dev/null
 code=0; wait $pid || code=$?
 [ $code -eq 130 ]; verdict $? "$tests_name" "exit $code"
+err_lines 0 # it has not come to say that it was stopped
 set +m
 
 # Standard output: full, closed, a pipe that nobody reads.

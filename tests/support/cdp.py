@@ -23,7 +23,7 @@ class Failed(Exception):
 class Browser:
     """with Browser() as page: page.go(url); page.eval("document.title")"""
 
-    def __init__(self, timeout=30):
+    def __init__(self, timeout=60):
         self.timeout = timeout
         self.home = tempfile.mkdtemp(prefix="tmforge-page-")
         command_r, self.w = os.pipe()
@@ -54,7 +54,7 @@ class Browser:
         except (Failed, OSError):
             pass
         try:
-            self.process.wait(5)
+            self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -1,4 +1,5 @@
 /* A tool that does nothing but what tests/cli/tool.sh asks of the shared main. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -12,10 +13,11 @@ static struct {
     const char *output, *text;
 } opt = {.steps = 3, .ms = 1, .text = "failed"};
 
+/* A step's work: no signal cuts it short. */
 static void nap(int64_t ms)
 {
-    const struct timespec t = {ms / 1000, ms % 1000 * 1000000};
-    (void)nanosleep(&t, NULL);
+    struct timespec t = {ms / 1000, ms % 1000 * 1000000};
+    while (nanosleep(&t, &t) != 0 && errno == EINTR) continue;
 }
 
 static err_code run_fail(tool_ctx *t, err *e)
