@@ -12,8 +12,8 @@
 #define SPOOL_MAX_LAYERS 4096
 
 struct spool {
-    char target[4096], dir[4096];
-    char fingerprint[65], kind[32];
+    char target[4096], dir[4096], root[4096];  /* root: of all sets */
+    char fingerprint[65], whole[65], kind[32]; /* whole: the target's */
     int version;
     file_lock lock;
     bool locked;
@@ -71,8 +71,11 @@ static err_code set_names(spool *s, const spool_opts *o, err *e)
     TRY(copy_text(s->target, sizeof s->target, o->target, "output", e));
     TRY(copy_text(s->dir, sizeof s->dir - sizeof ".part", o->target, "output", e));
     strcat(s->dir, ".part");
+    memcpy(s->root, s->dir, sizeof s->root);
     TRY(copy_text(s->kind, sizeof s->kind, o->kind, "kind", e));
-    return copy_text(s->fingerprint, sizeof s->fingerprint, o->fingerprint, "fingerprint", e);
+    TRY(copy_text(s->fingerprint, sizeof s->fingerprint, o->fingerprint, "fingerprint", e));
+    memcpy(s->whole, s->fingerprint, sizeof s->whole);
+    return OK;
 }
 
 static err_code look_at_target(const spool *s, bool force, bool *fresh, err *e)
@@ -105,6 +108,27 @@ err_code spool_open(spool **out, const spool_opts *o, bool *fresh, err *e)
     if ((rc = look_at_target(s, o->force, fresh, e)) != OK) goto fail;
     /* A run killed right behind its rename left its layers. */
     if ((rc = *fresh ? dir_remove_tree(s->dir, e) : find_done(s, e)) != OK) goto fail;
+    *out = s;
+    return OK;
+fail:
+    spool_close(&s);
+    return rc;
+}
+
+err_code spool_open_set(spool **out, const spool *of, const char *name, const char *fingerprint,
+                        err *e)
+{
+    spool *s = NULL;
+    err_code rc;
+    TRY(mem_alloc((void **)&s, 1, sizeof *s, "spool", e));
+    *s = *of;
+    s->locked = false; /* the lock is of's */
+    s->done = NULL;
+    if ((rc = path_join(s->dir, sizeof s->dir, of->root, name, e)) != OK) goto fail;
+    rc = copy_text(s->fingerprint, sizeof s->fingerprint, fingerprint, "fingerprint", e);
+    if (rc != OK) goto fail;
+    if ((rc = mem_alloc((void **)&s->done, (size_t)s->layers, 1, "spool", e)) != OK) goto fail;
+    if ((rc = find_done(s, e)) != OK) goto fail;
     *out = s;
     return OK;
 fail:
@@ -146,6 +170,23 @@ err_code spool_get(const spool *s, int32_t layer, st_file **out, err *e)
     char path[4096];
     TRY(layer_path(path, sizeof path, s, layer, e));
     return artifact_open(out, path, SPOOL_KIND, SPOOL_VERSION, e);
+}
+
+err_code spool_put_note(spool *s, const artifact_part *parts, int64_t n_parts, err *e)
+{
+    char path[4096];
+    const char *meta[] = {"fingerprint", s->fingerprint, NULL};
+    TRY(dir_make(s->dir, e));
+    TRY(path_join(path, sizeof path, s->dir, "note", e));
+    return artifact_write(path, SPOOL_KIND, SPOOL_VERSION, meta, parts, n_parts, true, e);
+}
+
+err_code spool_get_note(const spool *s, st_file **out, err *e)
+{
+    char path[4096];
+    TRY(path_join(path, sizeof path, s->dir, "note", e));
+    open_part(out, s, path);
+    return OK;
 }
 
 err_code spool_put_state(spool *s, int32_t layer, const tensor *state, err *e)
@@ -208,7 +249,7 @@ static err_code gather(const spool *s, st_file **files, artifact_part **parts, i
 static err_code add_fingerprint(artifact_pairs *all, const spool *s, const char *const *meta,
                                 err *e)
 {
-    TRY(artifact_pairs_add(all, "fingerprint", s->fingerprint, e));
+    TRY(artifact_pairs_add(all, "fingerprint", s->whole, e));
     for (; meta[0]; meta += 2) TRY(artifact_pairs_add(all, meta[0], meta[1], e));
     return OK;
 }
@@ -226,7 +267,7 @@ err_code spool_finish(spool *s, const char *const *meta, const artifact_part *ex
     if ((rc = add_fingerprint(&all, s, meta, e)) != OK) goto done;
     if ((rc = artifact_write(s->target, s->kind, s->version, all.pairs, parts, n, true, e)) != OK)
         goto done;
-    rc = dir_remove_tree(s->dir, e);
+    rc = dir_remove_tree(s->root, e);
 done:
     for (int32_t i = 0; i < s->layers; i++) st_close(&files[i]);
     artifact_pairs_free(&all);

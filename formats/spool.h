@@ -32,6 +32,17 @@ err_code spool_put(spool *s, int32_t layer, const artifact_part *parts, int64_t 
 /* The layer's file, checked when it was opened; close with st_close. */
 err_code spool_get(const spool *s, int32_t layer, st_file **out, err *e);
 
+/* Another set of layers for the target of `of` and under its lock, in the directory `name` beside
+ * of's own: of several ways to make the target, one is written when all are known. Its parts carry
+ * a fingerprint of their own; finishing it writes the target with of's, and removes every set. `of`
+ * stays open until it is closed. */
+err_code spool_open_set(spool **out, const spool *of, const char *name, const char *fingerprint,
+                        err *e);
+/* What else is known once all layers of a set are: one artifact. *out NULL when there is none, or
+ * not a sound one of this run; close with st_close. */
+err_code spool_put_note(spool *s, const artifact_part *parts, int64_t n_parts, err *e);
+err_code spool_get_note(const spool *s, st_file **out, err *e);
+
 /* Hidden states as they enter `layer`: saved whole, one at a time. */
 err_code spool_put_state(spool *s, int32_t layer, const tensor *state, err *e);
 /* *layer of the saved state, whose values go to `state` when dtype and shape agree; 0 when there is
