@@ -45,7 +45,7 @@ static double spread_error(const spread *s, int64_t n)
 
 /* ---- a row ---- */
 
-static double log_sum_exp(const float *l, int32_t n, int32_t *best)
+double compare_log_sum(const float *l, int32_t n, int32_t *best)
 {
     double sum = 0;
     *best = 0;
@@ -55,21 +55,26 @@ static double log_sum_exp(const float *l, int32_t n, int32_t *best)
     return l[*best] + log(sum);
 }
 
+double compare_divergence(const float *a, double la, const float *b, double lb, int32_t n)
+{
+    double kl = 0;
+    for (int32_t v = 0; v < n; v++) {
+        const double q = b[v] - lb;
+        kl += exp(q) * (q - (a[v] - la));
+    }
+    return kl;
+}
+
 static void compare_row(void *ctx, int64_t i, int worker)
 {
     const comparing *c = ctx;
     const float *a = c->logits[MODEL] + i * c->vocab, *b = c->logits[REFERENCE] + i * c->vocab;
     int32_t best[2];
-    const double la = log_sum_exp(a, c->vocab, &best[MODEL]),
-                 lb = log_sum_exp(b, c->vocab, &best[REFERENCE]);
-    double kl = 0;
+    const double la = compare_log_sum(a, c->vocab, &best[MODEL]),
+                 lb = compare_log_sum(b, c->vocab, &best[REFERENCE]);
     (void)worker;
-    for (int32_t v = 0; v < c->vocab; v++) {
-        const double q = b[v] - lb;
-        kl += exp(q) * (q - (a[v] - la));
-    }
     c->row[i] = (row_result){.nll = {la - a[c->next[i]], lb - b[c->next[i]]},
-                             .kl = kl,
+                             .kl = compare_divergence(a, la, b, lb, c->vocab),
                              .same = best[MODEL] == best[REFERENCE]};
 }
 
