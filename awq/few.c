@@ -11,7 +11,7 @@ bool few_tokens(const calib_block *stats, tensor_role r)
     return t && is_few(t);
 }
 
-static void shrink(const calib_tap *t, float *to)
+void few_shrink(const calib_tap *t, float *to)
 {
     const float *from = t->blocks.data;
     const int64_t g = t->g, n = t->k * g;
@@ -37,7 +37,7 @@ err_code few_stats(calib_block *stats, int32_t layer, void **mem, const job *j, 
     for (int i = 0; i < stats->n_taps; i++) {
         calib_tap *t = &stats->tap[i];
         if (!is_few(t)) continue;
-        shrink(t, at);
+        few_shrink(t, at);
         t->blocks.data = at;
         at += t->k * t->g;
         job_log(j, LOG_INFO,

@@ -10,6 +10,8 @@
 
 /* Fewer tokens than inputs; false without statistics. */
 bool few_tokens(const calib_block *stats, tensor_role r);
+/* The blocks of such an input, f32 as in t->blocks, shrunk; in place when `to` is them. */
+void few_shrink(const calib_tap *t, float *to);
 /* Shrinks the blocks of such inputs, and says so. *stats then points into *mem: mem_free when the
  * layer is done. */
 err_code few_stats(calib_block *stats, int32_t layer, void **mem, const job *j, err *e);

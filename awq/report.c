@@ -93,6 +93,8 @@ static double slope(const reading *r, const calib_tap *t, const plan_fold *f)
     return wide > 0 ? (n * xy - x * y) / wide : NAN;
 }
 
+static bool reads_stream(tensor_role r) { return r == ROLE_QKV || r == ROLE_GATE; }
+
 static void read_factors(const reading *r, const calib_block *stats, const block_plan *p,
                          report_layer *out)
 {
@@ -102,7 +104,8 @@ static void read_factors(const reading *r, const calib_block *stats, const block
                                    : f->source == ROLE_FFN_NORM ? ROLE_GATE
                                    : f->source == ROLE_UP       ? ROLE_DOWN
                                                                 : ROLE_O;
-        const calib_tap *t = stats && f->source != ROLE_K ? calib_find(stats, reader) : NULL;
+        const bool other = f->source == ROLE_K || (r->out->turned && reads_stream(reader));
+        const calib_tap *t = stats && !other ? calib_find(stats, reader) : NULL;
         if (!f->s.data) continue;
         report_factors *to = &out->factors[out->n_factors++];
         *to = (report_factors){.source = f->source, .least = INFINITY, .ratio = slope(r, t, f)};
@@ -183,6 +186,8 @@ static err_code read_all(reading *r, const search_opts *o, const job *j, err *e)
     r->src = rotated_src(r->turned);
     r->m = weights_desc(r->src);
     const plan_info *info = plan_info_of(r->plan);
+    tensor q;
+    r->out->turned = plan_rotation(r->plan, "residual", &q);
     r->out->layers = info->layers;
     r->out->group = info->group;
     (void)snprintf(r->out->method, sizeof r->out->method, "%s", info->method);
@@ -201,7 +206,7 @@ err_code report_make(report *out, device *d, const search_opts *o, const search_
                      const job *j, err *e)
 {
     reading r = {.out = out, .d = d};
-    *out = (report){.predicted = s->predicted};
+    *out = (report){.predicted = s->predicted, .basis = s->basis};
     const err_code rc = read_all(&r, o, j, e);
     mem_free(r.room);
     plan_close(&r.plan);
@@ -276,6 +281,19 @@ static bool add_prediction(const prediction *p, cJSON *to)
            add_number(o, "perplexity_change_percent", 100 * (exp(p->nll - p->nll16) - 1));
 }
 
+/* "turned" is what the plan does; null: no comparison is known, as of a plan that was there. */
+static bool add_basis(const report *r, cJSON *to)
+{
+    const basis_choice *c = &r->basis;
+    cJSON *o = cJSON_AddObjectToObject(to, "residual_stream");
+    if (!o || !cJSON_AddBoolToObject(o, "turned", r->turned)) return false;
+    if (!c->compared) return cJSON_AddNullToObject(o, "compared") != NULL;
+    o = cJSON_AddObjectToObject(o, "compared");
+    return o && add_number(o, "nll", c->still.nll) && add_number(o, "nll_turned", c->other.nll) &&
+           add_number(o, "kl", c->still.kl) && add_number(o, "kl_turned", c->other.kl) &&
+           add_number(o, "kl_gain", c->gain) && add_number(o, "kl_gain_error", c->error);
+}
+
 bool report_add(const report *r, cJSON *to)
 {
     cJSON *linears = cJSON_AddArrayToObject(to, "linears"),
@@ -284,5 +302,5 @@ bool report_add(const report *r, cJSON *to)
     bool ok = linears && factors && inputs;
     for (int32_t l = 0; l < r->layers && ok; l++)
         ok = add_layer(&r->layer[l], l, linears, factors, inputs);
-    return ok && add_prediction(&r->predicted, to);
+    return ok && add_prediction(&r->predicted, to) && add_basis(r, to);
 }

@@ -19,7 +19,8 @@ typedef struct {
 typedef struct {
     tensor_role source;
     double least, most; /* of the factors */
-    double ratio; /* slope of log factor over log mean |x|; NaN where there are no statistics */
+    double ratio; /* slope of log factor over log mean |x|; NaN where there are no statistics, or
+                     only of other channels: the residual stream is turned */
 } report_factors;
 
 typedef struct {
@@ -43,13 +44,16 @@ typedef struct {
     int32_t layers, group;
     char method[32], loss[16];
     prediction predicted;
+    basis_choice basis;
+    bool turned; /* the plan turns the residual stream */
 } report;
 
 /* Reads o's model, calib file (may be NULL) and finished plan. */
 err_code report_make(report *out, device *d, const search_opts *o, const search_summary *s,
                      const job *j, err *e);
 void report_free(report *r);
-/* Adds "linears", "factors", "outliers" and "predicted" to an object; false when out of memory. */
+/* Adds "linears", "factors", "outliers", "predicted" and "residual_stream" to an object; false when
+ * out of memory. */
 bool report_add(const report *r, cJSON *to);
 /* Written beside `path` and renamed; an existing file is replaced with `force` only. */
 err_code report_html(const report *r, const char *path, bool force, err *e);

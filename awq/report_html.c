@@ -193,6 +193,16 @@ static void summary(page *p, const report *r)
             "<p>Perplexity over %d held-out calibration windows: %.4f with 16-bit weights, %.4f "
             "rounded (%+.2f %%).</p>\n",
             (int)q->windows, exp(q->nll16), exp(q->nll), 100 * (exp(q->nll - q->nll16) - 1));
+    const basis_choice *c = &r->basis;
+    if (c->compared)
+        put(p,
+            "<p>Residual stream: %s. KL divergence from the 16-bit model over these windows: %.5f "
+            "nats a token as it is, %.5f turned (%.5f &plusmn; %.5f less); perplexity %.4f and "
+            "%.4f.</p>\n",
+            r->turned ? "turned" : "as it is", c->still.kl, c->other.kl, c->gain, c->error,
+            exp(c->still.nll), exp(c->other.nll));
+    else if (r->turned)
+        put(p, "<p>Residual stream: turned.</p>\n");
 }
 
 err_code report_html(const report *r, const char *path, bool force, err *e)

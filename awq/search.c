@@ -1,53 +1,15 @@
 /* The loop around a method: one block at a time, its second moments, its plan, its losses. */
-#include "awq/search.h"
-
-#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
-#include "awq/chain.h"
-#include "awq/correct.h"
-#include "awq/dev_chain.h"
 #include "awq/dev_fold.h"
 #include "awq/dev_replay.h"
-#include "awq/feedback.h"
 #include "awq/few.h"
 #include "awq/kv_fold.h"
-#include "awq/measure.h"
-#include "awq/module_loss.h"
-#include "awq/moments.h"
-#include "awq/on_device.h"
-#include "awq/pace.h"
-#include "awq/rotate.h"
-#include "kernels/search_ops.h"
-#include "runtime/layer_walk.h"
-
-typedef struct {
-    const search_opts *o;
-    device *d, *host; /* host: opened here, for what needs no device */
-    const job *j;
-    weight_src *base, *src; /* the model, and as it is searched: maybe in other bases */
-    rotated *turned;        /* of src; NULL: src is base */
-    const model_desc *m;
-    const family *fam;
-    calib_file *calib;
-    const quant_method *method;
-    quant_opts q;
-    layer_walk *walk;
-    moment_source *moments;
-    chain *chain; /* NULL unless the method carries rounded inputs on */
-    quant_scratch scratch;
-    dev_scratch *dev;     /* NULL: the device's memory is the host's */
-    dev_chain *dev_chain; /* there in place of chain */
-    arena plan_mem;       /* scales and zeros of a block, then what the method adds */
-    void *few;            /* statistics of few tokens, of the layer at work */
-    spool *spool;
-    pace *pace;                 /* NULL: nothing walks */
-    double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
-    char options[160];
-} search;
+#include "awq/search_internal.h"
+#include "awq/stream_stats.h"
 
 static double now_s(void)
 {
@@ -56,275 +18,7 @@ static double now_s(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ---- inputs ---- */
-
-static err_code pick_method(search *s, err *e)
-{
-    char known[128] = "";
-    s->method = method_find(s->o->method);
-    if (s->method) return OK;
-    for (int i = 0; method_at(i); i++) {
-        const size_t used = strlen(known);
-        snprintf(known + used, sizeof known - used, "%s%s", i ? ", " : "", method_at(i)->name);
-    }
-    return err_set(e, E_USAGE, "method '%s': expected one of %s", s->o->method, known);
-}
-
-static err_code pick_loss(search *s, err *e)
-{
-    const char *name = s->o->loss;
-    if (!s->calib && s->method->needs & METHOD_CALIB)
-        return err_set(e, E_USAGE, "method '%s' needs --calib", s->method->name);
-    s->q.loss = s->calib ? s->method->loss : LOSS_WEIGHTS;
-    for (loss_kind l = LOSS_WEIGHTS; name && l <= LOSS_MODULE; l++)
-        if (strcmp(name, loss_name(l)) == 0) {
-            s->q.loss = l;
-            name = NULL;
-        }
-    if (name)
-        return err_set(e, E_USAGE, "loss '%s': expected weights, blocks, gram or module", name);
-    if (s->q.loss != LOSS_WEIGHTS && !s->calib)
-        return err_set(e, E_USAGE, "loss '%s' needs --calib", loss_name(s->q.loss));
-    if (s->method->carries && s->q.loss != LOSS_GRAM)
-        return err_set(e, E_USAGE, "loss '%s': method '%s' needs gram", loss_name(s->q.loss),
-                       s->method->name);
-    if (s->q.loss == LOSS_MODULE && !s->method->searches)
-        return err_set(e, E_USAGE,
-                       "loss 'module': method '%s' searches nothing, use gram or blocks",
-                       s->method->name);
-    return OK;
-}
-
-static bool walks(const search *s) { return s->q.loss == LOSS_GRAM || s->q.loss == LOSS_MODULE; }
-
-static bool on_device(const search *s)
-{
-    return walks(s) && (s->o->on_device || dev_mem(s->d) != MEM_HOST);
-}
-
-/* Without a forward pass there is nothing to do on a device. */
-static err_code pick_device(search *s, err *e)
-{
-    if (walks(s) || dev_mem(s->d) == MEM_HOST) return OK;
-    const dev_opts o = {.kind = DEV_CPU, .threads = pool_threads(dev_pool(s->d))};
-    job_log(s->j, LOG_INFO, "method '%s' with loss '%s' has no forward pass: it runs on the CPU",
-            s->method->name, loss_name(s->q.loss));
-    TRY(dev_open(&s->host, &o, e));
-    s->d = s->host;
-    return OK;
-}
-
-/* "best" does it unasked. */
-static err_code pick_fold(search *s, err *e)
-{
-    s->q.kv_fold = s->o->kv_fold < 0 ? s->method->carries : s->o->kv_fold > 0;
-    if (!s->q.kv_fold) return OK;
-    if (!s->method->folds)
-        return err_set(e, E_USAGE, "folds of k and v: method '%s' takes no factors",
-                       s->method->name);
-    return walks(s) ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
-}
-
-static err_code pick_rotation(search *s, err *e)
-{
-    const char *name = s->o->rotate ? s->o->rotate : "none";
-    s->q.turn = strcmp(name, "vo") == 0;
-    if (!s->q.turn && strcmp(name, "none") != 0)
-        return err_set(e, E_USAGE, "rotation '%s': expected none or vo", name);
-    if (s->q.turn && !s->q.kv_fold)
-        return err_set(e, E_USAGE, "rotation 'vo': expected folds of k and v (--kv-fold yes)");
-    if (!s->q.turn) return OK;
-    TRY(rotated_open(&s->turned, s->base, s->d, &(tensor){0}, e));
-    s->src = rotated_src(s->turned);
-    s->m = weights_desc(s->src);
-    return OK;
-}
-
-static err_code pick_stages(search *s, err *e)
-{
-    static const struct {
-        const char *name;
-        uint32_t bit;
-    } stages[] = {{"factors", STAGE_FACTORS},   {"vo", STAGE_VO},
-                  {"ranges", STAGE_RANGES},     {"sweeps", STAGE_SWEEPS},
-                  {"scales", STAGE_SCALES},     {"correction", STAGE_CORRECTION},
-                  {"residual", STAGE_RESIDUAL}, {"held-out", STAGE_HELD_OUT}};
-    const char *at = s->o->without ? s->o->without : "";
-    if (*at && !s->method->stages)
-        return err_set(e, E_USAGE, "without '%s': expected method best, got %s", at,
-                       s->method->name);
-    while (*at) {
-        const size_t n = strcspn(at, ",");
-        uint32_t bit = 0;
-        for (size_t i = 0; i < sizeof stages / sizeof *stages; i++)
-            if (strlen(stages[i].name) == n && memcmp(stages[i].name, at, n) == 0)
-                bit = stages[i].bit;
-        if (!bit)
-            return err_set(e, E_USAGE,
-                           "without '%.*s': expected factors, vo, ranges, sweeps, scales, "
-                           "correction, residual or held-out",
-                           (int)n, at);
-        s->q.without |= bit;
-        at += n + (at[n] == ',');
-    }
-    return OK;
-}
-
-static err_code check_device(const search *s, err *e)
-{
-    if (!on_device(s)) return OK;
-    if (s->q.turn)
-        return err_set(e, E_UNSUPPORTED, "rotation 'vo': expected the CPU (--device cpu), got %s",
-                       dev_name(s->d));
-    return s->method->fixes_codes ? op_rounds(s->d, e) : OK;
-}
-
-static err_code check_groups(const search *s, err *e)
-{
-    tensor_role roles[PLAN_LINEARS];
-    const int n = model_block_linears(s->m, roles);
-    for (int i = 0; i < n; i++) {
-        const int64_t k = model_linear_k(s->m, roles[i]);
-        if (k % s->q.group)
-            return err_set(e, E_UNSUPPORTED,
-                           "%s: group %d does not divide the %" PRId64 " inputs of %s",
-                           s->o->model_dir, (int)s->q.group, k, role_name(roles[i]));
-    }
-    return OK;
-}
-
-static err_code open_inputs(search *s, err *e)
-{
-    TRY(pick_method(s, e));
-    TRY(weights_open(&s->base, s->o->model_dir, e));
-    s->src = s->base;
-    s->m = weights_desc(s->src);
-    s->fam = family_by_name(s->m->family);
-    if (s->m->w4_group || !s->fam)
-        return err_set(e, E_UNSUPPORTED, "%s: expected 16-bit weights, found 4-bit ones",
-                       s->o->model_dir);
-    if (s->m->experts)
-        return err_set(e, E_UNSUPPORTED, "%s: mixtures of experts are not supported",
-                       s->o->model_dir);
-    s->q.group = s->o->group;
-    TRY(check_groups(s, e));
-    if (s->o->calib_path) {
-        TRY(calib_open(&s->calib, s->o->calib_path, e));
-        TRY(calib_check_model(s->calib, s->m, weights_digest(s->src), e));
-    }
-    TRY(pick_loss(s, e));
-    TRY(pick_device(s, e));
-    TRY(pick_fold(s, e));
-    TRY(pick_rotation(s, e));
-    TRY(pick_stages(s, e));
-    TRY(check_device(s, e));
-    char without[32] = "";
-    if (s->q.without) snprintf(without, sizeof without, ",\"without\":%u", (unsigned)s->q.without);
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s%s}", (int)s->q.group,
-             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "",
-             s->q.turn ? ",\"rotate\":\"vo\"" : "", without);
-    return OK;
-}
-
-static void close_all(search *s)
-{
-    spool_close(&s->spool);
-    moments_close(&s->moments);
-    chain_close(&s->chain);
-    layer_walk_close(&s->walk);
-    dev_scratch_close(&s->dev);
-    dev_chain_close(&s->dev_chain);
-    quant_scratch_free(&s->scratch);
-    arena_free(&s->plan_mem);
-    mem_free(s->few);
-    calib_close(&s->calib);
-    rotated_close(&s->turned);
-    weights_close(&s->base);
-    dev_close(&s->host);
-}
-
 static bool carries(const search *s) { return s->chain || s->dev_chain; }
-
-static dev_use_of use_of(const search *s)
-{
-    return s->method->carries ? DEV_CARRIES : s->method->fixes_codes ? DEV_CODES : DEV_RANGES;
-}
-
-/* ---- memory ---- */
-
-static size_t plan_bytes(const search *s)
-{
-    block_plan p = plan_shape(s->m, s->q.group);
-    size_t n = plan_factors_bytes(s->m, s->method->fixes_codes) +
-               (s->q.turn ? kv_turn_bytes(s->m) : 0);
-    for (int i = 0; i < p.n_linears; i++)
-        n += arena_need(tensor_bytes(&p.linear[i].scale)) +
-             arena_need(tensor_bytes(&p.linear[i].zero));
-    return n;
-}
-
-/* What the search asks of the ops beside the forward pass, whose own reserve covers op_gram:
- * op_quad alone, and its scratch does not depend on the rows of a call. */
-static op_limits search_limits(const search *s)
-{
-    const int64_t k = walks(s) ? s->scratch.widest : 128;
-    return (op_limits){
-        .rows = 1, .k = k, .n = k, .heads = 1, .head_dim = s->m->head_dim, .max_kv = 1, .seqs = 1};
-}
-
-static bool all_moments(const search *s)
-{
-    return moments_bytes(s->m, true) <= (size_t)s->o->gram_bytes;
-}
-
-err_code search_memory(memory_plan *p, device *d, const search_opts *o, err *e)
-{
-    search s = {.o = o, .d = d};
-    *p = (memory_plan){0};
-    err_code rc = open_inputs(&s, e);
-    d = s.d;
-    if (rc == OK) {
-        s.scratch = quant_scratch_shape(s.m, s.method->searches);
-        const op_limits lim = search_limits(&s);
-        memory_plan_add(p, "program", memory_plan_process_bytes());
-        memory_plan_add(p, "search scratch",
-                        quant_scratch_bytes(&s.scratch) + ops_reserve_bytes(d, &lim));
-        if (on_device(&s))
-            memory_plan_add(p, "tiles", dev_scratch_bytes(s.m, s.q.group, use_of(&s)));
-        memory_plan_add(p, "plan of a block", plan_bytes(&s));
-    }
-    if (rc == OK && walks(&s)) {
-        const calib_info *c = calib_info_of(s.calib);
-        const int32_t per_pass = c->seqlen < 2048 ? 2048 / c->seqlen : 1;
-        memory_plan_add(p, "hidden states and forward pass",
-                        layer_walk_bytes(d, s.m, s.src, c->samples, c->seqlen));
-        if (!on_device(&s) || !s.method->carries)
-            memory_plan_add(p, "second moments", moments_bytes(s.m, all_moments(&s)));
-        if (s.method->carries) memory_plan_add(p, "prediction", predict_bytes(s.m));
-        if (s.q.kv_fold && !on_device(&s))
-            memory_plan_add(p, "keys and values", kv_fold_bytes(s.m));
-        else if (s.q.kv_fold && !s.method->carries) /* else in the room of the rounded inputs */
-            memory_plan_add(p, "keys and values", dev_fold_bytes(d, s.m));
-        if (s.q.turn) memory_plan_add(p, "turned weights", rotated_bytes(s.m, false));
-        if (s.method->carries && on_device(&s))
-            memory_plan_add(p, "rounded inputs",
-                            dev_chain_bytes(d, s.m, (int64_t)per_pass * c->seqlen) +
-                                (size_t)(2 * (int64_t)s.m->hidden * c->samples * c->seqlen));
-        else if (s.method->carries)
-            memory_plan_add(p, "rounded inputs",
-                            chain_bytes(s.m, (int64_t)per_pass * c->seqlen) +
-                                chain_split_bytes(d, s.m, (int64_t)c->samples * c->seqlen));
-        if (s.method->carries && !on_device(&s))
-            memory_plan_add(p, "corrected rows", correct_bytes(s.scratch.widest));
-        if (s.method->fixes_codes && !on_device(&s))
-            memory_plan_add(p, "error feedback", feedback_bytes(s.scratch.widest));
-        if (s.q.loss == LOSS_MODULE)
-            memory_plan_add(p, "module loss",
-                            module_loss_bytes(d, s.m, (int64_t)per_pass * c->seqlen));
-    }
-    close_all(&s);
-    return rc;
-}
 
 /* ---- one layer ---- */
 
@@ -345,7 +39,7 @@ static err_code plan_alloc(search *s, block_plan *p, err *e)
 static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib_block *stats,
                            err *e)
 {
-    if (on_device(s)) {
+    if (search_on_device(s)) {
         const dev_buf room = s->dev_chain ? dev_chain_room(s->dev_chain) : (dev_buf){0};
         return dev_fold_factors(b, &room, p, e);
     }
@@ -391,6 +85,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
         if (s->dev_chain) TRY(dev_chain_layer(s->dev_chain, e));
         TRY(moments_layer(s->moments, layer, s->q.loss == LOSS_GRAM && !carries(s), advanced, p,
                           e));
+        if (s->stream) TRY(stream_stats(&b, &stats, e));
         pace_step(s->pace);
     }
     if (!s->walk) {
@@ -481,16 +176,17 @@ static err_code first_layer(search *s, int32_t *first, err *e)
     return OK;
 }
 
-/* A plan that was finished already, or up to its last file, has no states to tell from. */
-static err_code predict(search *s, search_summary *out, bool walked, err *e)
+/* Without the last layer there are no states to tell from: a plan that was finished up to its last
+ * file. */
+static err_code predict(search *s, bool walked, err *e)
 {
     if (!carries(s) || !walked) return OK;
     moments_close(&s->moments); /* the head needs their memory more than they do */
     dev_scratch_close(&s->dev);
     dev_chain_close(&s->dev_chain);
     const tensor tokens = calib_tokens(s->calib), held_out = calib_held_out(s->calib);
-    TRY(predict_losses(&out->predicted, s->d, s->src, s->walk, &tokens, &held_out, s->j, e));
-    const prediction *p = &out->predicted;
+    TRY(predict_losses(&s->predicted, s->kl, s->d, s->src, s->walk, &tokens, &held_out, s->j, e));
+    const prediction *p = &s->predicted;
     if (p->windows)
         job_log(s->j, LOG_INFO,
                 "perplexity of %d held-out windows: %.4f, with 16 bits %.4f (%+.2f %%)",
@@ -498,31 +194,37 @@ static err_code predict(search *s, search_summary *out, bool walked, err *e)
     return OK;
 }
 
-static err_code run_layers(search *s, search_summary *out, err *e)
+/* Where runs are compared, one that is done but for its prediction goes through its last layers
+ * again. */
+static bool goes_on(const search *s) { return s->bases || spool_count(s->spool) < s->m->layers; }
+
+static err_code run_layers(search *s, err *e)
 {
-    const int64_t per_layer = s->walk ? layer_walk_windows(s->walk) : 1,
-                  total = per_layer * s->m->layers;
+    const int32_t layers = s->m->layers;
+    const int64_t per_layer = s->walk ? layer_walk_windows(s->walk) : 1;
+    pace *const steps = &s->steps;
     bool walked = false;
     int32_t first;
-    pace steps = pace_open(s->j, "search", per_layer, total);
-    if (s->walk) s->pace = &steps;
+    if (!steps->total)
+        *steps = pace_open(s->j, "search", per_layer, (s->bases ? 2 : 1) * per_layer * layers);
+    if (s->walk) s->pace = steps;
     TRY(first_layer(s, &first, e));
     s->saved_at = now_s();
-    for (int32_t l = first; l < s->m->layers && spool_count(s->spool) < s->m->layers; l++) {
+    for (int32_t l = first; l < layers && goes_on(s); l++) {
         bool advanced = false;
-        pace_layer(&steps, l);
-        walk_progress p = pace_pass(&steps);
+        pace_layer(steps, (int64_t)s->run * layers + l);
+        walk_progress p = pace_pass(steps);
         TRY(job_check(s->j, e));
         TRY(one_layer(s, l, &p, &advanced, e));
-        p = pace_pass(&steps);
-        if (s->walk && !advanced && l + 1 < s->m->layers)
+        p = pace_pass(steps);
+        if (s->walk && !advanced && l + 1 < layers)
             TRY(layer_walk_run(s->walk, false, NULL, NULL, &p, e));
         if (s->walk) TRY(save_states(s, l + 1, e));
-        pace_end(&steps);
-        walked = l + 1 == s->m->layers;
+        pace_end(steps);
+        walked = l + 1 == layers;
     }
     s->pace = NULL;
-    return predict(s, out, walked, e);
+    return predict(s, walked, e);
 }
 
 static hash128 parent_calib(const search *s)
@@ -530,20 +232,18 @@ static hash128 parent_calib(const search *s)
     return s->calib ? calib_digest(s->calib) : (hash128){"none"};
 }
 
-static err_code open_spool(search *s, search_summary *out, err *e)
+#define REQUEST 512 /* text of what decides a plan's bytes */
+
+static err_code open_spool(search *s, char request[REQUEST], search_summary *out, err *e)
 {
-    char text[512];
     const hash128 calib = parent_calib(s);
-    snprintf(text, sizeof text, "%s plan %d %s %s %s %s", TMF_VERSION, PLAN_VERSION,
+    snprintf(request, REQUEST, "%s plan %d %s %s %s %s", TMF_VERSION, PLAN_VERSION,
              weights_digest(s->src), calib.hex, s->method->name, s->options);
-    const hash128 print = hash_xxh128(text, strlen(text));
+    const hash128 print = hash_xxh128(request, strlen(request));
     const spool_opts o = {s->o->out_path, PLAN_KIND,    PLAN_VERSION,
                           print.hex,      s->m->layers, s->o->force};
-    TRY(spool_open(&s->spool, &o, &out->fresh, e));
-    if (!out->fresh) out->resumed = spool_count(s->spool);
-    if (out->resumed)
-        job_log(s->j, LOG_INFO, "resuming: %d of %d layers are done", (int)out->resumed,
-                (int)s->m->layers);
+    TRY(spool_open(&s->whole, &o, &out->fresh, e));
+    s->spool = s->whole;
     return OK;
 }
 
@@ -555,27 +255,51 @@ static err_code open_on_device(search *s, const tensor *held_out, err *e)
         TRY(dev_chain_open(&s->dev_chain, s->d, s->walk, s->m, held_out, e));
         room = dev_chain_room(s->dev_chain);
     }
-    TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, use_of(s), s->dev_chain, e));
+    TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, search_use(s), s->dev_chain, e));
     return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes,
                         s->dev_chain ? &room : NULL, e);
 }
 
 static err_code open_work(search *s, err *e)
 {
-    TRY(arena_init(&s->plan_mem, plan_bytes(s), "plan of a block", e));
+    TRY(arena_init(&s->plan_mem, search_plan_bytes(s), "plan of a block", e));
     TRY(quant_scratch_init(&s->scratch, s->m, s->method->searches, e));
     const op_limits lim = search_limits(s);
     TRY(ops_reserve(s->d, &lim, e));
-    if (!walks(s)) return OK;
+    if (!search_walks(s)) return OK;
     const tensor tokens = calib_tokens(s->calib);
     TRY(layer_walk_open(&s->walk, s->d, s->src, &tokens, e));
     const tensor held_out = calib_held_out(s->calib);
-    if (on_device(s)) return open_on_device(s, &held_out, e);
+    if (search_on_device(s)) return open_on_device(s, &held_out, e);
     if (s->method->carries) TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, e));
     return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, NULL, e);
 }
 
-static err_code finish(search *s, search_summary *out, err *e)
+err_code search_run_once(search *s, err *e)
+{
+    s->predicted = (prediction){0};
+    TRY(search_open_source(s, e));
+    TRY(open_work(s, e));
+    return run_layers(s, e);
+}
+
+void search_close_work(search *s)
+{
+    moments_close(&s->moments);
+    chain_close(&s->chain);
+    layer_walk_close(&s->walk);
+    dev_scratch_close(&s->dev);
+    dev_chain_close(&s->dev_chain);
+    quant_scratch_free(&s->scratch);
+    arena_free(&s->plan_mem);
+    mem_free(s->few);
+    s->few = NULL;
+    rotated_close(&s->turned);
+    s->src = s->base;
+    if (s->base) s->m = weights_desc(s->base);
+}
+
+err_code search_finish(search *s, const artifact_part *rotation, search_summary *out, err *e)
 {
     const hash128 calib = parent_calib(s);
     const plan_info info = {.layers = s->m->layers,
@@ -592,7 +316,7 @@ static err_code finish(search *s, search_summary *out, err *e)
         out->after += after;
     }
     out->loss = info.loss;
-    return plan_finish(s->spool, &info, NULL, 0, e);
+    return plan_finish(s->spool, &info, rotation, rotation ? 1 : 0, e);
 }
 
 /* The summary of a plan that was there already. */
@@ -614,22 +338,34 @@ static err_code read_back(search *s, search_summary *out, err *e)
     return rc;
 }
 
+/* The layers of one run, which become the plan. */
+static err_code search_alone(search *s, search_summary *out, err *e)
+{
+    out->resumed = spool_count(s->spool);
+    if (out->resumed)
+        job_log(s->j, LOG_INFO, "resuming: %d of %d layers are done", (int)out->resumed,
+                (int)s->m->layers);
+    TRY(search_run_once(s, e));
+    out->predicted = s->predicted;
+    return search_finish(s, NULL, out, e);
+}
+
 err_code search_run(search_summary *out, device *d, const search_opts *o, const job *j, err *e)
 {
     search s = {.o = o, .d = d, .j = j};
+    char request[REQUEST];
     *out = (search_summary){0};
-    err_code rc = open_inputs(&s, e);
+    err_code rc = search_open_inputs(&s, e);
     if (rc != OK) goto done;
     out->layers = s.m->layers;
-    if ((rc = open_spool(&s, out, e)) != OK) goto done;
-    if (out->fresh) {
+    if ((rc = open_spool(&s, request, out, e)) != OK) goto done;
+    if (out->fresh)
         rc = read_back(&s, out, e);
-        goto done;
-    }
-    if ((rc = open_work(&s, e)) != OK) goto done;
-    if ((rc = run_layers(&s, out, e)) != OK) goto done;
-    rc = finish(&s, out, e);
+    else
+        rc = s.bases ? search_both(&s, request, out, e) : search_alone(&s, out, e);
 done:
-    close_all(&s);
+    search_close_work(&s);
+    spool_close(&s.whole);
+    search_close_inputs(&s);
     return rc;
 }

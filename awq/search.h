@@ -15,8 +15,9 @@ typedef struct {
     const char *loss; /* NULL: the method's own; "blocks", "gram", "module" */
     int32_t group;
     int kv_fold; /* factors of k and v for a 4-bit cache: 1 yes, 0 no, -1 as the method does */
-    const char
-        *rotate; /* "none", "vo": of keys and values where their 4-bit error gains; NULL: none */
+    /* By commas: "vo", of keys and values where their 4-bit error gains; "residual", of the stream
+     * where held-out windows gain, after a search of either; "none", and NULL: none. */
+    const char *rotate;
     const char *without; /* names of best's stages to leave out, by commas; NULL: none */
     int64_t gram_bytes;  /* second moments beyond this are gathered one at a time */
     double save_s;       /* least seconds between two savings of the hidden states */
@@ -24,12 +25,22 @@ typedef struct {
     bool on_device; /* the steps of other devices on the CPU as well: for tests */
 } search_opts;
 
+/* The residual stream as it is and turned, by KL divergence from the 16-bit model. */
 typedef struct {
-    int32_t layers, resumed; /* layers taken over from a killed run */
+    bool compared;           /* else nothing is known */
+    bool turned;             /* the plan turns it */
+    prediction still, other; /* as it is; turned */
+    double gain, error;      /* nats a token that turning it takes off the divergence, and the
+                                standard error of that, which it must exceed */
+} basis_choice;
+
+typedef struct {
+    int32_t layers, resumed; /* layers taken over from a killed run, of all its searches */
     bool fresh;              /* the plan was there already */
     double before, after;    /* sums over all layers */
     const char *loss;        /* what they measure */
     prediction predicted;    /* of methods that carry rounded inputs on; no windows: not known */
+    basis_choice basis;      /* with rotate "residual" */
 } search_summary;
 
 /* What the run will hold; reads headers only. */

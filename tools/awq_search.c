@@ -23,9 +23,9 @@ static const cli_option options[] = {
      "factors of keys and values that make a 4-bit cache lose least, folded into q and o [yes with "
      "best]",
      .choices = "yes|no"},
-    {"rotate", 0, CLI_CHOICE, &opt.rotate, "WHAT",
-     "other bases that compute the same: vo, of keys and values where it pays [none]",
-     .choices = "none|vo"},
+    {"rotate", 0, CLI_STR, &opt.rotate, "WHAT,..",
+     "other bases that compute the same, where they pay: vo, of keys and values; residual, of the "
+     "stream, for twice the time [none]"},
     {"without", 0, CLI_STR, &opt.without, "STAGE,..",
      "stages of best to leave out, which the man page names [none]"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",

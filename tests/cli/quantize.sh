@@ -147,6 +147,18 @@ out_json 'all(x["range_kept"] > 0 for x in d["linears"]) and len(d["outliers"]) 
 [ "$(grep -c '<svg' page.html)" = 2 ]; verdict $? 'two charts'
 check 'a factorless method' 2 awq-search model --calib calib --method rtn --loss gram --kv-fold yes -o again
 err_has "method 'rtn' takes no factors"
+check 'the better basis of the residual stream' 0 awq-search model --calib calib --rotate residual -o plan-basis --json
+out_json 'd["residual_stream"]["turned"] == (d["residual_stream"]["compared"]["kl_gain"] > d["residual_stream"]["compared"]["kl_gain_error"])'
+err_has '^awq-search: residual stream: KL divergence on held-out windows [0-9.]+ nats, turned [0-9.]+: .*; it (stays as it is|is turned)$'
+absent plan-basis.part
+check 'the same with one thread' 0 awq-search model --calib calib --rotate residual -o again --threads 1 --force
+same again plan-basis
+check 'and there' 0 awq-search model --calib calib --rotate residual -o plan-basis --json
+out_json 'd["up_to_date"] and d["residual_stream"]["compared"] is None'
+check 'an unknown basis' 2 awq-search model --calib calib --rotate vo,all -o again
+err_has "rotation 'all': expected none, vo, residual or vo,residual"
+check 'a basis without a judge' 2 awq-search model --calib calib --method awq --rotate residual -o again
+err_has "method 'awq' does not predict"
 check 'factors alone' 0 pack-w4 model --plan plan-best -o folded --w-bits 16
 check 'which is a 16-bit model' 0 tm-run info folded --json
 out_json 'd["model"]["w4_group"] == 0'
