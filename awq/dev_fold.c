@@ -199,22 +199,12 @@ static err_code turn_all(dev_folds *f, int64_t stride, err *e)
     return OK;
 }
 
-/* q, k and v of the samples, as they come from their weights. */
 static err_code sample(dev_folds *f, int64_t stride, err *e)
 {
-    const block *b = layer_walk_block(f->b->walk);
     tensor rows = on_device(f, f->rows, layer_walk_kept(f->b->walk), f->n, f->m->hidden),
            x = on_device(f, f->x, dev_act(f->d), f->n, f->m->hidden);
     const tensor all = on_device(f, f->qkv, dev_act(f->d), f->n, f->cols);
-    int64_t at = 0;
-    TRY(layer_walk_pick(f->b->walk, stride, &rows, e));
-    TRY(op_rmsnorm(f->d, &x, &rows, &b->attn_norm, f->m->norm_eps, e));
-    for (int i = 0; i < b->n_qkv; i++) {
-        const bound_linear *l = &b->qkv[i];
-        tensor y = tensor_cols(&all, at, l->n);
-        TRY(op_gemm(f->d, &y, &x, &l->dense, l->bias.data ? &l->bias : NULL, false, e));
-        at += l->n;
-    }
+    TRY(kv_fold_samples(f->b, stride, &rows, &x, &all, e));
     return f->m->qk_norm ? OK : turn_all(f, stride, e);
 }
 

@@ -21,22 +21,22 @@
 typedef struct {
     const quant_block *b;
     const model_desc *m;
-    int64_t hidden, hd, cols, n, cap; /* cols: of q, k and v; n of cap samples taken */
-    int64_t seen, stride;             /* rows seen; one in `stride` is taken */
-    float *x;                         /* [cap,hidden] normed input */
-    float *qkv;                       /* [cap,cols] */
-    int32_t *pos;                     /* [cap] */
-    float *head;                      /* [cap,hd] one head, then its errors */
-    float *metric;                    /* [hd,hd] */
-    float *values;                    /* [kv_heads,hd] factors of v */
-    float *w;                         /* [hidden,heads*hd] o */
-    double *rms, *cost;               /* [hd], [cap] */
-    float *inv_freq, mscale;          /* [rope_dims/2] */
-    float *square;                    /* [hd,hd] sum v v^T */
-    float *turns, *back;              /* [kv_heads,hd,hd], [hd,hd]: M of v and its inverse */
-    float *angles;                    /* [rope_dims/2] */
-    float *ones;                      /* [hd] */
-    double *work;                     /* of kv_turn_matrix */
+    device *host;                /* what does the mathematics */
+    int64_t hidden, hd, cols, n; /* cols: of q, k and v; n samples */
+    float *x;                    /* [n,hd] errors, and more */
+    float *qkv;                  /* [n,cols] */
+    int32_t *pos;                /* [n] */
+    float *head;                 /* [n,hd] one head */
+    float *metric;               /* [hd,hd] */
+    float *values;               /* [kv_heads,hd] factors of v */
+    float *w;                    /* [hidden,heads*hd] o */
+    double *rms, *cost;          /* [hd], [n] */
+    float *inv_freq, mscale;     /* [rope_dims/2] */
+    float *square;               /* [hd,hd] sum v v^T */
+    float *turns, *back;         /* [kv_heads,hd,hd], [hd,hd]: M of v and its inverse */
+    float *angles;               /* [rope_dims/2] */
+    float *ones;                 /* [hd] */
+    double *work;                /* of kv_turn_matrix */
     arena mem;
 } kv_job;
 
@@ -77,7 +77,7 @@ static int parts_of(kv_job *j, const model_desc *m, kv_part p[PARTS])
     return n;
 }
 
-size_t kv_fold_bytes(const model_desc *m)
+static size_t host_bytes(const model_desc *m)
 {
     kv_job j;
     kv_part p[PARTS];
@@ -98,28 +98,14 @@ static err_code room(kv_job *j, err *e)
                            .head_dim = (int32_t)j->hd,
                            .max_kv = 1,
                            .seqs = 1};
-    TRY(arena_init(&j->mem, kv_fold_bytes(j->m), "keys and values", e));
+    TRY(arena_init(&j->mem, host_bytes(j->m), "keys and values", e));
     for (int i = 0; i < n; i++)
         TRY(arena_get(&j->mem, p[i].out, (size_t)p[i].count * p[i].size, e));
-    return ops_reserve(j->b->d, &lim, e);
+    TRY(ops_reserve(j->b->d, &lim, e));
+    return ops_reserve(j->host, &lim, e);
 }
 
 /* ---- sampled tokens ---- */
-
-static err_code sample_tap(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
-{
-    kv_job *j = ctx;
-    const int64_t seqlen = layer_walk_states(j->b->walk).shape[0] / layer_walk_windows(j->b->walk);
-    (void)layer;
-    if (role != ROLE_QKV) return OK;
-    for (int64_t i = 0; i < x->shape[0]; i++, j->seen++) {
-        if (j->seen % j->stride || j->n == j->cap) continue;
-        memcpy(j->x + j->n * j->hidden, (const float *)x->data + i * x->stride[0],
-               (size_t)j->hidden * sizeof(float));
-        j->pos[j->n++] = (int32_t)(j->seen % seqlen);
-    }
-    return err_set(e, E_CANCELED, "sampled"); /* nothing behind is needed */
-}
 
 int64_t kv_fold_stride(int64_t rows)
 {
@@ -127,26 +113,73 @@ int64_t kv_fold_stride(int64_t rows)
     return stride + (stride > 1 && stride % 2 == 0); /* odd: all positions take part */
 }
 
-static err_code sample(kv_job *j, err *e)
+err_code kv_fold_samples(const quant_block *b, int64_t stride, tensor *rows, tensor *x,
+                         const tensor *qkv, err *e)
 {
-    layer_walk *w = j->b->walk;
-    const block *b = layer_walk_block(w);
-    const int32_t windows = layer_walk_windows(w), step = layer_walk_windows_per_pass(w);
-    j->cap = SAMPLES;
-    j->stride = kv_fold_stride(layer_walk_states(w).shape[0]);
-    for (int32_t at = 0; at < windows; at += step)
-        TRY(layer_walk_pass(w, b, at, windows - at < step ? windows - at : step, sample_tap, j,
-                            NULL, e));
-    const tensor x = tensor_2d(j->x, DT_F32, j->n, j->hidden),
-                 all = tensor_2d(j->qkv, DT_F32, j->n, j->cols);
+    const block *bl = layer_walk_block(b->walk);
     int64_t at = 0;
-    for (int i = 0; i < b->n_qkv; i++) {
-        const bound_linear *l = &b->qkv[i];
-        tensor y = tensor_cols(&all, at, l->n);
-        TRY(op_gemm(j->b->d, &y, &x, &l->dense, l->bias.data ? &l->bias : NULL, false, e));
+    TRY(layer_walk_pick(b->walk, stride, rows, e));
+    TRY(op_rmsnorm(b->d, x, rows, &bl->attn_norm, b->m->norm_eps, e));
+    for (int i = 0; i < bl->n_qkv; i++) {
+        const bound_linear *l = &bl->qkv[i];
+        tensor y = tensor_cols(qkv, at, l->n);
+        TRY(op_gemm(b->d, &y, x, &l->dense, l->bias.data ? &l->bias : NULL, false, e));
         at += l->n;
     }
     return OK;
+}
+
+/* f32 on the host of what the device has; j->x has room for some rows at a time. */
+static err_code fetch(kv_job *j, const tensor *qkv, err *e)
+{
+    device *d = j->b->d;
+    const int64_t step = SAMPLES * j->hidden * (int64_t)sizeof(float) /
+                         (j->cols * (int64_t)dtype_bytes(qkv->dt));
+    for (int64_t at = 0; at < j->n; at += step) {
+        const int64_t n = j->n - at < step ? j->n - at : step;
+        const tensor from = tensor_rows(qkv, at, n);
+        tensor part = tensor_2d(j->x, qkv->dt, n, j->cols),
+               to = tensor_2d(j->qkv + at * j->cols, DT_F32, n, j->cols);
+        TRY(dev_copy(d, &part, &from, e));
+        TRY(dev_sync(d, e));
+        tensor_convert(&to, &part);
+    }
+    return OK;
+}
+
+static size_t sample_bytes(const device *d, const model_desc *m)
+{
+    return (size_t)(SAMPLES * m->hidden) * sizeof(float) +
+           (size_t)(SAMPLES * (m->hidden + width(m))) * dtype_bytes(dev_act(d));
+}
+
+size_t kv_fold_bytes(const device *d, const model_desc *m)
+{
+    return host_bytes(m) + sample_bytes(d, m);
+}
+
+/* q, k and v of the samples, made where the weights are. */
+static err_code sample(kv_job *j, err *e)
+{
+    const quant_block *b = j->b;
+    device *d = b->d;
+    const int64_t all = layer_walk_states(b->walk).shape[0],
+                  seqlen = all / layer_walk_windows(b->walk), stride = kv_fold_stride(all);
+    dev_buf buf = {0};
+    j->n = (all + stride - 1) / stride;
+    for (int64_t i = 0; i < j->n; i++) j->pos[i] = (int32_t)(i * stride % seqlen);
+    TRY(dev_alloc(&buf, d, sample_bytes(d, j->m), "keys and values", e));
+    uint8_t *at = buf.data;
+    tensor rows = tensor_2d(at, layer_walk_kept(b->walk), j->n, j->hidden);
+    at += (size_t)(SAMPLES * j->hidden) * sizeof(float);
+    tensor x = tensor_2d(at, dev_act(d), j->n, j->hidden);
+    at += (size_t)(SAMPLES * j->hidden) * dtype_bytes(dev_act(d));
+    tensor qkv = tensor_2d(at, dev_act(d), j->n, j->cols);
+    rows.mem = x.mem = qkv.mem = dev_mem(d);
+    err_code rc = kv_fold_samples(b, stride, &rows, &x, &qkv, e);
+    if (rc == OK) rc = fetch(j, &qkv, e);
+    dev_free(&buf);
+    return rc;
 }
 
 /* First column of head h of q (in its KV head's order), k or v among j->cols. */
@@ -268,9 +301,9 @@ static err_code error_sum(kv_job *j, error_job *c, double *sum, err *e)
                  rows = tensor_2d(j->x, DT_F32, j->n, j->hd);
     tensor cost = tensor_1d(j->cost, DT_F64, j->n);
     c->j = j;
-    c->out = j->x; /* the samples themselves are no longer needed */
-    pool_run(dev_pool(j->b->d), token_error, c, j->n);
-    TRY(op_quad(j->b->d, &cost, &rows, &metric, e));
+    c->out = j->x;
+    pool_run(dev_pool(j->host), token_error, c, j->n);
+    TRY(op_quad(j->host, &cost, &rows, &metric, e));
     *sum = 0;
     for (int64_t t = 0; t < j->n; t++) *sum += j->cost[t];
     return OK;
@@ -303,13 +336,13 @@ static err_code add_gram(kv_job *j, const float *rows, int64_t n, int64_t stride
     tensor h = tensor_2d(j->metric, DT_F32, j->hd, j->hd),
            x = tensor_2d((float *)(uintptr_t)rows, DT_F32, n, j->hd);
     x.stride[0] = stride;
-    return op_gram(j->b->d, &h, &x, e);
+    return op_gram(j->host, &h, &x, e);
 }
 
 static err_code finish_gram(kv_job *j, err *e)
 {
     tensor h = tensor_2d(j->metric, DT_F32, j->hd, j->hd);
-    return op_gram_finish(j->b->d, &h, e);
+    return op_gram_finish(j->host, &h, e);
 }
 
 typedef struct {
@@ -378,8 +411,8 @@ static err_code v_turn(kv_job *j, int32_t h, kv_errors *sum, err *e)
     double turned;
     half.stride[0] = 2 * j->hd;
     memset(j->square, 0, tensor_bytes(&c));
-    TRY(op_gram(j->b->d, &c, &half, e));
-    TRY(op_gram_finish(j->b->d, &c, e));
+    TRY(op_gram(j->host, &c, &half, e));
+    TRY(op_gram_finish(j->host, &c, e));
     openblas_set_num_threads(1); /* more would change the order of its sums */
     sum->turned = kv_turn_matrix(j->square, j->metric, j->hd, m, j->back, j->work) ? sum->turned
                                                                                    : INFINITY;
@@ -525,11 +558,12 @@ err_code kv_fold_stats(const quant_block *b, const block_plan *p, calib_block *s
 
 err_code kv_fold_factors(const quant_block *b, block_plan *out, err *e)
 {
-    kv_job j = {
-        .b = b, .m = b->m, .hidden = b->m->hidden, .hd = b->m->head_dim, .cols = width(b->m)};
-    if (!b->walk || dev_mem(b->d) != MEM_HOST)
-        return err_set(e, E_UNSUPPORTED, "layer %d: folds of k and v need --loss gram on the CPU",
-                       (int)b->layer);
+    kv_job j = {.b = b,
+                .m = b->m,
+                .host = b->host ? b->host : b->d,
+                .hidden = b->m->hidden,
+                .hd = b->m->head_dim,
+                .cols = width(b->m)};
     err_code rc = room(&j, e);
     if (rc == OK) rc = sample(&j, e);
     if (rc == OK) rc = all_keys(&j, out, e);

@@ -59,6 +59,7 @@ typedef struct {
 /* One block as a method sees it; everything is borrowed for the call. */
 typedef struct {
     device *d;
+    device *host;    /* a CPU, for what is done there whatever d is; NULL: d is one */
     weight_src *src; /* dense */
     const model_desc *m;
     const family *fam;

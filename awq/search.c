@@ -34,19 +34,25 @@ static err_code plan_alloc(search *s, block_plan *p, err *e)
     return OK;
 }
 
-/* Factors and bases for the cache, before anything is known of the layer's inputs; the block is
- * bound again where its weights have other bases then. */
+/* The bound block in a plan's bases for the cache. */
+static err_code turn_block(search *s, int32_t layer, const block_plan *p, err *e)
+{
+    if (!p->turn_k.data && !p->turn_v.data) return OK;
+    TRY(rotated_layer(s->turned, layer, p, e));
+    return layer_walk_bind(s->walk, layer, e);
+}
+
+/* Factors and bases for the cache, before anything is known of the layer's inputs. Bases are the
+ * host's to find. */
 static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib_block *stats,
                            err *e)
 {
-    if (search_on_device(s)) {
+    if (search_on_device(s) && !s->q.turn) {
         const dev_buf room = s->dev_chain ? dev_chain_room(s->dev_chain) : (dev_buf){0};
         return dev_fold_factors(b, &room, p, e);
     }
     TRY(kv_fold_factors(b, p, e));
-    if (!p->turn_k.data && !p->turn_v.data) return OK;
-    TRY(rotated_layer(s->turned, b->layer, p, e));
-    TRY(layer_walk_bind(s->walk, b->layer, e));
+    TRY(turn_block(s, b->layer, p, e));
     return kv_fold_stats(b, p, stats, e);
 }
 
@@ -57,6 +63,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     block_plan plan;
     double before = 0, after = 0;
     quant_block b = {.d = s->d,
+                     .host = s->host,
                      .src = s->src,
                      .m = s->m,
                      .fam = s->fam,
@@ -123,9 +130,10 @@ static err_code replay_layer(search *s, int32_t layer, const walk_progress *p, e
     plan_file *f;
     block_plan plan;
     TRY(layer_walk_bind(s->walk, layer, e));
-    TRY(dev_chain_layer(s->dev_chain, e));
     TRY(plan_spooled_layer(s->spool, s->m, s->q.group, layer, &f, &plan, e));
-    const err_code rc = dev_replay_block(&b, s->dev_chain, &plan, p, e);
+    err_code rc = turn_block(s, layer, &plan, e);
+    if (rc == OK) rc = dev_chain_layer(s->dev_chain, e);
+    if (rc == OK) rc = dev_replay_block(&b, s->dev_chain, &plan, p, e);
     plan_close(&f);
     return rc;
 }

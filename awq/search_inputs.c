@@ -59,14 +59,19 @@ bool search_on_device(const search *s)
     return search_walks(s) && (s->o->on_device || dev_mem(s->d) != MEM_HOST);
 }
 
+static err_code open_host(search *s, err *e)
+{
+    const dev_opts o = {.kind = DEV_CPU, .threads = pool_threads(dev_pool(s->d))};
+    return dev_open(&s->host, &o, e);
+}
+
 /* Without a forward pass there is nothing to do on a device. */
 static err_code pick_device(search *s, err *e)
 {
     if (search_walks(s) || dev_mem(s->d) == MEM_HOST) return OK;
-    const dev_opts o = {.kind = DEV_CPU, .threads = pool_threads(dev_pool(s->d))};
     job_log(s->j, LOG_INFO, "method '%s' with loss '%s' has no forward pass: it runs on the CPU",
             s->method->name, loss_name(s->q.loss));
-    TRY(dev_open(&s->host, &o, e));
+    TRY(open_host(s, e));
     s->d = s->host;
     return OK;
 }
@@ -158,12 +163,10 @@ static err_code pick_stages(search *s, err *e)
     return OK;
 }
 
-static err_code check_device(const search *s, err *e)
+static err_code check_device(search *s, err *e)
 {
     if (!search_on_device(s)) return OK;
-    if (s->q.turn)
-        return err_set(e, E_UNSUPPORTED, "rotation 'vo': expected the CPU (--device cpu), got %s",
-                       dev_name(s->d));
+    if (s->q.turn && dev_mem(s->d) != MEM_HOST) TRY(open_host(s, e)); /* bases are found there */
     return s->method->fixes_codes ? op_rounds(s->d, e) : OK;
 }
 
@@ -295,8 +298,8 @@ static void add_walk(memory_plan *p, device *d, const search *s)
     if (carries)
         memory_plan_add(p, "prediction",
                         predict_bytes(s->m, s->bases) + (s->bases ? search_bases_bytes(s) : 0));
-    if (s->q.kv_fold && !dev)
-        memory_plan_add(p, "keys and values", kv_fold_bytes(s->m));
+    if (s->q.kv_fold && (!dev || s->q.turn))
+        memory_plan_add(p, "keys and values", kv_fold_bytes(d, s->m));
     else if (s->q.kv_fold && !carries) /* else in the room of the rounded inputs */
         memory_plan_add(p, "keys and values", dev_fold_bytes(d, s->m));
     if (s->q.turn || s->bases) memory_plan_add(p, "turned weights", rotated_bytes(s->m, s->bases));

@@ -15,7 +15,7 @@
 
 typedef struct {
     const search_opts *o;
-    device *d, *host; /* host: opened here, for what needs no device */
+    device *d, *host; /* host: opened here, for what a device has no part in; or NULL */
     const job *j;
     weight_src *base, *src; /* the model, and as it is searched: maybe in other bases */
     rotated *turned;        /* of src; NULL: src is base */
