@@ -8,14 +8,13 @@
 
 #include "awq/kv_turn.h"
 #include "awq/lapack.h"
-#include "base/half.h"
 #include "base/mem.h"
+#include "kernels/search_ops.h"
 #include "runtime/layer_walk.h"
 
 #define SAMPLES KV_FOLD_SAMPLES
 #define WORTH   0.97  /* of the error of v without factors */
 #define TURN    0.85  /* of the least error of v without turning it */
-#define LEVELS  15.f  /* of 4 bits */
 #define FLOOR   1e-3f /* of the largest rms: channels that never fire */
 
 typedef struct {
@@ -276,18 +275,7 @@ static void token_error(void *ctx, int64_t t, int worker)
         times(turned, own, c->turn, hd);
         x = turned;
     }
-    float lo = x[0] / c->s[0], hi = lo;
-    for (int64_t i = 0; i < hd; i++) {
-        y[i] = x[i] / c->s[i];
-        lo = fminf(lo, y[i]);
-        hi = fmaxf(hi, y[i]);
-    }
-    const float zero = f16_to_f32(f32_to_f16(lo)),
-                step = f16_to_f32(f32_to_f16((hi - lo) / LEVELS));
-    for (int64_t i = 0; i < hd; i++) {
-        const float q = step > 0 ? fminf(fmaxf(nearbyintf((y[i] - zero) / step), 0.f), LEVELS) : 0;
-        y[i] = (q * step + zero) * c->s[i] - x[i];
-    }
+    search_cache_row(y, x, c->s, hd);
     if (c->back) {
         memcpy(turned, y, (size_t)hd * sizeof *y);
         times(y, turned, c->back, hd);

@@ -43,19 +43,9 @@ err_code search_turn_ref(device *d, tensor *x, const tensor *pos, const rope_spe
     return OK;
 }
 
-typedef struct {
-    tensor *y;
-    const tensor *x, *s;
-} error_job;
-
-static void error_row(void *ctx, int64_t at, int worker)
+void search_cache_row(float *y, const float *x, const float *s, int64_t k)
 {
-    const error_job *j = ctx;
-    const int64_t n = j->x->shape[0], k = j->x->shape[1];
-    const float *x = (const float *)j->x->data + at % n * j->x->stride[0],
-                *s = (const float *)j->s->data + at / n * k;
-    float *y = (float *)j->y->data + at * k, lo = x[0] / s[0], hi = lo;
-    (void)worker;
+    float lo = x[0] / s[0], hi = lo;
     for (int64_t i = 0; i < k; i++) {
         y[i] = x[i] / s[i];
         lo = fminf(lo, y[i]);
@@ -67,6 +57,21 @@ static void error_row(void *ctx, int64_t at, int worker)
         const float q = step > 0 ? fminf(fmaxf(rintf((y[i] - zero) / step), 0.f), LEVELS) : 0;
         y[i] = (q * step + zero) * s[i] - x[i];
     }
+}
+
+typedef struct {
+    tensor *y;
+    const tensor *x, *s;
+} error_job;
+
+static void error_row(void *ctx, int64_t at, int worker)
+{
+    const error_job *j = ctx;
+    const int64_t n = j->x->shape[0], k = j->x->shape[1];
+    (void)worker;
+    search_cache_row((float *)j->y->data + at * k,
+                     (const float *)j->x->data + at % n * j->x->stride[0],
+                     (const float *)j->s->data + at / n * k, k);
 }
 
 err_code search_cache_errors_ref(device *d, tensor *y, const tensor *x, const tensor *s, err *e)

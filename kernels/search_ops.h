@@ -111,6 +111,8 @@ err_code op_turn(device *d, tensor *x, const tensor *pos, const rope_spec *r, er
 /* y f32 [c*n,k] = Q(x / s_i) s_i - x for each of c factors s f32 [c,k], one behind the other, of
  * x act [n,k]: Q as the cache rounds a token's head to 4 bits (ops.h); y and s contiguous */
 err_code op_cache_errors(device *d, tensor *y, const tensor *x, const tensor *s, err *e);
+/* One row of it, on the host. */
+void search_cache_row(float *y, const float *x, const float *s, int64_t k);
 
 typedef struct search_ops {
     err_code (*zero)(device *, tensor *, err *);
