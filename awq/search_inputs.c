@@ -1,6 +1,5 @@
 /* What a search is asked for, the files it reads, and what it will hold. */
 #include <inttypes.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -111,10 +110,10 @@ static err_code check_bases(const search *s, err *e)
 
 static err_code pick_rotation(search *s, err *e)
 {
-    static const struct {
+    const struct {
         const char *name;
-        size_t of; /* bool of the search */
-    } kinds[] = {{"vo", offsetof(search, q.turn)}, {"residual", offsetof(search, bases)}};
+        bool *asked;
+    } kinds[] = {{"vo", &s->q.turn}, {"residual", &s->bases}};
     const char *at = s->o->rotate ? s->o->rotate : "none";
     if (strcmp(at, "none") == 0) return OK;
     do {
@@ -125,7 +124,7 @@ static err_code pick_rotation(search *s, err *e)
             return err_set(e, E_USAGE,
                            "rotation '%.*s': expected none, vo, residual or vo,residual", (int)n,
                            at);
-        *(bool *)((char *)s + kinds[i].of) = true;
+        *kinds[i].asked = true;
         at += n + (at[n] == ',');
     } while (*at);
     if (s->q.turn && !s->q.kv_fold)

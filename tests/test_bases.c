@@ -230,6 +230,7 @@ START_TEST(goes_on)
     size_t n;
     err e;
     o.on_device = _i;
+    if (_i) o.rotate = "vo,residual";
     o.save_s = 0;
     write_heavy(small(tiny_llama()), false);
     MUST(search_run(&s, dev, &o, NULL, &e));
