@@ -30,6 +30,9 @@ struct chain {
     float *pulled;      /* [n,k] the same */
     float *input;       /* [pass rows, k] 16-bit input */
     float *residual;    /* [pass rows, hidden] 16-bit residual stream */
+    const fold *fold;   /* of the block, where the rounded stream has a cache of its own; or NULL */
+    float *bias[3];     /* of q, k and v with their factors */
+    bool cached;        /* keys and values of the rounded stream go through a coarser cache */
     tensor_role tap;
     int32_t first; /* window of the pass */
 };
@@ -68,13 +71,16 @@ static int parts_of(chain *c, const model_desc *m, int64_t rows, chain_part *p)
         p[n++] = (chain_part){(void **)&c->set[i].cross, k * k};
         p[n++] = (chain_part){(void **)&c->set[i].resid, m->hidden * k};
     }
+    for (int i = 0; i < 3; i++)
+        p[n++] = (chain_part){(void **)&c->bias[i],
+                              (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim};
     p[n++] = (chain_part){(void **)&c->scratch, longest * k};
     p[n++] = (chain_part){(void **)&c->input, rows * k};
     p[n++] = (chain_part){(void **)&c->residual, rows * m->hidden};
     return n;
 }
 
-enum { PARTS_MAX = SLOTS + 10 };
+enum { PARTS_MAX = SLOTS + 13 };
 
 size_t chain_bytes(const model_desc *m, int64_t pass_rows)
 {
@@ -111,7 +117,7 @@ static err_code take_room(chain *c, err *e)
 }
 
 err_code chain_open(chain **out, device *d, layer_walk *w, const model_desc *m,
-                    const tensor *held_out, err *e)
+                    const tensor *held_out, kv_format cache, err *e)
 {
     void *mem;
     if (dev_mem(d) != MEM_HOST)
@@ -124,7 +130,9 @@ err_code chain_open(chain **out, device *d, layer_walk *w, const model_desc *m,
     c->m = m;
     c->windows = chain_windows_of(w, held_out);
     c->widest = widest_of(m);
-    const err_code rc = take_room(c, e);
+    c->cached = cache != KV_16;
+    err_code rc = take_room(c, e);
+    if (rc == OK && c->cached) rc = layer_walk_cache(w, cache, e);
     if (rc != OK) {
         chain_close(&c);
         return rc;
@@ -146,7 +154,33 @@ bool chain_holds_out(const chain *c) { return c->windows.holds_out; }
 
 /* ---- the rounded block ---- */
 
-err_code chain_layer(chain *c, err *e) { return chain_variant(&c->variant, c->walk, c->m, e); }
+err_code chain_layer(chain *c, err *e)
+{
+    c->fold = NULL;
+    return chain_variant(&c->variant, c->walk, c->m, e);
+}
+
+/* Biases of q, k and v as the cache will see what they are added to. */
+static err_code fold_biases(chain *c, err *e)
+{
+    static const tensor_role split[] = {ROLE_Q, ROLE_K, ROLE_V};
+    block *b = &c->variant;
+    for (int i = 0; i < b->n_qkv; i++) {
+        const tensor_role r = b->n_qkv == 1 ? ROLE_QKV : split[i];
+        const int64_t n = b->qkv[i].bias.shape[0];
+        if (!b->qkv[i].bias.data) continue;
+        TRY(fold_bias(c->bias[i], &b->qkv[i].bias, fold_find(c->fold, r), b->layer, r, e));
+        b->qkv[i].bias = tensor_1d(c->bias[i], DT_F32, n);
+    }
+    return OK;
+}
+
+err_code chain_fold(chain *c, const fold *f, err *e)
+{
+    if (!c->cached) return OK;
+    c->fold = f;
+    return fold_biases(c, e);
+}
 
 static int slot_of(const chain *c, tensor_role r)
 {
@@ -169,7 +203,25 @@ tensor chain_pulled(chain *c, tensor_role r)
 
 float *chain_scratch(chain *c) { return c->scratch; }
 
-void chain_put(chain *c, tensor_role r) { chain_bound(&c->variant, r)->dense = chain_room(c, r); }
+/* What comes out of q, k and v then has the factors that it will have in the cache, and o takes
+ * them back. */
+static void fold_room(chain *c, tensor_role r)
+{
+    const fold_linear *f = c->fold ? fold_find(c->fold, r) : NULL;
+    const tensor w = chain_room(c, r);
+    const bool row = chain_tap(r) == ROLE_QKV && f && f->row, col = r == ROLE_O && f && f->col;
+    if (!row && !col) return;
+    for (int64_t i = 0; i < w.shape[0]; i++) {
+        float *x = (float *)w.data + i * w.shape[1];
+        for (int64_t k = 0; k < w.shape[1]; k++) x[k] = row ? x[k] / f->row[i] : x[k] * f->col[k];
+    }
+}
+
+void chain_put(chain *c, tensor_role r)
+{
+    fold_room(c, r);
+    chain_bound(&c->variant, r)->dense = chain_room(c, r);
+}
 
 /* ---- moments ---- */
 
@@ -225,11 +277,21 @@ static err_code add_window(chain *c, const tensor *rows, int32_t i, err *e)
                      hidden, hidden, &x, e);
 }
 
+/* o's input without the factors of v. Nothing behind reads it: the pass ends here. */
+static void unfold_input(const chain *c, const tensor *x)
+{
+    const fold_linear *f = c->fold && c->tap == ROLE_O ? fold_find(c->fold, ROLE_O) : NULL;
+    for (int64_t i = 0; f && f->col && i < x->shape[0]; i++)
+        for (int64_t k = 0; k < x->shape[1]; k++)
+            ((float *)x->data)[i * x->stride[0] + k] *= f->col[k];
+}
+
 static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
 {
     chain *c = ctx;
     (void)layer;
     if (role != c->tap) return OK;
+    unfold_input(c, x);
     for (int32_t i = 0; i < x->shape[0] / c->windows.seqlen; i++) TRY(add_window(c, x, i, e));
     return chain_seen(e);
 }

@@ -194,6 +194,7 @@ static err_code round_block(const quant_block *b, const best_opts *o, const fold
     static const tap_linears split = {{ROLE_Q, ROLE_K, ROLE_V}, 3}, fused = {{ROLE_QKV}, 1},
                              rest[] = {{{ROLE_O}, 1}, {{ROLE_GATE, ROLE_UP}, 2}, {{ROLE_DOWN}, 1}};
     void *tile;
+    if (f) TRY(chain_fold(b->chain, f, e));
     TRY(mem_alloc(&tile, STEP * (size_t)b->scratch->widest, sizeof(float), "rows to round", e));
     err_code rc = round_tap(b, o, f, out, b->m->qkv == QKV_SPLIT ? &split : &fused, tile, e);
     for (int i = 0; i < 3 && rc == OK; i++) rc = round_tap(b, o, f, out, &rest[i], tile, e);

@@ -279,7 +279,8 @@ static err_code open_work(search *s, err *e)
     TRY(layer_walk_open(&s->walk, s->d, s->src, &tokens, e));
     const tensor held_out = calib_held_out(s->calib);
     if (search_on_device(s)) return open_on_device(s, &held_out, e);
-    if (s->method->carries) TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, e));
+    if (s->method->carries)
+        TRY(chain_open(&s->chain, s->d, s->walk, s->m, &held_out, s->o->cache, e));
     return moments_open(&s->moments, s->d, s->walk, s->m, (size_t)s->o->gram_bytes, NULL, e);
 }
 

@@ -164,7 +164,14 @@ static err_code pick_stages(search *s, err *e)
 
 static err_code check_device(search *s, err *e)
 {
+    if (s->o->cache != KV_16 && !s->method->carries)
+        return err_set(e, E_USAGE, "cache of %d bits: method '%s' carries no rounded inputs",
+                       (int)s->o->cache, s->method->name);
     if (!search_on_device(s)) return OK;
+    if (s->o->cache != KV_16)
+        return err_set(e, E_UNSUPPORTED,
+                       "cache of %d bits: expected the CPU (--device cpu), got %s",
+                       (int)s->o->cache, dev_name(s->d));
     if (s->q.turn && dev_mem(s->d) != MEM_HOST) TRY(open_host(s, e)); /* bases are found there */
     return s->method->fixes_codes ? op_rounds(s->d, e) : OK;
 }
@@ -186,15 +193,18 @@ static err_code check_groups(const search *s, err *e)
 /* The request in JSON: of the plan, and of its fingerprint. */
 static void write_options(search *s)
 {
-    char without[32] = "", rotate[64] = "";
+    char without[32] = "", rotate[64] = "", cache[32] = "";
+    if (s->o->cache != KV_16)
+        snprintf(cache, sizeof cache, ",\"quant_policy\":%d", (int)s->o->cache);
     if (s->q.without) snprintf(without, sizeof without, ",\"without\":%u", (unsigned)s->q.without);
     if (s->bases)
         snprintf(rotate, sizeof rotate, ",\"rotate\":\"%sresidual\",\"rotate_seed\":%d",
                  s->q.turn ? "vo," : "", SEARCH_SEED);
     else if (s->q.turn)
         snprintf(rotate, sizeof rotate, ",\"rotate\":\"vo\"");
-    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s%s}", (int)s->q.group,
-             loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "", rotate, without);
+    snprintf(s->options, sizeof s->options, "{\"group\":%d,\"loss\":\"%s\"%s%s%s%s}",
+             (int)s->q.group, loss_name(s->q.loss), s->q.kv_fold ? ",\"kv_fold\":true" : "", rotate,
+             cache, without);
 }
 
 err_code search_open_inputs(search *s, err *e)
@@ -309,6 +319,7 @@ static void add_walk(memory_plan *p, device *d, const search *s)
     else if (carries)
         memory_plan_add(p, "rounded inputs",
                         chain_bytes(s->m, rows) +
+                            layer_walk_cache_bytes(s->m, c->samples, c->seqlen, s->o->cache) +
                             chain_split_bytes(d, s->m, (int64_t)c->samples * c->seqlen));
     if (carries && !dev) memory_plan_add(p, "corrected rows", correct_bytes(s->scratch.widest));
     if (s->method->fixes_codes && !dev)

@@ -39,7 +39,9 @@ struct layer_walk {
     bool bound;
     block_scratch *scratch;
     kv_cache *kv;
-    int32_t *ints; /* host: pos, seq_start, kv_len, table, one behind the other */
+    kv_cache *kv_second; /* of stream 1; NULL: it uses kv */
+    int loaded;          /* the stream that the rows of this pass are of */
+    int32_t *ints;       /* host: pos, seq_start, kv_len, table, one behind the other */
     dev_buf pos_buf, start_buf, len_buf, table_buf, freq_buf;
     batch_rows full; /* of a whole pass; the last may have fewer sequences */
     float *inv_freq;
@@ -54,7 +56,7 @@ static int32_t per_pass_of(int32_t windows, int32_t seqlen)
 
 static kv_opts kv_opts_for(const model_desc *m, int32_t per_pass, int32_t seqlen)
 {
-    return (kv_opts){.format = KV_16,
+    return (kv_opts){.format = KV_16, /* of stream 0, and of both where nothing else is said */
                      .layers = 1,
                      .kv_heads = m->kv_heads,
                      .head_dim = m->head_dim,
@@ -174,6 +176,7 @@ err_code layer_walk_prefetch(layer_walk *w, int stream, int32_t first, int32_t n
 err_code layer_walk_load(layer_walk *w, int stream, int32_t first, int32_t n, tensor *x, err *e)
 {
     const int64_t rows = (int64_t)n * w->seqlen;
+    w->loaded = stream;
     *x = pass_rows(w, &w->x_buf, dev_resid(w->d), rows);
     if (!staged(w)) {
         const tensor from = state_rows(w, stream, (int64_t)first * w->seqlen, rows);
@@ -280,6 +283,24 @@ err_code layer_walk_split(layer_walk *w, err *e)
     return copy_stream(w, e);
 }
 
+size_t layer_walk_cache_bytes(const model_desc *m, int32_t windows, int32_t seqlen,
+                              kv_format format)
+{
+    kv_opts o = kv_opts_for(m, per_pass_of(windows, seqlen), seqlen);
+    o.format = format;
+    return format == KV_16 ? 0 : kv_bytes(&o);
+}
+
+err_code layer_walk_cache(layer_walk *w, kv_format format, err *e)
+{
+    kv_opts o = kv_opts_for(w->m, w->per_pass, w->seqlen);
+    o.format = format;
+    TRY(kv_open(&w->kv_second, w->d, &o, e));
+    for (int32_t s = 0; s < w->per_pass; s++) /* the same blocks as the first one's: one table */
+        TRY(kv_reserve(w->kv_second, s, w->seqlen, e));
+    return OK;
+}
+
 void layer_walk_use(layer_walk *w, int stream) { w->stream = stream; }
 
 tensor layer_walk_residual(const layer_walk *w, int64_t rows)
@@ -345,6 +366,7 @@ void layer_walk_close(layer_walk **out)
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
     block_scratch_close(&w->scratch);
     kv_close(&w->kv);
+    kv_close(&w->kv_second);
     mem_free(w->ints);
     mem_free(w->inv_freq);
     dev_host_free(w->d, w->states);
@@ -463,7 +485,7 @@ err_code layer_walk_forward(layer_walk *w, const block *b, tensor *x, tap_fn tap
                             err *e)
 {
     batch_rows rows = w->full;
-    const kv_layer kv = kv_layer_view(w->kv, 0);
+    const kv_layer kv = kv_layer_view(w->loaded && w->kv_second ? w->kv_second : w->kv, 0);
     const int32_t n = (int32_t)(x->shape[0] / w->seqlen);
     rows.seqs = n;
     rows.pos.shape[0] = (int64_t)n * w->seqlen;
@@ -502,6 +524,7 @@ static err_code run_pass(layer_walk *w, int32_t first, int32_t n, bool keep, tap
     tensor x;
     if (!staged(w) && !keep) {
         x = state_rows(w, w->stream, (int64_t)first * w->seqlen, (int64_t)n * w->seqlen);
+        w->loaded = w->stream;
         return layer_walk_forward(w, &w->b, &x, tap, tap_ctx, e);
     }
     TRY(layer_walk_load(w, w->stream, first, n, &x, e));

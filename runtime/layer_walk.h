@@ -26,6 +26,11 @@ err_code layer_walk_restart(layer_walk *w, const tensor *tokens, err *e);
  * (layer_walk_bytes knows of one). */
 err_code layer_walk_split(layer_walk *w, err *e);
 void layer_walk_use(layer_walk *w, int stream);
+/* Keys and values of the second stream go through a cache of this format. Once, before any pass;
+ * KV_16 needs none. */
+size_t layer_walk_cache_bytes(const model_desc *m, int32_t windows, int32_t seqlen,
+                              kv_format format); /* KV_16: none */
+err_code layer_walk_cache(layer_walk *w, kv_format format, err *e);
 
 /* [windows*seqlen, hidden] on the host, of dev_resid's type on the CPU, else f16: the stream
  * in use. */

@@ -68,6 +68,7 @@ START_TEST(same_bytes)
     make_model(small(tiny_internlm2()));
     char *calib = bytes_of(calib_path, &cn);
     search_opts o = options(_i ? "best" : "awq", NULL);
+    o.cache = _i == 2 ? KV_4 : KV_16;
     MUST(search_run(&s, dev, &o, NULL, &e));
     char *want = bytes_of(plan_path, &n);
     o.gram_bytes = 0;
@@ -370,6 +371,14 @@ START_TEST(refusals)
     ck_assert_int_eq(search_memory(&p, dev, &o, &e), E_UNSUPPORTED);
     ck_assert_msg(strstr(e.msg, "group 48 does not divide the 64 inputs of q") != NULL, "%s",
                   e.msg);
+    o = options("gptq", NULL);
+    o.cache = KV_4;
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
+    ck_assert_msg(strstr(e.msg, "cache of 4 bits: method 'gptq'") != NULL, "%s", e.msg);
+    o = options("best", NULL);
+    o.cache = KV_8;
+    o.on_device = true;
+    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_UNSUPPORTED);
 }
 END_TEST
 
@@ -451,7 +460,7 @@ int main(void)
     tcase_set_timeout(t, 120);
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_loop_test(t, methods, 0, 3);
-    tcase_add_loop_test(t, same_bytes, 0, 2);
+    tcase_add_loop_test(t, same_bytes, 0, 3);
     tcase_add_loop_test(t, stopped_and_resumed, 0, 3);
     tcase_add_test(t, few_tokens_said);
     tcase_add_loop_test(t, packing, 0, 3);

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "awq/chain_shared.h"
 #include "awq/correct.h"
 #include "awq/dev_fold.h"
 #include "awq/feedback.h"
@@ -93,6 +94,14 @@ static void move(const model_desc *m, tensor_role r, int32_t layer, tensor *w)
         ((float *)w->data)[i] += (float)(0.1 * next_value(&seed));
 }
 
+static void as_it_is(const model_desc *m, tensor_role r, int32_t layer, tensor *w)
+{
+    (void)m;
+    (void)r;
+    (void)layer;
+    (void)w;
+}
+
 typedef struct {
     weight_src *src, *other;
     const model_desc *m;
@@ -114,7 +123,7 @@ static void put(two *t, tensor_role r)
     chain_put(t->chain, r);
 }
 
-static void open_two(two *t, model_desc m)
+static void open_two(two *t, model_desc m, kv_format cache)
 {
     static uint8_t held[WINDOWS];
     const tensor tokens = tensor_2d(ids, DT_I32, WINDOWS, SEQLEN),
@@ -127,7 +136,7 @@ static void open_two(two *t, model_desc m)
     t->m = weights_desc(t->src);
     t->other = changed_model(t->src, move);
     MUST(layer_walk_open(&t->walk, dev, t->src, &tokens, &e));
-    MUST(chain_open(&t->chain, dev, t->walk, t->m, &held_out, &e));
+    MUST(chain_open(&t->chain, dev, t->walk, t->m, &held_out, cache, &e));
     ck_assert(chain_holds_out(t->chain));
     MUST(layer_walk_bind(t->walk, 0, &e));
     MUST(chain_layer(t->chain, &e));
@@ -197,7 +206,7 @@ START_TEST(moments_of_two)
     two t;
     chain_moments set[2];
     err e;
-    open_two(&t, small(tiny_llama()));
+    open_two(&t, small(tiny_llama()), KV_16);
     MUST(chain_gather(t.chain, ROLE_DOWN, NULL, &set[0], &set[1], &e));
     for (int64_t i = 0; i < tensor_count(&set[0].cross); i++) /* nothing is rounded */
         ck_assert(((float *)set[0].cross.data)[i] == 0.f);
@@ -225,6 +234,92 @@ START_TEST(moments_of_two)
     free(b.x);
     free(r);
     close_two(&t);
+}
+END_TEST
+
+/* Random factors of k, by pairs, and of v, and what every linear makes of them. */
+static void some_folds(two *t, block_plan *p, fold *f)
+{
+    uint32_t seed = 3;
+    float *k, *v;
+    err e;
+    *p = plan_shape(t->m, 32);
+    MUST(plan_factors(&t->b, p, ROLE_K, &k, &e));
+    MUST(plan_factors(&t->b, p, ROLE_V, &v, &e));
+    for (int64_t i = 0; i < (int64_t)t->m->kv_heads * t->m->head_dim; i++) {
+        k[i] = 1;
+        v[i] = (float)(1.25 + next_value(&seed));
+    }
+    for (int64_t i = 0; i < t->m->rope_dims / 2; i++) {
+        int64_t a, b;
+        fold_rope_pair(t->m, i, &a, &b);
+        for (int32_t h = 0; h < t->m->kv_heads; h++)
+            k[h * t->m->head_dim + a] = k[h * t->m->head_dim + b] = (float)(1.25 +
+                                                                            next_value(&seed));
+    }
+    MUST(fold_init(f, t->m, p, &e));
+}
+
+/* The largest difference of two moments over the largest of the second. */
+static double apart(const tensor *x, const double *want)
+{
+    double most = 0, worst = 0;
+    for (int64_t i = 0; i < tensor_count(x); i++) {
+        most = fmax(most, fabs(want[i]));
+        worst = fmax(worst, fabs(((float *)x->data)[i] - want[i]));
+    }
+    return worst / most;
+}
+
+static double *doubles(const tensor *x)
+{
+    double *y = malloc((size_t)tensor_count(x) * sizeof *y);
+    for (int64_t i = 0; i < tensor_count(x); i++) y[i] = ((float *)x->data)[i];
+    return y;
+}
+
+/* The rounded stream behind a cache of few bits, its weights the model's own: what o and down see
+ * is near what they see without, whatever factors keys and values have, and the nearer the more
+ * bits the cache has. */
+START_TEST(behind_a_cache)
+{
+    static const kv_format formats[] = {KV_16, KV_8, KV_4};
+    static const tensor_role seen[] = {ROLE_O, ROLE_DOWN};
+    const model_desc m = _i ? tiny_internlm2() : tiny_qwen2();
+    double *want[2] = {0}, off[2][3];
+    err e;
+    for (int c = 0; c < 3; c++) {
+        two t;
+        chain_moments set[2];
+        block_plan p;
+        fold f;
+        open_two(&t, small(m), formats[c]);
+        some_folds(&t, &p, &f);
+        MUST(chain_fold(t.chain, &f, &e));
+        tensor_role roles[PLAN_LINEARS];
+        const int n = model_block_linears(t.m, roles);
+        weights_close(&t.other);
+        t.other = changed_model(t.src, as_it_is);
+        for (int i = 0; i < n && chain_tap(roles[i]) == ROLE_QKV; i++) put(&t, roles[i]);
+        for (int s = 0; s < 2; s++) {
+            MUST(chain_gather(t.chain, seen[s], NULL, &set[0], &set[1], &e));
+            if (!want[s]) want[s] = doubles(&set[0].h);
+            off[s][c] = apart(&set[0].h, want[s]);
+            double lost = 0;
+            for (int64_t i = 0; i < tensor_count(&set[0].cross); i++)
+                lost = fmax(lost, fabs((double)((float *)set[0].cross.data)[i]));
+            ck_assert((lost > 0) == (c > 0));
+            put(&t, ROLE_O);
+        }
+        fold_free(&f);
+        close_two(&t);
+    }
+    for (int s = 0; s < 2; s++) {
+        ck_assert_msg(off[s][1] < 0.01, "8 bits: off by %g", off[s][1]);
+        ck_assert_msg(off[s][2] < 0.15 && off[s][2] > off[s][1], "4 bits: %g, 8: %g", off[s][2],
+                      off[s][1]);
+        free(want[s]);
+    }
 }
 END_TEST
 
@@ -275,7 +370,7 @@ START_TEST(correction)
     uint32_t seed = 1;
     linear_view v;
     err e;
-    open_two(&t, small(tiny_llama()));
+    open_two(&t, small(tiny_llama()), KV_16);
     put(&t, ROLE_V);
     put(&t, ROLE_O);
     kept x = inputs(t.src, ROLE_DOWN), y = inputs(t.other, ROLE_DOWN), a = inputs(t.src, ROLE_O),
@@ -341,7 +436,7 @@ static void make_h(float *h, int64_t k, int64_t size)
 static void open_linear(two *t, plan_linear *l, linear_target *target, int64_t size)
 {
     uint32_t seed = 5;
-    open_two(t, small(tiny_llama()));
+    open_two(t, small(tiny_llama()), KV_16);
     const block_plan p = plan_shape(t->m, 32);
     for (int i = 0; i < p.n_linears; i++)
         if (p.linear[i].role == ROLE_GATE) *l = p.linear[i];
@@ -477,7 +572,7 @@ START_TEST(folds_for_the_cache)
     linear_view v, o;
     double before = 0, after = 0, value[512];
     err e;
-    open_two(&t, small(tiny_llama()));
+    open_two(&t, small(tiny_llama()), KV_16);
     const int64_t hd = t.m->head_dim, share = t.m->heads / t.m->kv_heads, half = hd / 2;
     weight_src *plain = t.src;
     t.src = changed_model(plain, outliers);
@@ -669,6 +764,7 @@ int main(void)
     tcase_set_timeout(t, 120);
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_add_test(t, moments_of_two);
+    tcase_add_loop_test(t, behind_a_cache, 0, 2);
     tcase_add_test(t, correction);
     tcase_add_test(t, ranges_by_ends);
     tcase_add_test(t, sweeps_and_scales);

@@ -6,7 +6,7 @@
 #include "tools/tool.h"
 
 static struct {
-    const char *calib, *method, *loss, *kv_fold, *rotate, *without, *page, *out;
+    const char *calib, *method, *loss, *kv_fold, *rotate, *without, *page, *out, *cache;
     int64_t group, bits, gram_bytes;
     bool search_scale;
 } opt = {.group = 128, .bits = 4, .gram_bytes = (int64_t)8 << 30};
@@ -20,14 +20,14 @@ static const cli_option options[] = {
      "what errors count by: gram (all of H), blocks (of it), module, weights [by method]",
      .choices = "gram|blocks|module|weights"},
     {"kv-fold", 0, CLI_CHOICE, &opt.kv_fold, "HOW",
-     "factors of keys and values that make a 4-bit cache lose least, folded into q and o [yes with "
-     "best]",
+     "factors of keys and values that suit a 4-bit cache, folded into q and o [yes with best]",
      .choices = "yes|no"},
     {"rotate", 0, CLI_STR, &opt.rotate, "WHAT,..",
      "other bases that compute the same, where they pay: vo, of keys and values; residual, of the "
      "stream, for twice the time [none]"},
-    {"without", 0, CLI_STR, &opt.without, "STAGE,..",
-     "stages of best to leave out, which the man page names [none]"},
+    {"quant-policy", 0, CLI_CHOICE, &opt.cache, "BITS",
+     "cache that best's weights will run with: 0 (16 bit), 8 or 4 bit [0]", .choices = "0|4|8"},
+    {"without", 0, CLI_STR, &opt.without, "STAGE,..", "stages of best to leave out: man [none]"},
     {"group-size", 0, CLI_I64, &opt.group, "N", "weights that share a scale: 32, 64 or 128 [128]",
      .lo = 32, .hi = 128, .alias = "w-group-size"},
     {"w-bits", 0, CLI_I64, &opt.bits, "N", "bits of a weight: 4 [4]", .lo = 1, .hi = 16},
@@ -50,6 +50,7 @@ static search_opts search_options(const tool_ctx *t)
                          .rotate = opt.rotate,
                          .without = opt.without,
                          .kv_fold = !opt.kv_fold ? -1 : opt.kv_fold[0] == 'y',
+                         .cache = opt.cache ? (kv_format)(opt.cache[0] - '0') : KV_16,
                          .group = (int32_t)opt.group,
                          .gram_bytes = opt.gram_bytes,
                          .save_s = 20,
@@ -117,10 +118,9 @@ static err_code run(tool_ctx *t, err *e)
     search_summary s;
     memory_plan plan;
     device *d = NULL;
-    err_code rc;
     TRY(check_options(e));
     TRY(tool_device_open(t, &d, e));
-    rc = search_memory(&plan, d, &o, e);
+    err_code rc = search_memory(&plan, d, &o, e);
     if (rc == OK && t->dry_run) rc = tool_print_memory(&plan, t->json, e);
     if (rc == OK && !t->dry_run) {
         memory_plan_log(&plan, &t->job, LOG_INFO);
