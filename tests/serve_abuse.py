@@ -376,7 +376,7 @@ def test_overload():
     seconds = 60 if FULL else 5
     size = ("--prompt-tokens", 32, "--new-tokens", 128)
     try:
-        for attempt in range(3):
+        for attempt in range(4):  # what leaks or costs does so every time; a busy machine, or one more arena, does not
             done = [work(server)]
             peak = load(server, *size, "--concurrency", 12, "--requests", 120, "--warmup", 24, prefix=pin(1))
             done.append(work(server))
@@ -397,12 +397,13 @@ def test_overload():
             expect(f"answered or refused: {over['errors']}", over["ok"] + refused, over["sent"])
             check("most were refused", refused > over["sent"] / 2, refused)
             check("full steps", step[1] >= 0.9 * step[0], step)
-            if share >= 0.9 and took < 50 and over["refused_ms"]["p99"] < 50:
+            flat = SANITIZED or drift < 0.05
+            if flat and (share >= 0.9 or not FULL) and took < 50 and over["refused_ms"]["p99"] < 50:
                 break
         # The client's figure has the waits of a busy machine in it: there the server's own must do.
         check("refusals under 50 ms", took < 50 and over["refused_ms"]["p50"] < 50, over["refused_ms"])
         check("throughput", share >= 0.9 or not FULL, share)
-        check("memory flat", SANITIZED or drift < 0.05, (before, after))
+        check("memory flat", flat, (before, after))
         healthy(server)
     finally:
         expect("exit code", server.stop(), 0)
