@@ -146,10 +146,12 @@ static err_code fetch(kv_job *j, const tensor *qkv, err *e)
     return OK;
 }
 
+/* Rows of states, and on a device, which cannot reach the host's room, what is made of them. */
 static size_t sample_bytes(const device *d, const model_desc *m)
 {
+    const int64_t made = dev_mem(d) == MEM_HOST ? 0 : m->hidden + width(m);
     return (size_t)(SAMPLES * m->hidden) * sizeof(float) +
-           (size_t)(SAMPLES * (m->hidden + width(m))) * dtype_bytes(dev_act(d));
+           (size_t)(SAMPLES * made) * dtype_bytes(dev_act(d));
 }
 
 size_t kv_fold_bytes(const device *d, const model_desc *m)
@@ -168,15 +170,16 @@ static err_code sample(kv_job *j, err *e)
     j->n = (all + stride - 1) / stride;
     for (int64_t i = 0; i < j->n; i++) j->pos[i] = (int32_t)(i * stride % seqlen);
     TRY(dev_alloc(&buf, d, sample_bytes(d, j->m), "keys and values", e));
-    uint8_t *at = buf.data;
-    tensor rows = tensor_2d(at, layer_walk_kept(b->walk), j->n, j->hidden);
-    at += (size_t)(SAMPLES * j->hidden) * sizeof(float);
-    tensor x = tensor_2d(at, dev_act(d), j->n, j->hidden);
-    at += (size_t)(SAMPLES * j->hidden) * dtype_bytes(dev_act(d));
-    tensor qkv = tensor_2d(at, dev_act(d), j->n, j->cols);
+    const bool here = dev_mem(d) == MEM_HOST;
+    const int64_t wide = SAMPLES * j->hidden;
+    uint8_t *made = (uint8_t *)buf.data + (size_t)wide * sizeof(float);
+    tensor rows = tensor_2d(buf.data, layer_walk_kept(b->walk), j->n, j->hidden),
+           x = tensor_2d(here ? (void *)j->x : made, dev_act(d), j->n, j->hidden),
+           qkv = tensor_2d(here ? (void *)j->qkv : made + (size_t)wide * dtype_bytes(dev_act(d)),
+                           dev_act(d), j->n, j->cols);
     rows.mem = x.mem = qkv.mem = dev_mem(d);
     err_code rc = kv_fold_samples(b, stride, &rows, &x, &qkv, e);
-    if (rc == OK) rc = fetch(j, &qkv, e);
+    if (rc == OK && !here) rc = fetch(j, &qkv, e);
     dev_free(&buf);
     return rc;
 }

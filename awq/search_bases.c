@@ -23,11 +23,7 @@ typedef struct {
 /* Losses of the windows held out. */
 static int64_t losses_of(const search *s)
 {
-    const calib_info *c = calib_info_of(s->calib);
-    const uint8_t *out = calib_held_out(s->calib).data;
-    int64_t held = 0;
-    for (int32_t i = 0; i < c->samples; i++) held += out[i] != 0;
-    return held * (c->seqlen - 1);
+    return (int64_t)search_held_out(s) * (calib_info_of(s->calib)->seqlen - 1);
 }
 
 size_t search_bases_bytes(const search *s) { return RUNS * (size_t)losses_of(s) * sizeof(float); }

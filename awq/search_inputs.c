@@ -86,11 +86,18 @@ static err_code pick_fold(search *s, err *e)
     return search_walks(s) ? OK : err_set(e, E_USAGE, "folds of k and v need --loss gram");
 }
 
+int32_t search_held_out(const search *s)
+{
+    const uint8_t *out = calib_held_out(s->calib).data;
+    int32_t n = 0;
+    for (int32_t i = 0; i < calib_info_of(s->calib)->samples; i++) n += out[i] != 0;
+    return n;
+}
+
 /* What a plan says of the residual stream is compared with what it would say of a turned one, by
  * the windows held out: both must be there. */
 static err_code check_bases(const search *s, err *e)
 {
-    int32_t held = 0;
     if (!s->bases) return OK;
     if (!s->method->carries)
         return err_set(e, E_USAGE,
@@ -98,8 +105,7 @@ static err_code check_bases(const search *s, err *e)
                        "lose, expected best",
                        s->method->name);
     const calib_info *c = calib_info_of(s->calib);
-    const uint8_t *out = calib_held_out(s->calib).data;
-    for (int32_t i = 0; i < c->samples; i++) held += out[i] != 0;
+    const int32_t held = search_held_out(s);
     if (held && held < c->samples && c->seqlen > 2) return OK;
     return err_set(
         e, E_USAGE,

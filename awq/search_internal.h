@@ -54,6 +54,7 @@ err_code search_open_source(search *s, err *e);
 void search_close_inputs(search *s);
 bool search_walks(const search *s); /* needs a forward pass */
 bool search_on_device(const search *s);
+int32_t search_held_out(const search *s); /* windows */
 bool search_all_moments(const search *s);
 dev_use_of search_use(const search *s);
 size_t search_plan_bytes(const search *s);

@@ -12,7 +12,6 @@
 #include "awq/search_internal.h"
 #include "formats/convert.h"
 #include "formats/weights_mem.h"
-#include "runtime/model.h"
 #include "tests/support/awq_case.h"
 #include "tests/support/suite.h"
 #include "tests/support/tiny_weights.h"
@@ -280,25 +279,6 @@ END_TEST
 
 /* ---- what is packed ---- */
 
-static void last_logits(const char *dir, float *out)
-{
-    weight_src *src = NULL;
-    model *m = NULL;
-    err e;
-    MUST(weights_open(&src, dir, &e));
-    const int32_t vocab = weights_desc(src)->vocab;
-    const model_opts o = {.kv = KV_16, .session_len = SEQLEN, .kv_mem_bytes = 1 << 22};
-    MUST(model_open(&m, dev, src, &o, NULL, &e));
-    for (int w = 0; w < WINDOWS; w++) {
-        const step_seq s = {
-            .tokens = ids + w * SEQLEN, .n_tokens = SEQLEN, .n_out = 1, .logits = out + w * vocab};
-        MUST(model_step(m, &s, 1, NULL, &e));
-        model_seq_end(m, 0);
-    }
-    model_close(&m);
-    weights_close(&src);
-}
-
 static double apart(const float *a, const float *b, int64_t n)
 {
     double sum = 0, size = 0;
@@ -352,13 +332,13 @@ START_TEST(packed_computes_the_same)
     weights_close(&src);
     float *want = malloc((size_t)n * sizeof *want), *have = malloc((size_t)n * sizeof *have),
           *other = malloc((size_t)n * sizeof *other);
-    last_logits(model_dir, want);
-    last_logits(dense, have);
+    last_logits(model_dir, KV_16, want);
+    last_logits(dense, KV_16, have);
     ck_assert_msg(apart(want, have, n) < 0.005, "16 bits: %g", apart(want, have, n));
-    last_logits(awq_dir, have);
+    last_logits(awq_dir, KV_16, have);
     const double by = apart(want, have, n);
     ck_assert_msg(by > 0.005 && by < 0.5, "4 bits: %g", by);
-    last_logits(tm, other);
+    last_logits(tm, KV_16, other);
     ck_assert_msg(apart(have, other, n) < 1e-3, "workspace: %g", apart(have, other, n));
     free(want);
     free(have);

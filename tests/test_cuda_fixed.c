@@ -136,20 +136,9 @@ static void dense_case(int64_t n, int64_t k, bool wide, bool add, dtype with_bia
 static void w4_case(int64_t n, int64_t k, int32_t group, bool wide, bool add)
 {
     product p = {.n = n, .k = k, .wide = wide, .add = add};
-    size_t q, s, z;
-    w4_weight w;
-    const w4_weight *part = &w;
+    void *mem;
+    const w4_weight w = make_w4(&mem, k, n, group), *part = &w;
     dev_buf buf;
-    OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
-    uint8_t *mem = must(q + s + z, 1);
-    memset(&w, 0, sizeof w);
-    w4_shape(&w, k, n, group, W4_TM);
-    w.q.data = mem, w.scales.data = mem + q, w.zeros.data = mem + q + s;
-    for (size_t i = 0; i < q; i++) mem[i] = (uint8_t)(uniform() * 256);
-    for (size_t i = 0; i < s / 2; i++)
-        ((f16 *)w.scales.data)[i] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
-    for (size_t i = 0; i < z / 2; i++)
-        ((f16 *)w.zeros.data)[i] = f32_to_f16((float)(int)(uniform() * 16));
     float *wf = must((size_t)(n * k), sizeof *wf);
     for (int64_t o = 0; o < n; o++) w4_dequant_row(wf + o * k, &w, o);
     OK_(w4_upload(gpu, &buf, &p.w4, &part, 1, e));

@@ -58,7 +58,7 @@ END_TEST
 /* ---- weights in slices ---- */
 
 /* As base/w4.h lays them out, random, with a bias. */
-static w4_weight make_w4(void **mem, int64_t k, int64_t n, int32_t group, w4_layout layout)
+static w4_weight make_slice(void **mem, int64_t k, int64_t n, int32_t group, w4_layout layout)
 {
     size_t q, s, z;
     w4_weight w;
@@ -89,7 +89,7 @@ static void slices_case(int64_t k, int64_t n, int32_t group, w4_layout layout, i
     f16 *x = must((size_t)k, 2), *y = must((size_t)all, 2);
     float *row = must((size_t)k, sizeof *row);
     double d = 0, sum2 = 0;
-    for (int i = 0; i < parts; i++) w[i] = make_w4(&mem[i], k, n, group, layout);
+    for (int i = 0; i < parts; i++) w[i] = make_slice(&mem[i], k, n, group, layout);
     for (int64_t i = 0; i < k; i++) x[i] = f32_to_f16((float)(noise((uint64_t)i) % 200) / 100 - 1);
     const op_limits lim = {1, k, all, 8, 128, 256, 1};
     OK_(ops_reserve(gpu, &lim, e));

@@ -10,7 +10,6 @@
 #include "awq/rotate.h"
 #include "base/mem.h"
 #include "formats/weights_mem.h"
-#include "runtime/model.h"
 #include "tests/support/awq_case.h"
 #include "tests/support/outliers.h"
 #include "tests/support/suite.h"
@@ -281,26 +280,6 @@ START_TEST(angles_of_keys)
 END_TEST
 
 /* ---- outlier channels ---- */
-
-/* Logits behind the last token of every window, with a cache of that kind. */
-static void last_logits(const char *dir, kv_format kv, float *out)
-{
-    weight_src *src = NULL;
-    model *m = NULL;
-    err e;
-    MUST(weights_open(&src, dir, &e));
-    const int32_t vocab = weights_desc(src)->vocab;
-    const model_opts o = {.kv = kv, .session_len = SEQLEN, .kv_mem_bytes = 1 << 22};
-    MUST(model_open(&m, dev, src, &o, NULL, &e));
-    for (int w = 0; w < WINDOWS; w++) {
-        const step_seq s = {
-            .tokens = ids + w * SEQLEN, .n_tokens = SEQLEN, .n_out = 1, .logits = out + w * vocab};
-        MUST(model_step(m, &s, 1, NULL, &e));
-        model_seq_end(m, 0);
-    }
-    model_close(&m);
-    weights_close(&src);
-}
 
 static double distance(const float *a, const float *b, int64_t n)
 {

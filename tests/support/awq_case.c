@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "runtime/model.h"
 #include "tests/support/tempdir.h"
 #include "tests/support/tiny_weights.h"
 
@@ -91,4 +92,23 @@ void same_as(const char *path, const char *want, size_t n)
     ck_assert_uint_eq(m, n);
     ck_assert_msg(memcmp(have, want, n) == 0, "%s differs", path);
     mem_free(have);
+}
+
+void last_logits(const char *dir, kv_format kv, float *out)
+{
+    weight_src *src = NULL;
+    model *m = NULL;
+    err e;
+    MUST(weights_open(&src, dir, &e));
+    const int32_t vocab = weights_desc(src)->vocab;
+    const model_opts o = {.kv = kv, .session_len = SEQLEN, .kv_mem_bytes = 1 << 22};
+    MUST(model_open(&m, dev, src, &o, NULL, &e));
+    for (int w = 0; w < WINDOWS; w++) {
+        const step_seq s = {
+            .tokens = ids + w * SEQLEN, .n_tokens = SEQLEN, .n_out = 1, .logits = out + w * vocab};
+        MUST(model_step(m, &s, 1, NULL, &e));
+        model_seq_end(m, 0);
+    }
+    model_close(&m);
+    weights_close(&src);
 }

@@ -29,4 +29,7 @@ void make_model(model_desc m);
 char *bytes_of(const char *path, size_t *n); /* mem_free */
 void same_as(const char *path, const char *want, size_t n);
 
+/* Logits behind the last token of every window, with a cache of that kind: out [WINDOWS,vocab]. */
+void last_logits(const char *dir, kv_format kv, float *out);
+
 #endif

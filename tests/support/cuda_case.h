@@ -58,6 +58,23 @@ static inline TCase *cuda_case(Suite *s, const char *name, int seconds)
     return t;
 }
 
+/* Random codes and parameters in TurboMind's layout; *mem is freed by the caller. */
+static inline w4_weight make_w4(void **mem, int64_t k, int64_t n, int32_t group)
+{
+    size_t q, s, z;
+    w4_weight w;
+    OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
+    uint8_t *p = *mem = must(q + s + z, 1);
+    w4_shape(&w, k, n, group, W4_TM);
+    w.q.data = p, w.scales.data = p + q, w.zeros.data = p + q + s;
+    for (size_t i = 0; i < q; i++) p[i] = (uint8_t)(uniform() * 256);
+    for (size_t i = 0; i < s / 2; i++)
+        ((f16 *)w.scales.data)[i] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
+    for (size_t i = 0; i < z / 2; i++)
+        ((f16 *)w.zeros.data)[i] = f32_to_f16((float)(int)(uniform() * 16));
+    return w;
+}
+
 /* Runs them all and closes the GPU; what main returns. */
 static inline int cuda_run(Suite *s)
 {

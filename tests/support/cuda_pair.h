@@ -93,22 +93,6 @@ static inline void near(const float *got, const float *want, int64_t n, double t
     ck_assert_msg(d <= tol, "%s: relative error %.3g, at most %.3g", what, d, tol);
 }
 
-static inline w4_weight make_w4(void **mem, int64_t k, int64_t n, int32_t group)
-{
-    size_t q, s, z;
-    w4_weight w;
-    OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
-    uint8_t *p = *mem = must(q + s + z, 1);
-    w4_shape(&w, k, n, group, W4_TM);
-    w.q.data = p, w.scales.data = p + q, w.zeros.data = p + q + s;
-    for (size_t i = 0; i < q; i++) p[i] = (uint8_t)(uniform() * 256);
-    for (size_t i = 0; i < s / 2; i++)
-        ((f16 *)w.scales.data)[i] = f32_to_f16((float)(0.002 + 0.004 * uniform()));
-    for (size_t i = 0; i < z / 2; i++)
-        ((f16 *)w.zeros.data)[i] = f32_to_f16((float)(int)(uniform() * 16));
-    return w;
-}
-
 static inline void limits(int64_t rows, int64_t k, int64_t n)
 {
     const op_limits lim = {(int32_t)rows, k, n, 8, 256, 4096, 8};
