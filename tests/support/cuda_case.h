@@ -62,7 +62,7 @@ static inline TCase *cuda_case(Suite *s, const char *name, int seconds)
 static inline w4_weight make_w4(void **mem, int64_t k, int64_t n, int32_t group)
 {
     size_t q, s, z;
-    w4_weight w;
+    w4_weight w = {0};
     OK_(w4_sizes(&q, &s, &z, k, n, group, W4_TM, e));
     uint8_t *p = *mem = must(q + s + z, 1);
     w4_shape(&w, k, n, group, W4_TM);
