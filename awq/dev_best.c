@@ -266,11 +266,9 @@ static err_code hand_on(rounding *q, int way, err *e)
     q->at = 0;
     q->rows = q->n;
     const tensor scale = scale_of(q, way), zero = zero_of(q, way), packed = packed_of(q);
-    tensor w = dev_chain_weights(q->s->chain, l->role);
     const rounded_spec spec = {
         NULL, &packed, &scale, &zero, dev_opt(&q->v.col), dev_opt(&q->v.row), q->s->g};
-    TRY(op_rounded(q->b->d, &w, &spec, e));
-    dev_chain_put(q->s->chain, l->role);
+    TRY(dev_chain_put(q->s->chain, l->role, &spec, e));
     TRY(dev_copy(q->b->d, &l->scale, &scale, e));
     TRY(dev_copy(q->b->d, &l->zero, &zero, e));
     TRY(dev_copy(q->b->d, &l->codes, &packed, e));
@@ -321,6 +319,7 @@ err_code dev_best_block(const quant_block *b, const fold *f, block_plan *out, co
     static const tensor_role split[] = {ROLE_Q, ROLE_K, ROLE_V}, fused[] = {ROLE_QKV},
                              attn[] = {ROLE_O}, ffn[] = {ROLE_GATE, ROLE_UP}, down[] = {ROLE_DOWN};
     rounding q = {.b = b, .s = b->dev, .o = o, .f = f};
+    dev_chain_fold(q.s->chain, f);
     if (b->m->qkv == QKV_SPLIT)
         TRY(round_tap(&q, split, 3, out, e));
     else

@@ -5,7 +5,6 @@
 
 #include "awq/chain_shared.h"
 #include "base/mem.h"
-#include "kernels/search_ops.h"
 
 enum { SLOTS = 7 };
 
@@ -27,8 +26,12 @@ struct dev_chain {
     void *input;         /* act [pass rows, widest]: the 16-bit input, then d */
     void *out;           /* act [pass rows, hidden]: what outputs lack */
     float *residual, *y; /* [pass rows, hidden] */
-    float *diagonal;     /* [widest] */
+    float *diagonal;     /* [widest]; while o's input is gathered, the factors to take from it */
     float *host;         /* [widest] on the host */
+    float *bias;         /* [columns of q, k and v] with their factors */
+    bool cached;         /* keys and values of the rounded stream go through a coarser cache */
+    const fold *fold;    /* of the block, where they do; or NULL */
+    tensor col;          /* of the pass: o's factors, in diagonal; no data: none */
     tensor_role tap;
     bool half;  /* the states are those behind the attention */
     int stream; /* of a replayed pass */
@@ -43,7 +46,12 @@ typedef struct {
     size_t bytes;
 } chain_part;
 
-enum { PARTS = SLOTS + 10 };
+enum { PARTS = SLOTS + 11 };
+
+static int64_t qkv_columns(const model_desc *m)
+{
+    return (int64_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
+}
 
 static int parts_of(dev_chain *c, const device *d, const model_desc *m, int64_t rows,
                     chain_part p[PARTS])
@@ -64,6 +72,7 @@ static int parts_of(dev_chain *c, const device *d, const model_desc *m, int64_t 
     p[n++] = (chain_part){(void **)&c->residual, pass * hidden * f};
     p[n++] = (chain_part){(void **)&c->y, pass * hidden * f};
     p[n++] = (chain_part){(void **)&c->diagonal, k * f};
+    p[n++] = (chain_part){(void **)&c->bias, (size_t)qkv_columns(m) * f};
     for (int i = 0; i < c->n_roles; i++)
         p[n++] = (chain_part){
             (void **)&c->weights[i],
@@ -102,7 +111,7 @@ static err_code take_room(dev_chain *c, err *e)
 }
 
 err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_desc *m,
-                        const tensor *held_out, err *e)
+                        const tensor *held_out, kv_format cache, err *e)
 {
     void *mem;
     TRY(mem_alloc(&mem, 1, sizeof(dev_chain), "rounded block", e));
@@ -111,7 +120,9 @@ err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_d
     c->walk = w;
     c->m = m;
     c->windows = chain_windows_of(w, held_out);
-    const err_code rc = take_room(c, e);
+    c->cached = cache != KV_16;
+    err_code rc = take_room(c, e);
+    if (rc == OK && c->cached) rc = layer_walk_cache(w, cache, e);
     if (rc != OK) {
         dev_chain_close(&c);
         return rc;
@@ -152,8 +163,11 @@ float *dev_chain_square(dev_chain *c) { return c->square; }
 err_code dev_chain_layer(dev_chain *c, err *e)
 {
     c->half = false;
+    c->fold = NULL;
     return chain_variant(&c->variant, c->walk, c->m, e);
 }
+
+void dev_chain_fold(dev_chain *c, const fold *f) { c->fold = c->cached ? f : NULL; }
 
 static tensor on_device(const dev_chain *c, void *data, dtype dt, int64_t n, int64_t k)
 {
@@ -162,7 +176,7 @@ static tensor on_device(const dev_chain *c, void *data, dtype dt, int64_t n, int
     return t;
 }
 
-tensor dev_chain_weights(dev_chain *c, tensor_role r)
+static tensor weights_of(const dev_chain *c, tensor_role r)
 {
     int i = 0;
     while (i < c->n_roles && c->role[i] != r) i++;
@@ -170,9 +184,37 @@ tensor dev_chain_weights(dev_chain *c, tensor_role r)
     return on_device(c, c->weights[i], DT_F16, model_linear_n(c->m, r), model_linear_k(c->m, r));
 }
 
-void dev_chain_put(dev_chain *c, tensor_role r)
+/* The bias of q, k or v by the same factors as its rows. */
+static err_code fold_bias_by(dev_chain *c, tensor_role r, const tensor *row, err *e)
 {
-    chain_bound(&c->variant, r)->dense = dev_chain_weights(c, r);
+    tensor *bias = &chain_bound(&c->variant, r)->bias;
+    const int64_t n = model_linear_n(c->m, r), hd = c->m->head_dim,
+                  before = r == ROLE_K   ? c->m->heads * hd
+                           : r == ROLE_V ? (c->m->heads + c->m->kv_heads) * hd
+                                         : 0;
+    if (!bias->data) return OK;
+    const tensor from = on_device(c, bias->data, bias->dt, n, 1);
+    tensor to = on_device(c, c->bias + before, DT_F32, n, 1);
+    TRY(op_scaled(c->d, &to, &from, NULL, row, e));
+    *bias = tensor_1d(to.data, DT_F32, n);
+    bias->mem = to.mem;
+    return OK;
+}
+
+/* Behind a cache, what comes out of q, k and v keeps the factors that it will have there, and o
+ * takes them back. */
+err_code dev_chain_put(dev_chain *c, tensor_role r, const rounded_spec *spec, err *e)
+{
+    rounded_spec own = *spec;
+    tensor w = weights_of(c, r);
+    if (c->cached && chain_tap(r) == ROLE_QKV && spec->row) {
+        own.row = NULL;
+        TRY(fold_bias_by(c, r, spec->row, e));
+    }
+    if (c->cached && r == ROLE_O) own.col = NULL;
+    TRY(op_rounded(c->d, &w, &own, e));
+    chain_bound(&c->variant, r)->dense = w;
+    return OK;
 }
 
 /* ---- moments ---- */
@@ -218,6 +260,33 @@ static err_code outputs_lack(dev_chain *c, const tensor *lack, tensor *out, err 
     return op_mix(c->d, out, 1.f, &y, 1.f, &kept, e);
 }
 
+/* Factors of v in what stream 1 brings to o. */
+static err_code put_factors(dev_chain *c, int64_t k, err *e)
+{
+    const fold_linear *f = c->fold && c->tap == ROLE_O ? fold_find(c->fold, ROLE_O) : NULL;
+    c->col = tensor_1d(f && f->col ? c->diagonal : NULL, DT_F32, k);
+    c->col.mem = dev_mem(c->d);
+    if (!c->col.data) return OK;
+    const tensor from = tensor_1d(f->col, DT_F32, k);
+    return dev_copy(c->d, &c->col, &from, e);
+}
+
+/* Takes them out again, as many columns at a time as y has room for. Nothing behind reads x: the
+ * pass ends here. */
+static err_code unfold_input(dev_chain *c, const tensor *x, err *e)
+{
+    const int64_t k = x->shape[1], step = c->m->hidden;
+    for (int64_t at = 0; at < k && c->col.data; at += step) {
+        const int64_t n = k - at < step ? k - at : step;
+        tensor part = tensor_cols(x, at, n), y = on_device(c, c->y, DT_F32, x->shape[0], n),
+               col = tensor_1d((float *)c->col.data + at, DT_F32, n);
+        col.mem = c->col.mem;
+        TRY(op_scaled(c->d, &y, &part, &col, NULL, e));
+        TRY(op_mix(c->d, &part, 1.f, &y, 0.f, NULL, e));
+    }
+    return OK;
+}
+
 static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const tensor *x, err *e)
 {
     dev_chain *c = ctx;
@@ -225,6 +294,7 @@ static err_code compare_input(void *ctx, tensor_role role, int32_t layer, const 
     (void)layer;
     if (role != c->tap) return OK;
     tensor lack = on_device(c, c->input, dev_act(c->d), x->shape[0], k), out;
+    TRY(unfold_input(c, x, e));
     TRY(op_mix(c->d, &lack, 1.f, &lack, -1.f, x, e));
     if (chain_adds(role)) {
         TRY(outputs_lack(c, &lack, &out, e));
@@ -288,6 +358,7 @@ err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j
         TRY(op_zero(c->d, &h, e));
         TRY(op_zero(c->d, &lack, e));
     }
+    TRY(put_factors(c, k, e));
     for (c->first = 0; c->first < c->windows.n; c->first += c->windows.per_pass) {
         const int32_t some = chain_windows_at(&c->windows, c->first);
         TRY(job_check(j, e));

@@ -5,7 +5,9 @@
 #ifndef TMF_AWQ_DEV_CHAIN_H
 #define TMF_AWQ_DEV_CHAIN_H
 
+#include "awq/fold.h"
 #include "awq/method.h"
+#include "kernels/search_ops.h"
 #include "runtime/layer_walk.h"
 
 /* Over a set of windows, x the input behind rounded layers, d the 16-bit input less x, r the 16-bit
@@ -17,7 +19,7 @@ typedef struct {
 
 size_t dev_chain_bytes(const device *d, const model_desc *m, int64_t pass_rows);
 err_code dev_chain_open(dev_chain **out, device *d, layer_walk *w, const model_desc *m,
-                        const tensor *held_out, err *e);
+                        const tensor *held_out, kv_format cache, err *e);
 void dev_chain_close(dev_chain **c);
 /* What the moments of a layer may use until the first dev_chain_gather; dev_chain_square is not in
  * it. */
@@ -28,14 +30,17 @@ dev_buf dev_chain_pass_room(const dev_chain *c);
 
 /* A new layer is bound. */
 err_code dev_chain_layer(dev_chain *c, err *e);
+/* As chain_fold; borrowed until the layer's last dev_chain_gather. */
+void dev_chain_fold(dev_chain *c, const fold *f);
 /* Of the input of linear r, over the windows trained on and those held out; valid until the next
  * call. share: of r. */
 err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,
                           dev_moments *train, dev_moments *held, err *e);
 float *dev_chain_square(dev_chain *c); /* f32 [k,k], free between gathers */
-/* f16 [n,k]: the rounded weights of linear r, which count from dev_chain_put on. */
-tensor dev_chain_weights(dev_chain *c, tensor_role r);
-void dev_chain_put(dev_chain *c, tensor_role r);
+/* From here on linear r is what `spec` makes of it, in f16, as it acts on the unscaled input. With
+ * a coarser cache q, k and v keep spec->row, their factors there, in weights and biases, and o
+ * keeps spec->col, those of v. Once a layer. */
+err_code dev_chain_put(dev_chain *c, tensor_role r, const rounded_spec *spec, err *e);
 /* All linears are put and none was gathered for: as dev_chain_advance, in the same two halves as
  * behind gathers. */
 err_code dev_chain_replay(dev_chain *c, const walk_progress *p, err *e);

@@ -8,20 +8,19 @@ static err_code replay_linear(const quant_block *b, dev_chain *inputs, const fol
                               const plan_linear *l, err *e)
 {
     dev_scratch *s = b->dev;
-    tensor w = dev_chain_weights(inputs, l->role), scale, zero,
-           packed = dev_2d(s, s->packed, DT_U8, w.shape[0], w.shape[1] / 2);
+    const int64_t n = model_linear_n(b->m, l->role), k = model_linear_k(b->m, l->role);
+    tensor scale, zero, packed = dev_2d(s, s->packed, DT_U8, n, k / 2);
     dev_factors v;
     if (!l->codes.data)
         return err_set(e, E_INPUT,
                        "layer %d: %s: expected codes in the unfinished plan, found none",
                        (int)b->layer, role_name(l->role));
-    TRY(dev_factors_put(s, fold_find(f, l->role), w.shape[0], w.shape[1], &v, e));
+    TRY(dev_factors_put(s, fold_find(f, l->role), n, k, &v, e));
     TRY(dev_params_put(s, l, &scale, &zero, e));
     TRY(dev_copy(b->d, &packed, &l->codes, e));
     const rounded_spec spec = {NULL,       &packed, &scale, &zero, dev_opt(&v.col), dev_opt(&v.row),
                                b->o->group};
-    TRY(op_rounded(b->d, &w, &spec, e));
-    dev_chain_put(inputs, l->role);
+    TRY(dev_chain_put(inputs, l->role, &spec, e));
     return dev_sync(b->d, e);
 }
 

@@ -260,7 +260,7 @@ static err_code open_on_device(search *s, const tensor *held_out, err *e)
 {
     dev_buf room;
     if (s->method->carries) {
-        TRY(dev_chain_open(&s->dev_chain, s->d, s->walk, s->m, held_out, e));
+        TRY(dev_chain_open(&s->dev_chain, s->d, s->walk, s->m, held_out, s->o->cache, e));
         room = dev_chain_room(s->dev_chain);
     }
     TRY(dev_scratch_open(&s->dev, s->d, s->m, s->q.group, search_use(s), s->dev_chain, e));

@@ -21,8 +21,7 @@ typedef struct {
     const char *without; /* names of best's stages to leave out, by commas; NULL: none */
     int64_t gram_bytes;  /* second moments beyond this are gathered one at a time */
     double save_s;       /* least seconds between two savings of the hidden states */
-    kv_format cache;     /* of methods that carry rounded inputs: what these are behind. KV_16, or
-                            the CPU alone */
+    kv_format cache;     /* of methods that carry rounded inputs: what these are behind */
     bool force;
     bool on_device; /* the steps of other devices on the CPU as well: for tests */
 } search_opts;

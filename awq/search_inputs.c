@@ -174,10 +174,6 @@ static err_code check_device(search *s, err *e)
         return err_set(e, E_USAGE, "cache of %d bits: method '%s' carries no rounded inputs",
                        (int)s->o->cache, s->method->name);
     if (!search_on_device(s)) return OK;
-    if (s->o->cache != KV_16)
-        return err_set(e, E_UNSUPPORTED,
-                       "cache of %d bits: expected the CPU (--device cpu), got %s",
-                       (int)s->o->cache, dev_name(s->d));
     if (s->q.turn && dev_mem(s->d) != MEM_HOST) TRY(open_host(s, e)); /* bases are found there */
     return s->method->fixes_codes ? op_rounds(s->d, e) : OK;
 }
@@ -300,6 +296,18 @@ bool search_all_moments(const search *s)
     return moments_bytes(s->m, true) <= (size_t)s->o->gram_bytes;
 }
 
+/* The second stream, its cache, and what is made of both: passes of `rows`. */
+static size_t carried_bytes(const device *d, const search *s, int64_t rows)
+{
+    const calib_info *c = calib_info_of(s->calib);
+    const int64_t all = (int64_t)c->samples * c->seqlen;
+    const size_t cache = layer_walk_cache_bytes(s->m, c->samples, c->seqlen, s->o->cache);
+    if (search_on_device(s))
+        return cache + dev_chain_bytes(d, s->m, rows) +
+               (size_t)(all * s->m->hidden) * dtype_bytes(DT_F16);
+    return cache + chain_bytes(s->m, rows) + chain_split_bytes(d, s->m, all);
+}
+
 /* Beside the forward pass. */
 static void add_walk(memory_plan *p, device *d, const search *s)
 {
@@ -318,15 +326,7 @@ static void add_walk(memory_plan *p, device *d, const search *s)
     else if (s->q.kv_fold && !carries) /* else in the room of the rounded inputs */
         memory_plan_add(p, "keys and values", dev_fold_bytes(d, s->m));
     if (s->q.turn || s->bases) memory_plan_add(p, "turned weights", rotated_bytes(s->m, s->bases));
-    if (carries && dev)
-        memory_plan_add(p, "rounded inputs",
-                        dev_chain_bytes(d, s->m, rows) +
-                            (size_t)(2 * (int64_t)s->m->hidden * c->samples * c->seqlen));
-    else if (carries)
-        memory_plan_add(p, "rounded inputs",
-                        chain_bytes(s->m, rows) +
-                            layer_walk_cache_bytes(s->m, c->samples, c->seqlen, s->o->cache) +
-                            chain_split_bytes(d, s->m, (int64_t)c->samples * c->seqlen));
+    if (carries) memory_plan_add(p, "rounded inputs", carried_bytes(d, s, rows));
     if (carries && !dev) memory_plan_add(p, "corrected rows", correct_bytes(s->scratch.widest));
     if (s->method->fixes_codes && !dev)
         memory_plan_add(p, "error feedback", feedback_bytes(s->scratch.widest));

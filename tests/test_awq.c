@@ -375,10 +375,6 @@ START_TEST(refusals)
     o.cache = KV_4;
     ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_USAGE);
     ck_assert_msg(strstr(e.msg, "cache of 4 bits: method 'gptq'") != NULL, "%s", e.msg);
-    o = options("best", NULL);
-    o.cache = KV_8;
-    o.on_device = true;
-    ck_assert_int_eq(search_run(&s, dev, &o, NULL, &e), E_UNSUPPORTED);
 }
 END_TEST
 

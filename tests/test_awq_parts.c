@@ -25,28 +25,6 @@ static double next_value(uint32_t *x)
     return ((*x = *x * 1664525u + 1013904223u) >> 8) / 16777216.;
 }
 
-/* All five folds with factors 2^-2 .. 2^2: exact, so that the rounding of keys and values does not
- * move. Factors of k are equal within a rotated pair. */
-static void random_folds(const model_desc *m, block_plan *p, uint32_t seed)
-{
-    *p = plan_shape(m, 1);
-    for (int i = 0; i < PLAN_FOLDS; i++) {
-        tensor *s = &p->fold[i].s;
-        s->data = malloc(tensor_bytes(s));
-        for (int64_t c = 0; c < tensor_count(s); c++)
-            ((float *)s->data)[c] = (float)exp2(floor(5 * next_value(&seed)) - 2);
-    }
-    float *k = plan_find_fold(p, ROLE_K)->s.data;
-    const int32_t hd = m->head_dim, half = m->rope_dims / 2;
-    for (int64_t c = 0; c < (int64_t)m->kv_heads * hd; c++)
-        if (c % hd >= half && c % hd < 2 * half) k[c] = k[c - half];
-}
-
-static void free_folds(block_plan *p)
-{
-    for (int i = 0; i < PLAN_FOLDS; i++) free(p->fold[i].s.data);
-}
-
 /* The model with every block folded, dense in f32. */
 static weight_src *folded_model(weight_src *src)
 {
@@ -65,7 +43,7 @@ static weight_src *folded_model(weight_src *src)
         block_plan p;
         fold f;
         float *buf = malloc((size_t)1 << 22);
-        random_folds(m, &p, 77u + (uint32_t)l);
+        random_folds(m, &p, 2, 77u + (uint32_t)l);
         MUST(fold_init(&f, m, &p, &e));
         for (int i = 0; i < 2; i++) {
             MUST(weights_tensor(src, i ? ROLE_FFN_NORM : ROLE_ATTN_NORM, l, &t, &e));
@@ -129,7 +107,7 @@ START_TEST(folding_refuses)
     block_plan p;
     fold f;
     err e;
-    random_folds(&m, &p, 5);
+    random_folds(&m, &p, 2, 5);
     ((float *)plan_find_fold(&p, ROLE_K)->s.data)[1] *= 2;
     ck_assert_int_eq(fold_init(&f, &m, &p, &e), E_INPUT);
     ck_assert(strstr(e.msg, "dims 1 and 33 rotate together") != NULL);

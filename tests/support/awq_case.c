@@ -2,6 +2,7 @@
 #include "tests/support/awq_case.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "runtime/model.h"
@@ -75,6 +76,31 @@ void make_model(model_desc m)
     MUST(weights_open(&src, model_dir, &e));
     collect_windows(src, WINDOWS);
     weights_close(&src);
+}
+
+void random_folds(const model_desc *m, block_plan *p, int most, uint32_t seed)
+{
+    *p = plan_shape(m, 32);
+    for (int i = 0; i < PLAN_FOLDS; i++) {
+        tensor *s = &p->fold[i].s;
+        s->data = malloc(tensor_bytes(s));
+        for (int64_t c = 0; c < tensor_count(s); c++) {
+            const uint32_t x = (seed = seed * 1664525u + 1013904223u) >> 8;
+            ((float *)s->data)[c] = ldexpf(1, (int)(x % (2 * (unsigned)most + 1)) - most);
+        }
+    }
+    float *k = plan_find_fold(p, ROLE_K)->s.data;
+    for (int64_t i = 0; i < m->rope_dims / 2; i++) {
+        int64_t a, b;
+        fold_rope_pair(m, i, &a, &b);
+        for (float *head = k; head < k + m->kv_heads * m->head_dim; head += m->head_dim)
+            head[b] = head[a];
+    }
+}
+
+void free_folds(block_plan *p)
+{
+    for (int i = 0; i < PLAN_FOLDS; i++) free(p->fold[i].s.data);
 }
 
 char *bytes_of(const char *path, size_t *n)

@@ -5,6 +5,7 @@
 
 #include <check.h>
 
+#include "awq/fold.h"
 #include "awq/search.h"
 #include "calib/collect.h"
 #include "tests/support/tiny_dir.h"
@@ -26,6 +27,10 @@ void collect_windows(weight_src *src, int32_t windows);
 search_opts options(const char *method, const char *loss);
 /* A model directory with random weights and its calib file. */
 void make_model(model_desc m);
+/* All five folds at random, of 2^-most .. 2^most: what is exact stays so. Those of k are equal
+ * within a rotated pair. */
+void random_folds(const model_desc *m, block_plan *p, int most, uint32_t seed);
+void free_folds(block_plan *p);
 char *bytes_of(const char *path, size_t *n); /* mem_free */
 void same_as(const char *path, const char *want, size_t n);
 
