@@ -1,16 +1,9 @@
 /* Steps of a layer by the time that they took in the layer before. */
 #include "awq/pace.h"
 
-#include <time.h>
+#include "runtime/clock.h"
 
 #define GUESSED 16 /* steps of a layer, while nothing is known */
-
-static double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 pace pace_open(const job *j, const char *stage, int64_t windows, int64_t total)
 {
@@ -24,7 +17,7 @@ pace pace_open(const job *j, const char *stage, int64_t windows, int64_t total)
 void pace_layer(pace *p, int64_t layer)
 {
     p->base = layer * p->windows;
-    p->began = now_s();
+    p->began = clock_s();
     p->steps = 0;
 }
 
@@ -40,14 +33,14 @@ static double share_of(const pace *p, int step)
 void pace_step(pace *p)
 {
     if (!p || p->steps == PACE_STEPS) return;
-    p->reached[p->steps] = now_s() - p->began;
+    p->reached[p->steps] = clock_s() - p->began;
     const double share = share_of(p, p->steps++);
     job_step(p->j, p->stage, p->unit, p->base + (int64_t)(share * (double)p->windows), p->total);
 }
 
 void pace_end(pace *p)
 {
-    const double took = now_s() - p->began;
+    const double took = clock_s() - p->began;
     for (int i = 0; i < p->steps && took > 0; i++) p->share[i] = p->reached[i] / took;
     if (took > 0) p->known = p->steps;
     job_step(p->j, p->stage, p->unit, p->base + p->windows, p->total);

@@ -2,7 +2,6 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "awq/dev_fold.h"
 #include "awq/dev_replay.h"
@@ -10,13 +9,7 @@
 #include "awq/kv_fold.h"
 #include "awq/search_internal.h"
 #include "awq/stream_stats.h"
-
-static double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+#include "runtime/clock.h"
 
 static bool carries(const search *s) { return s->chain || s->dev_chain; }
 
@@ -158,13 +151,13 @@ static bool saves(const search *s) { return layer_walk_saves(s->walk) && !s->dev
  * the insurance. */
 static err_code save_states(search *s, int32_t next, err *e)
 {
-    const double start = now_s(),
+    const double start = clock_s(),
                  pause = 20 * s->save_cost > s->o->save_s ? 20 * s->save_cost : s->o->save_s;
     if (next >= s->m->layers || start - s->saved_at < pause) return OK;
     if (!saves(s)) return OK;
     const tensor states = layer_walk_saved(s->walk);
     TRY(spool_put_state(s->spool, next, &states, e));
-    s->saved_at = now_s();
+    s->saved_at = clock_s();
     s->save_cost = s->saved_at - start;
     return OK;
 }
@@ -217,7 +210,7 @@ static err_code run_layers(search *s, err *e)
         *steps = pace_open(s->j, "search", per_layer, (s->bases ? 2 : 1) * per_layer * layers);
     if (s->walk) s->pace = steps;
     TRY(first_layer(s, &first, e));
-    s->saved_at = now_s();
+    s->saved_at = clock_s();
     for (int32_t l = first; l < layers && goes_on(s); l++) {
         bool advanced = false;
         pace_layer(steps, (int64_t)s->run * layers + l);

@@ -4,11 +4,11 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/mem.h"
 #include "calib/observer.h"
 #include "formats/calib_file.h"
+#include "runtime/clock.h"
 #include "runtime/layer_walk.h"
 
 typedef struct {
@@ -24,13 +24,6 @@ typedef struct {
     spool *spool;
     double saved_at, save_cost; /* seconds: when the states were saved last, what it took */
 } collect;
-
-static double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 void collect_memory(memory_plan *p, device *d, weight_src *src, int32_t samples, int32_t seqlen)
 {
@@ -53,12 +46,12 @@ static err_code collect_layer(collect *c, int32_t layer, const walk_progress *p,
  * the insurance. */
 static err_code save_states(collect *c, int32_t next, err *e)
 {
-    const double start = now_s(),
+    const double start = clock_s(),
                  pause = 20 * c->save_cost > c->o->save_s ? 20 * c->save_cost : c->o->save_s;
     if (next >= c->m->layers || start - c->saved_at < pause) return OK;
     const tensor states = layer_walk_states(c->walk);
     TRY(spool_put_state(c->spool, next, &states, e));
-    c->saved_at = now_s();
+    c->saved_at = clock_s();
     c->save_cost = c->saved_at - start;
     return OK;
 }
@@ -81,7 +74,7 @@ static err_code run_layers(collect *c, err *e)
     const int64_t windows = c->tokens->shape[0], total = windows * c->m->layers;
     int32_t first;
     TRY(first_layer(c, &first, e));
-    c->saved_at = now_s();
+    c->saved_at = clock_s();
     for (int32_t l = first; l < c->m->layers && spool_count(c->spool) < c->m->layers; l++) {
         const walk_progress p = {c->j, "collect", l * windows, total};
         TRY(layer_walk_bind(c->walk, l, e));
