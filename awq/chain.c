@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include "awq/chain_shared.h"
+#include "awq/moments.h"
+#include "formats/calib_file.h"
 #include "base/mem.h"
 #include "kernels/search_ops.h"
 
@@ -209,7 +211,7 @@ static void fold_room(chain *c, tensor_role r)
 {
     const fold_linear *f = c->fold ? fold_find(c->fold, r) : NULL;
     const tensor w = chain_room(c, r);
-    const bool row = chain_tap(r) == ROLE_QKV && f && f->row, col = r == ROLE_O && f && f->col;
+    const bool row = calib_tap_of(r) == ROLE_QKV && f && f->row, col = r == ROLE_O && f && f->col;
     if (!row && !col) return;
     for (int64_t i = 0; i < w.shape[0]; i++) {
         float *x = (float *)w.data + i * w.shape[1];
@@ -302,7 +304,7 @@ static err_code finish(chain *c, moment_room *s, int64_t k, chain_moments *out, 
     out->cross = tensor_2d(s->cross, DT_F32, k, k);
     out->resid = tensor_2d(chain_adds(c->tap) ? s->resid : NULL, DT_F32, c->m->hidden, k);
     TRY(op_gram_finish(c->d, &out->h, e));
-    return chain_finite(s->h, k + 1, k, c->variant.layer, c->tap, e);
+    return moments_finite(s->h, k + 1, k, c->variant.layer, c->tap, e);
 }
 
 err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *train,
@@ -310,7 +312,7 @@ err_code chain_gather(chain *c, tensor_role r, const job *j, chain_moments *trai
 {
     const int64_t k = model_linear_k(c->m, r);
     err_code rc = OK;
-    c->tap = chain_tap(r);
+    c->tap = calib_tap_of(r);
     for (int i = 0; i < 2; i++) {
         memset(c->set[i].h, 0, (size_t)(k * k) * sizeof(float));
         memset(c->set[i].cross, 0, (size_t)(k * k) * sizeof(float));

@@ -1,9 +1,6 @@
 /* Windows, places and checks of two streams through a block. */
 #include "awq/chain_shared.h"
 
-#include <inttypes.h>
-#include <math.h>
-
 chain_windows chain_windows_of(layer_walk *w, const tensor *held_out)
 {
     chain_windows c = {.held_out = held_out->data,
@@ -45,24 +42,6 @@ bound_linear *chain_bound(block *b, tensor_role r)
     }
 }
 
-tensor_role chain_tap(tensor_role r)
-{
-    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
-    return r == ROLE_UP ? ROLE_GATE : r;
-}
-
 bool chain_adds(tensor_role tap) { return tap == ROLE_O || tap == ROLE_DOWN; }
 
 err_code chain_seen(err *e) { return err_set(e, E_CANCELED, "seen"); }
-
-err_code chain_finite(const float *d, int64_t step, int64_t k, int32_t layer, tensor_role tap,
-                      err *e)
-{
-    for (int64_t i = 0; i < k; i++)
-        if (!isfinite(d[i * step]))
-            return err_set(e, E_INPUT,
-                           "layer %d: tap %s: channel %" PRId64
-                           ": expected finite activations, found %s",
-                           (int)layer, role_name(tap), i, isnan(d[i * step]) ? "nan" : "infinity");
-    return OK;
-}

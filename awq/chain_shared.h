@@ -18,11 +18,7 @@ int32_t chain_windows_at(const chain_windows *w, int32_t first); /* of the pass 
  * k and v are one matrix. */
 err_code chain_variant(block *out, layer_walk *w, const model_desc *m, err *e);
 bound_linear *chain_bound(block *b, tensor_role r);
-tensor_role chain_tap(tensor_role r); /* whose input is that of linear r */
-bool chain_adds(tensor_role tap);     /* ends in the residual stream */
-err_code chain_seen(err *e);          /* ends a pass at its tap: nothing behind it is needed */
-/* d[i * step], i < k: a diagonal of second moments. E_INPUT where one is not finite. */
-err_code chain_finite(const float *d, int64_t step, int64_t k, int32_t layer, tensor_role tap,
-                      err *e);
+bool chain_adds(tensor_role tap); /* ends in the residual stream */
+err_code chain_seen(err *e);      /* ends a pass at its tap: nothing behind it is needed */
 
 #endif

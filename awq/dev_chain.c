@@ -4,6 +4,7 @@
 #include <assert.h>
 
 #include "awq/chain_shared.h"
+#include "awq/moments.h"
 #include "base/mem.h"
 
 enum { SLOTS = 7 };
@@ -207,7 +208,7 @@ err_code dev_chain_put(dev_chain *c, tensor_role r, const rounded_spec *spec, er
 {
     rounded_spec own = *spec;
     tensor w = weights_of(c, r);
-    if (c->cached && chain_tap(r) == ROLE_QKV && spec->row) {
+    if (c->cached && calib_tap_of(r) == ROLE_QKV && spec->row) {
         own.row = NULL;
         TRY(fold_bias_by(c, r, spec->row, e));
     }
@@ -343,14 +344,14 @@ static err_code finish(dev_chain *c, int set, int64_t k, int64_t n, dev_moments 
     TRY(op_diagonal(c->d, &dev, &out->h, e));
     TRY(dev_copy(c->d, &host, &dev, e));
     TRY(dev_sync(c->d, e));
-    return chain_finite(c->host, 1, k, c->variant.layer, c->tap, e);
+    return moments_finite(c->host, 1, k, c->variant.layer, c->tap, e);
 }
 
 err_code dev_chain_gather(dev_chain *c, tensor_role r, float share, const job *j,
                           dev_moments *train, dev_moments *held, err *e)
 {
     const int64_t k = model_linear_k(c->m, r), n = chain_adds(r) ? c->m->hidden : k;
-    c->tap = chain_tap(r);
+    c->tap = calib_tap_of(r);
     c->share = share;
     for (int i = 0; i < 2; i++) {
         tensor h = on_device(c, i ? c->square : c->h, DT_F32, k, k),

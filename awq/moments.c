@@ -113,7 +113,18 @@ static err_code gather_tap(void *ctx, tensor_role role, int32_t layer, const ten
     return OK;
 }
 
-/* A NaN in any activation is in the diagonal of its channel. */
+err_code moments_finite(const float *d, int64_t step, int64_t k, int32_t layer, tensor_role tap,
+                        err *e)
+{
+    for (int64_t i = 0; i < k; i++)
+        if (!isfinite(d[i * step]))
+            return err_set(e, E_INPUT,
+                           "layer %d: tap %s: channel %" PRId64
+                           ": expected finite activations, found %s",
+                           (int)layer, role_name(tap), i, isnan(d[i * step]) ? "nan" : "infinity");
+    return OK;
+}
+
 static err_code check_finite(const moment_source *s, const moment *m, err *e)
 {
     tensor dev = tensor_1d(s->diagonal_buf.data, DT_F32, m->k),
@@ -122,15 +133,7 @@ static err_code check_finite(const moment_source *s, const moment *m, err *e)
     TRY(op_diagonal(s->d, &dev, &m->h, e));
     TRY(dev_copy(s->d, &host, &dev, e));
     TRY(dev_sync(s->d, e));
-    for (int64_t i = 0; i < m->k; i++) {
-        const float v = s->diagonal[i];
-        if (!isfinite(v))
-            return err_set(e, E_INPUT,
-                           "layer %d: tap %s: channel %" PRId64
-                           ": expected finite activations, found %s",
-                           (int)s->layer, role_name(m->tap), i, isnan(v) ? "nan" : "infinity");
-    }
-    return OK;
+    return moments_finite(s->diagonal, 1, m->k, s->layer, m->tap, e);
 }
 
 static err_code zero(moment_source *s, moment *m, err *e)
@@ -166,10 +169,8 @@ err_code moments_layer(moment_source *s, int32_t layer, bool advance, bool *adva
 
 err_code moments_get(moment_source *s, tensor_role r, tensor *h, err *e)
 {
-    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) r = ROLE_QKV;
-    if (r == ROLE_UP) r = ROLE_GATE;
     int at = 0;
-    while (at < CALIB_TAPS && s->m[at].tap != r) at++;
+    while (at < CALIB_TAPS && s->m[at].tap != calib_tap_of(r)) at++;
     if (at == CALIB_TAPS)
         return err_set(e, E_UNSUPPORTED, "second moments: %s: no such input", role_name(r));
     moment *m = &s->m[at];

@@ -26,4 +26,9 @@ err_code moments_layer(moment_source *s, int32_t layer, bool advance, bool *adva
  * E_INPUT naming layer and tap when it is not finite. */
 err_code moments_get(moment_source *s, tensor_role r, tensor *h, err *e);
 
+/* d[i * step], i < k: the diagonal of an H, where a NaN in any activation of a channel shows.
+ * E_INPUT "layer 3: tap o: channel 5: ..". */
+err_code moments_finite(const float *d, int64_t step, int64_t k, int32_t layer, tensor_role tap,
+                        err *e);
+
 #endif

@@ -29,12 +29,16 @@ int32_t calib_block_size(int64_t k)
     return 1;
 }
 
+tensor_role calib_tap_of(tensor_role r)
+{
+    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) return ROLE_QKV;
+    return r == ROLE_UP ? ROLE_GATE : r;
+}
+
 const calib_tap *calib_find(const calib_block *b, tensor_role r)
 {
-    if (r == ROLE_Q || r == ROLE_K || r == ROLE_V) r = ROLE_QKV;
-    if (r == ROLE_UP) r = ROLE_GATE;
     for (int i = 0; i < b->n_taps; i++)
-        if (b->tap[i].tap == r) return &b->tap[i];
+        if (b->tap[i].tap == calib_tap_of(r)) return &b->tap[i];
     return NULL;
 }
 

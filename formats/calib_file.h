@@ -33,7 +33,9 @@ typedef struct {
     calib_tap tap[CALIB_TAPS];
     int n_taps;
 } calib_block;
-/* NULL when the layer has no such tap. q, k, v map to qkv and up to gate. */
+/* The tap that sees linear r's input: q, k and v map to qkv, up to gate. */
+tensor_role calib_tap_of(tensor_role r);
+/* Of that input; NULL when the layer has no such tap. */
 const calib_tap *calib_find(const calib_block *b, tensor_role r);
 /* The taps of a block with their k, in forward order; counts zero, tensors empty. */
 calib_block calib_shape(const model_desc *m);

@@ -278,7 +278,7 @@ START_TEST(behind_a_cache)
         const int n = model_block_linears(t.m, roles);
         weights_close(&t.other);
         t.other = changed_model(t.src, as_it_is);
-        for (int i = 0; i < n && chain_tap(roles[i]) == ROLE_QKV; i++) put(&t, roles[i]);
+        for (int i = 0; i < n && calib_tap_of(roles[i]) == ROLE_QKV; i++) put(&t, roles[i]);
         for (int s = 0; s < 2; s++) {
             MUST(chain_gather(t.chain, seen[s], NULL, &set[0], &set[1], &e));
             if (!want[s]) want[s] = doubles(&set[0].h);

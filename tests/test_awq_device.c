@@ -302,7 +302,7 @@ static void see_the_same(device *on, bool grouped, kv_format cache, double h, do
     open_beside(&t, &o, on, cache);
     const int n = model_block_linears(t.m, roles);
     for (int i = 0; i < n; i++)
-        if (chain_tap(roles[i]) == ROLE_QKV) put(&t, roles[i]);
+        if (calib_tap_of(roles[i]) == ROLE_QKV) put(&t, roles[i]);
     check_moments(&t, ROLE_O, h, lack);
     put(&t, ROLE_O);
     check_moments(&t, ROLE_GATE, h, lack);
