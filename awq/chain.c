@@ -6,8 +6,8 @@
 
 #include "awq/chain_shared.h"
 #include "awq/moments.h"
-#include "formats/calib_file.h"
 #include "base/mem.h"
+#include "formats/calib_file.h"
 #include "kernels/search_ops.h"
 
 enum { SLOTS = 7 };

@@ -158,10 +158,7 @@ static err_code get(const dev_folds *f, void *to, const void *from, size_t bytes
 static tensor head_of(const dev_folds *f, tensor_role part, int32_t h)
 {
     const tensor all = on_device(f, f->qkv, dev_act(f->d), f->n, f->cols);
-    const int64_t hd = f->m->head_dim, before = f->m->qkv != QKV_SPLIT || part == ROLE_Q ? 0
-                                                : part == ROLE_K ? f->m->heads
-                                                                 : f->m->heads + f->m->kv_heads;
-    return tensor_cols(&all, before * hd + fold_head_row(f->m, part, h), hd);
+    return tensor_cols(&all, fold_head_col(f->m, part, h), f->m->head_dim);
 }
 
 /* Heads of k, then of v, as they are counted in squares, factors and sums. */

@@ -61,6 +61,14 @@ int64_t fold_head_row(const model_desc *m, tensor_role part, int32_t h)
     return (h * (share + 2) + share + (part == ROLE_V)) * hd;
 }
 
+int64_t fold_head_col(const model_desc *m, tensor_role part, int32_t h)
+{
+    const int64_t before = m->qkv != QKV_SPLIT || part == ROLE_Q ? 0
+                           : part == ROLE_K                      ? m->heads
+                                                                 : m->heads + m->kv_heads;
+    return before * m->head_dim + fold_head_row(m, part, h);
+}
+
 /* Rows of all heads of q, k or v are divided by s[kv head][dim], or multiplied. */
 static err_code scale_heads(fold *f, const model_desc *m, tensor_role part, const float *s,
                             bool divide, err *e)

@@ -28,6 +28,8 @@ const fold_linear *fold_find(const fold *f, tensor_role r);
 /* Where head h of a part (ROLE_Q, ROLE_K, ROLE_V) begins among the rows of the fused projection, or
  * of its own linear. */
 int64_t fold_head_row(const model_desc *m, tensor_role part, int32_t h);
+/* Where it begins among the columns of what q, k and v come to, side by side. */
+int64_t fold_head_col(const model_desc *m, tensor_role part, int32_t h);
 /* The two dims of a head that RoPE turns into each other. */
 void fold_rope_pair(const model_desc *m, int64_t i, int64_t *a, int64_t *b);
 

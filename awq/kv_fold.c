@@ -184,25 +184,10 @@ static err_code sample(kv_job *j, err *e)
     return rc;
 }
 
-/* First column of head h of q (in its KV head's order), k or v among j->cols. */
-static int64_t column(const kv_job *j, tensor_role part, int32_t h)
-{
-    const int32_t share = j->m->heads / j->m->kv_heads;
-    if (j->m->qkv == QKV_GROUPED) {
-        const int64_t group = part == ROLE_Q ? h / share : h,
-                      in = part == ROLE_Q ? h % share : share + (part == ROLE_V);
-        return (group * (share + 2) + in) * j->hd;
-    }
-    const int64_t before = part == ROLE_Q   ? 0
-                           : part == ROLE_K ? j->m->heads
-                                            : j->m->heads + j->m->kv_heads;
-    return (before + h) * j->hd;
-}
-
 /* Head `h` of a part into j->head, turned to its position unless it is v's. */
 static void take_head(kv_job *j, tensor_role part, int32_t h)
 {
-    const int64_t at = column(j, part, h), half = j->m->rope_dims / 2;
+    const int64_t at = fold_head_col(j->m, part, h), half = j->m->rope_dims / 2;
     for (int64_t t = 0; t < j->n; t++) {
         float *to = j->head + t * j->hd;
         memcpy(to, j->qkv + t * j->cols + at, (size_t)j->hd * sizeof *to);

@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "awq/chain_shared.h"
 #include "awq/dev_chain.h"
 #include "awq/moments.h"
 #include "base/mem.h"
@@ -185,20 +186,11 @@ err_code dev_get(const dev_scratch *s, void *to, const void *from, size_t bytes,
 
 err_code dev_weights(const quant_block *b, tensor_role r, tensor *w, err *e)
 {
-    const block *bl = layer_walk_block(b->walk);
-    const bound_linear *l = r == ROLE_O                     ? &bl->o
-                            : r == ROLE_DOWN                ? &bl->down
-                            : r == ROLE_GATE                ? &bl->gate_up[0]
-                            : r == ROLE_UP                  ? &bl->gate_up[1]
-                            : r == ROLE_QKV || r == ROLE_Q  ? &bl->qkv[0]
-                            : r == ROLE_K && bl->n_qkv == 3 ? &bl->qkv[1]
-                            : r == ROLE_V && bl->n_qkv == 3 ? &bl->qkv[2]
-                                                            : NULL;
-    if (!l || !l->dense.data)
-        return err_set(e, E_UNSUPPORTED, "layer %d: %s: not bound by itself on %s", (int)b->layer,
-                       role_name(r), dev_name(b->d));
-    *w = l->dense;
-    return OK;
+    block bound = *layer_walk_block(b->walk);
+    *w = chain_bound(&bound, r)->dense;
+    if (w->data) return OK;
+    return err_set(e, E_UNSUPPORTED, "layer %d: %s: not bound by itself on %s", (int)b->layer,
+                   role_name(r), dev_name(b->d));
 }
 
 int64_t dev_step(const dev_scratch *s, int64_t k) { return s->elems / k; }
