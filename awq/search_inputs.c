@@ -312,7 +312,7 @@ static size_t carried_bytes(const device *d, const search *s, int64_t rows)
 static void add_walk(memory_plan *p, device *d, const search *s)
 {
     const calib_info *c = calib_info_of(s->calib);
-    const int64_t rows = (int64_t)c->seqlen * (c->seqlen < 2048 ? 2048 / c->seqlen : 1);
+    const int64_t rows = layer_walk_pass_rows(c->samples, c->seqlen);
     const bool dev = search_on_device(s), carries = s->method->carries;
     memory_plan_add(p, "hidden states and forward pass",
                     layer_walk_bytes(d, s->m, s->src, c->samples, c->seqlen));

@@ -54,6 +54,11 @@ static int32_t per_pass_of(int32_t windows, int32_t seqlen)
     return n < windows ? n : windows;
 }
 
+int64_t layer_walk_pass_rows(int32_t windows, int32_t seqlen)
+{
+    return (int64_t)per_pass_of(windows, seqlen) * seqlen;
+}
+
 static kv_opts kv_opts_for(const model_desc *m, int32_t per_pass, int32_t seqlen)
 {
     return (kv_opts){.format = KV_16, /* of stream 0, and of both where nothing else is said */

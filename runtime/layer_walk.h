@@ -59,6 +59,7 @@ err_code layer_walk_store(layer_walk *w, int stream, int32_t first, const tensor
 /* What was stored has arrived and all ops are done. */
 err_code layer_walk_settle(layer_walk *w, err *e);
 
+int64_t layer_walk_pass_rows(int32_t windows, int32_t seqlen); /* at most, over so many */
 int32_t layer_walk_windows(const layer_walk *w);
 int32_t layer_walk_windows_per_pass(const layer_walk *w);
 
