@@ -10,6 +10,7 @@
 #include "awq/dev_chain.h"
 #include "awq/dev_feedback.h"
 #include "awq/few.h"
+#include "awq/pace.h"
 
 enum { WAYS = DEV_WAYS, FEEDBACK = WAYS - 1 }; /* plain, a searched range, feedback */
 /* Rows of sums. */
@@ -300,6 +301,7 @@ static err_code round_tap(rounding *q, const tensor_role *roles, int n, block_pl
     q->k = model_linear_k(q->b->m, roles[0]);
     TRY(dev_chain_gather(q->s->chain, roles[0], (float)q->o->correction.resid, q->b->j, &q->train,
                          &q->held, e));
+    pace_step(q->b->pace);
     TRY(q->o->corrects ? solve_lack(q, e) : op_zero(q->b->d, &q->train.lack, e));
     for (int i = 0; i < n; i++) {
         TRY(open_linear(q, roles[i], out, e));
@@ -309,6 +311,7 @@ static err_code round_tap(rounding *q, const tensor_role *roles, int n, block_pl
         TRY(each_tile(q, round_tile, e));
         TRY(choose(q, &way, e));
         TRY(hand_on(q, way, e));
+        pace_step(q->b->pace);
     }
     return OK;
 }
