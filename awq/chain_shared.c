@@ -22,7 +22,9 @@ err_code chain_variant(block *out, layer_walk *w, const model_desc *m, err *e)
 {
     const block *b = layer_walk_block(w);
     if (b->n_qkv > 1 ? b->n_qkv != 3 : m->qkv == QKV_SPLIT)
-        return err_set(e, E_UNSUPPORTED, "layer %d: rounded inputs: q, k and v are bound as one",
+        return err_set(e, E_UNSUPPORTED,
+                       "layer %d: rounded inputs: expected q, k and v bound each by itself, found "
+                       "them as one",
                        (int)b->layer);
     *out = *b;
     return OK;

@@ -30,10 +30,10 @@ typedef struct {
     tensor blocks; /* diagonal ones of the calib file */
 } rounding;
 
-static err_code solve_lack(rounding *q, err *e)
+static err_code solve_lack(rounding *q, tensor_role r, err *e)
 {
     const tensor l = dev_2d(q->s, q->s->factor, DT_F32, q->k, q->k);
-    TRY(dev_feedback_ridge(q->b, &q->train.h, q->o->correction.ridge, e));
+    TRY(dev_feedback_ridge(q->b, r, &q->train.h, q->o->correction.ridge, e));
     return op_solve(q->b->d, &q->train.lack, &l, e);
 }
 
@@ -302,11 +302,11 @@ static err_code round_tap(rounding *q, const tensor_role *roles, int n, block_pl
     TRY(dev_chain_gather(q->s->chain, roles[0], (float)q->o->correction.resid, q->b->j, &q->train,
                          &q->held, e));
     pace_step(q->b->pace);
-    TRY(q->o->corrects ? solve_lack(q, e) : op_zero(q->b->d, &q->train.lack, e));
+    TRY(q->o->corrects ? solve_lack(q, roles[0], e) : op_zero(q->b->d, &q->train.lack, e));
     for (int i = 0; i < n; i++) {
         TRY(open_linear(q, roles[i], out, e));
         if (i == 0)
-            TRY(dev_feedback_factor(q->b, &q->train.h, q->fl ? q->fl->col : NULL, &q->v,
+            TRY(dev_feedback_factor(q->b, roles[i], &q->train.h, q->fl ? q->fl->col : NULL, &q->v,
                                     q->o->feeding.damping, e));
         TRY(each_tile(q, round_tile, e));
         TRY(choose(q, &way, e));

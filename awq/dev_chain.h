@@ -1,7 +1,7 @@
-/* A block on a device while its linears are rounded one input after another: as chain.h, with the
- * states in pinned host memory and everything else on the device. o and down, which end in the
- * residual stream, have what their outputs lack in place of the square of what their inputs lack:
- * fewer bytes, and no product more. */
+/* A block on a device while its linears are rounded one input after another: as chain.h, with
+ * everything but the states, which lie where the walk has them, on the device. o and down, which
+ * end in the residual stream, have what their outputs lack in place of the square of what their
+ * inputs lack: fewer bytes, and no product more. */
 #ifndef TMF_AWQ_DEV_CHAIN_H
 #define TMF_AWQ_DEV_CHAIN_H
 

@@ -1,8 +1,6 @@
 /* Error feedback, tile by tile of rows. */
 #include "awq/dev_feedback.h"
 
-#include <inttypes.h>
-
 #include "base/mem.h"
 
 #define MAX_RAISES 6 /* of ridge and damping, each tenfold */
@@ -31,8 +29,8 @@ static tensor factor_of(const dev_scratch *s, int64_t k)
 }
 
 /* The factor of h in an order, `add` on its diagonal; that is raised until there is one. */
-static err_code factor_raised(const quant_block *b, const tensor *h, const int32_t *order,
-                              const tensor *col, double add, err *e)
+static err_code factor_raised(const quant_block *b, tensor_role r, const tensor *h,
+                              const int32_t *order, const tensor *col, double add, err *e)
 {
     dev_scratch *s = b->dev;
     const int64_t k = h->shape[0];
@@ -45,22 +43,21 @@ static err_code factor_raised(const quant_block *b, const tensor *h, const int32
         TRY(op_factor(b->d, &a, &flag, e));
         TRY(dev_get(s, &failed, s->failed, sizeof failed, e));
     }
-    if (failed)
-        return err_set(e, E_INPUT,
-                       "layer %d: second moments of %" PRId64
-                       " inputs cannot be factored, whatever is added",
-                       (int)b->layer, k);
-    return OK;
+    if (!failed) return OK;
+    return err_set(e, E_INPUT, "layer %d: %s: second moments cannot be factored, whatever is added",
+                   (int)b->layer, role_name(r));
 }
 
-err_code dev_feedback_ridge(const quant_block *b, const tensor *h, double share, err *e)
+err_code dev_feedback_ridge(const quant_block *b, tensor_role r, const tensor *h, double share,
+                            err *e)
 {
     float *diagonal;
     TRY(diagonal_of(b, h, &diagonal, e));
-    return factor_raised(b, h, b->dev->identity, NULL, mean_of(diagonal, h->shape[0]) * share, e);
+    return factor_raised(b, r, h, b->dev->identity, NULL, mean_of(diagonal, h->shape[0]) * share,
+                         e);
 }
 
-err_code dev_feedback_factor(const quant_block *b, const tensor *h, const float *col,
+err_code dev_feedback_factor(const quant_block *b, tensor_role r, const tensor *h, const float *col,
                              const dev_factors *v, double damping, err *e)
 {
     dev_scratch *s = b->dev;
@@ -82,7 +79,7 @@ err_code dev_feedback_factor(const quant_block *b, const tensor *h, const float 
     if (rc == OK) rc = dev_sync(b->d, e);
     mem_free(mem);
     if (rc != OK) return rc;
-    TRY(factor_raised(b, h, s->back, dev_opt(&v->col), mean * damping, e));
+    TRY(factor_raised(b, r, h, s->back, dev_opt(&v->col), mean * damping, e));
     tensor u = factor_of(s, k);
     TRY(op_invert(b->d, &u, e));
     return op_reverse(b->d, &u, e);
@@ -147,7 +144,7 @@ err_code dev_feedback_codes(const quant_block *b, const fold *f, plan_linear *ou
         TRY(arena_get(b->mem, &out->codes.data, (size_t)tensor_count(&out->codes), e));
     TRY(dev_factors_put(s, fl, n, k, &q.v, e));
     TRY(dev_params_put(s, out, &q.scale, &q.zero, e));
-    TRY(dev_feedback_factor(b, &q.h, fl ? fl->col : NULL, &q.v, o->damping, e));
+    TRY(dev_feedback_factor(b, out->role, &q.h, fl ? fl->col : NULL, &q.v, o->damping, e));
     for (int64_t at = 0; at < n; at += step)
         TRY(round_tile(&q, at, n - at < step ? n - at : step, e));
     TRY(dev_copy(b->d, &out->codes, &q.packed, e));

@@ -6,11 +6,13 @@
 #include "awq/feedback.h"
 #include "awq/on_device_internal.h"
 
-/* The lower factor of h plus a share of its mean diagonal, which is raised until there is one. */
-err_code dev_feedback_ridge(const quant_block *b, const tensor *h, double share, err *e);
+/* The lower factor of h, which is of linear r's input, plus a share of its mean diagonal; that is
+ * raised until there is one. E_INPUT where nothing helps. */
+err_code dev_feedback_ridge(const quant_block *b, tensor_role r, const tensor *h, double share,
+                            err *e);
 /* The order of rounding into dev_scratch.order, and in it u, the upper factor of the inverse of the
  * scaled input's h, damped. col: factors on the host, v on the device. */
-err_code dev_feedback_factor(const quant_block *b, const tensor *h, const float *col,
+err_code dev_feedback_factor(const quant_block *b, tensor_role r, const tensor *h, const float *col,
                              const dev_factors *v, double damping, err *e);
 /* Codes of st, with sweeps its scales too, of rows x with their factors; y and grad are scratch of
  * their shape, grad used by sweeps alone. */

@@ -6,9 +6,9 @@
 #include "runtime/layer_walk.h"
 
 /* The bound block's rounded weights from codes, scales and zeros of `p`, as dev_best_block left
- * them, and both streams through the block to the same bits. `inputs` is at a new layer
- * (dev_chain_layer). */
-err_code dev_replay_block(const quant_block *b, dev_chain *inputs, const block_plan *p,
-                          const walk_progress *progress, err *e);
+ * them, and both streams through the block to the same bits. The chain that b->dev was opened with
+ * is at a new layer (dev_chain_layer). */
+err_code dev_replay_block(const quant_block *b, const block_plan *p, const walk_progress *progress,
+                          err *e);
 
 #endif

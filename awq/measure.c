@@ -286,14 +286,10 @@ err_code linear_loss(const quant_block *b, tensor_role r, const fold *f, const p
 err_code block_losses(const quant_block *b, block_plan *p, err *e)
 {
     fold f;
-    err_code rc = OK;
     TRY(fold_init(&f, b->m, p, e));
-    for (int i = 0; i < p->n_linears && rc == OK; i++) {
+    err_code rc = b->dev ? dev_block_losses(b, &f, p, e) : OK;
+    for (int i = 0; i < p->n_linears && rc == OK && !b->dev; i++) {
         plan_linear *l = &p->linear[i];
-        if (b->dev) {
-            rc = dev_block_losses(b, &f, p, e);
-            break;
-        }
         rc = linear_loss(b, l->role, NULL, NULL, &l->loss_before, e);
         if (rc == OK) rc = linear_loss(b, l->role, &f, l, &l->loss_after, e);
     }

@@ -49,12 +49,25 @@ static err_code fold_cache(search *s, const quant_block *b, block_plan *p, calib
     return kv_fold_stats(b, p, stats, e);
 }
 
+static void log_losses(const job *j, int32_t layer, const block_plan *p)
+{
+    double before = 0, after = 0;
+    for (int i = 0; i < p->n_linears; i++) {
+        const plan_linear *l = &p->linear[i];
+        before += l->loss_before;
+        after += l->loss_after;
+        job_log(j, LOG_DEBUG, "layer %d: %s: loss %.6g -> %.6g", (int)layer, role_name(l->role),
+                l->loss_before, l->loss_after);
+    }
+    job_log(j, LOG_INFO, "layer %d: loss %.6g -> %.6g (%.1f %%)", (int)layer, before, after,
+            before > 0 ? 100 * after / before : 100.);
+}
+
 static err_code search_layer(search *s, int32_t layer, const walk_progress *p, bool *advanced,
                              err *e)
 {
     calib_block stats;
     block_plan plan;
-    double before = 0, after = 0;
     quant_block b = {.d = s->d,
                      .host = s->host,
                      .src = s->src,
@@ -100,15 +113,7 @@ static err_code search_layer(search *s, int32_t layer, const walk_progress *p, b
     *advanced = *advanced || carries(s);
     TRY(plan_put_layer(s->spool, layer, &plan, e));
     if (!s->walk) weights_release(s->src, layer);
-    for (int i = 0; i < plan.n_linears; i++) {
-        before += plan.linear[i].loss_before;
-        after += plan.linear[i].loss_after;
-        job_log(s->j, LOG_DEBUG, "layer %d: %s: loss %.6g -> %.6g", (int)layer,
-                role_name(plan.linear[i].role), plan.linear[i].loss_before,
-                plan.linear[i].loss_after);
-    }
-    job_log(s->j, LOG_INFO, "layer %d: loss %.6g -> %.6g (%.1f %%)", (int)layer, before, after,
-            before > 0 ? 100 * after / before : 100.);
+    log_losses(s->j, layer, &plan);
     return OK;
 }
 
@@ -126,7 +131,7 @@ static err_code replay_layer(search *s, int32_t layer, const walk_progress *p, e
     TRY(plan_spooled_layer(s->spool, s->m, s->q.group, layer, &f, &plan, e));
     err_code rc = turn_block(s, layer, &plan, e);
     if (rc == OK) rc = dev_chain_layer(s->dev_chain, e);
-    if (rc == OK) rc = dev_replay_block(&b, s->dev_chain, &plan, p, e);
+    if (rc == OK) rc = dev_replay_block(&b, &plan, p, e);
     plan_close(&f);
     return rc;
 }

@@ -171,7 +171,8 @@ static err_code pick_stages(search *s, err *e)
 static err_code check_device(search *s, err *e)
 {
     if (s->o->cache != KV_16 && !s->method->carries)
-        return err_set(e, E_USAGE, "cache of %d bits: method '%s' carries no rounded inputs",
+        return err_set(e, E_USAGE,
+                       "cache of %d bits: method '%s' carries no rounded inputs, expected best",
                        (int)s->o->cache, s->method->name);
     if (!search_on_device(s)) return OK;
     if (s->q.turn && dev_mem(s->d) != MEM_HOST) TRY(open_host(s, e)); /* bases are found there */

@@ -129,7 +129,9 @@ err_code op_rounded(device *d, tensor *y, const rounded_spec *r, err *e)
     TRY(check_tensor(d, r->zero, "op_rounded: zero", DT_U8, 2, SHAPE(n, k / r->g), e));
     TRY(check_vector(d, r->col, "op_rounded: col", k, e));
     TRY(check_vector(d, r->row, "op_rounded: row", n, e));
-    if (!r->w == !r->codes) return err_set(e, E_SHAPE, "op_rounded: expected weights or codes");
+    if (!r->w == !r->codes)
+        return err_set(e, E_SHAPE, "op_rounded: expected weights or codes, got %s",
+                       r->w ? "both" : "neither");
     return tensor_count(y) ? d->ops.search->rounded(d, y, r, e) : OK;
 }
 
