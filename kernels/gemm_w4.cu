@@ -294,7 +294,7 @@ size_t gemm_w4_scratch_cuda(const device *d, const op_limits *lim)
 {
     const size_t dense = (size_t)lim->n * (size_t)lim->k * 2;
     if (cuda_of(d)->sm < 90) return dense < DENSE_BYTES ? dense : DENSE_BYTES;
-    return lim->rows <= STREAM_ROWS ? 0 : gemm_w4_wide_sums(lim->rows, cuda_of(d)->sms);
+    return lim->rows <= STREAM_ROWS ? 0 : gemm_w4_wide_sums(cuda_of(d)->sms);
 }
 
 static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
@@ -311,7 +311,8 @@ static err_code few_rows(device *d, const w4_tiles *w, w4_call *c, err *e)
         TRY(cuda_launched(d, "gemm_w4: planes", gemm_w4_planes(w, c, s->stream, s->sm >= 90), e));
         p.x = c->x, p.m = c->m, p.k = w->k, p.ld = c->ldx, p.group = w->group;
     }
-    TRY(cuda_launched(d, "gemm_w4", gemm_w4_few(w, c, s->sms, s->stream, s->sm >= 90), e));
+    TRY(cuda_launched(d, "gemm_w4",
+                      gemm_w4_few(w, c, s->sms, d->deterministic, s->stream, s->sm >= 90), e));
     s->planes = p; /* the product changed neither x nor its planes */
     return OK;
 }
@@ -352,8 +353,11 @@ static err_code wide_rows(device *d, tensor *y, const tensor *x, const w4_weight
     *taken = s->sm >= 90 && !d->deterministic && x->shape[0] > STREAM_ROWS &&
              gemm_w4_wide_takes(&t, &c);
     if (!*taken) return OK;
-    TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(c.m, s->sms), "gemm_w4", e));
     TRY(cuda_pass_flush(d, e));
+    if (c.m <= W4_FEW_MAX)
+        return cuda_launched(d, "gemm_w4: clusters", gemm_w4_cluster(&t, &c, 0, s->sms, s->stream),
+                             e);
+    TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(s->sms), "gemm_w4", e));
     return cuda_launched(d, "gemm_w4: wgmma", gemm_w4_wide(&t, &c, s->sms, s->stream), e);
 }
 

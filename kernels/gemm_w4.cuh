@@ -131,6 +131,14 @@ __device__ __forceinline__ float w4_fixed(const float v[4], int group, uint32_t 
     return top * (1.f / 32512.f);
 }
 
+/* silu(gate) * up, both rounded to f16 first. */
+__device__ __forceinline__ float w4_gated(float gate, float up)
+{
+    gate = __half2float(__float2half_rn(gate)), up = __half2float(__float2half_rn(up));
+    const float v = gate / (1.f + __expf(-gate)) * up;
+    return fminf(fmaxf(v, -65504.f), 65504.f);
+}
+
 /* Four activations of a token to fixed point: lane l of a warp holds inputs 4*l.. of unit `unit`.
  * All lanes call. planes[chunk][unit][tile of 4 tokens][2][32 lanes][16 bytes]: lane 4*g + t holds
  * column g (token g / 2, high plane when g is even) of steps 2*i and 2*i + 1, each 8 bytes: the
@@ -156,10 +164,11 @@ __device__ __forceinline__ void w4_store_planes(const w4_planes_out &o, int unit
 }
 #endif
 
-/* Activations of up to W4_FEW_MAX rows to fixed point, then the product. */
+/* Activations of up to W4_FEW_MAX rows to fixed point, then the product; alike: a row's sums do not
+ * depend on m. */
 cudaError_t gemm_w4_planes(const w4_tiles *w, const w4_call *c, cudaStream_t stream, bool pdl);
-cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, cudaStream_t stream,
-                        bool pdl);
+cudaError_t gemm_w4_few(const w4_tiles *w, const w4_call *c, int sms, bool alike,
+                        cudaStream_t stream, bool pdl);
 
 /* More rows, on sm_90a: x and y 16-byte aligned with strides of 8 elements, else not taken. */
 typedef struct {
@@ -171,9 +180,13 @@ typedef struct {
     bool add, wide;
     bool glu; /* w paired: column i of y = silu(row i) * row n/2 + i; f16, not added */
 } w4_wide_call;
-size_t gemm_w4_wide_sums(int m, int sms);
+size_t gemm_w4_wide_sums(int sms);
 bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c);
 cudaError_t gemm_w4_wide(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream);
+/* Up to W4_FEW_MAX rows of what gemm_w4_wide takes, without sums: `parts` blocks of a cluster share
+ * a tile of outputs, each with a part of k; 0: as many as fit. */
+cudaError_t gemm_w4_cluster(const w4_tiles *w, const w4_wide_call *c, int parts, int sms,
+                            cudaStream_t stream);
 
 /* One row of activations, a whole step of the block in one kernel: what makes the activations and
  * what takes the product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */

@@ -1,4 +1,4 @@
-/* W4A16 for many rows on sm_90a: tiles of 256 outputs and NT tokens by wgmma. Codes become f16 in
+/* W4A16 for many rows on sm_90a: tiles of 256 outputs and 128 tokens by wgmma. Codes become f16 in
  * registers, where wgmma takes its first operand from, so outputs are its rows and tokens its
  * columns; the codes of a lane in our tiling are its fragments of four steps of 16 inputs.
  *
@@ -9,9 +9,10 @@
  * every block has as much to read; the blocks of a tile leave their sums in memory, and each adds
  * up and finishes a share of the tile, in the order of k. */
 #include "kernels/gemm_w4.cuh"
-#include "kernels/wgmma.cuh"
+#include "kernels/gemm_w4_f16.cuh"
 
 #define TILE_ROWS 256
+#define TOKENS    128 /* of a tile */
 #define W4_TILES  (TILE_ROWS / 16)
 #define BAND      16 /* token tiles that share weights in L2 */
 #define RING_MOST (208 << 10)
@@ -22,12 +23,11 @@ typedef struct {
     int whole, shared;    /* tiles of one block, then tiles that all blocks share by units */
 } w_plan;
 
-template <int NT, int GROUP> struct w_shape {
-    static constexpr int GROUPS = NT == 128 ? 2 : 4, /* warpgroups that multiply */
-        PARTS = 4 / GROUPS,                          /* 64 outputs each of one */
+template <int GROUP> struct w_shape {
+    static constexpr int GROUPS = 2, /* warpgroups that multiply, */
+        PARTS = 2,                   /* 64 outputs twice each */
         THREADS = GROUPS * 128, UNIT = 1024 + 64 * (128 / GROUP), CODES = W4_TILES * UNIT,
-                         X = NT * 256, STAGE = CODES + X, FIT = RING_MOST / STAGE,
-                         STAGES = FIT < 8 ? FIT : 8,
+                         X = TOKENS * 256, STAGE = CODES + X, STAGES = RING_MOST / STAGE,
                          ROW = PARTS * 128 + 16, /* bytes of a staged token */
         SMEM = 1024 + STAGES * STAGE + GROUPS * 16 * ROW;
     static_assert(STAGE % 1024 == 0, "swizzled tiles begin at multiples of 1024");
@@ -106,112 +106,50 @@ __device__ __forceinline__ bool stream_next(const w_plan &p, int units, int stag
     return true;
 }
 
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ void load_codes(uint8_t *ring, uint64_t *full, const CUtensorMap *codes,
                                            const w_stream &s)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     mbar_expect(&full[s.slot], S::CODES + S::X);
     tensor_copy(ring + s.slot * S::STAGE + S::X, codes, s.unit * (S::UNIT / 8),
                 s.place.x * W4_TILES, &full[s.slot]);
 }
 
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ void load_tokens(uint8_t *ring, uint64_t *full, const CUtensorMap *x,
                                             const w_stream &s)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     uint8_t *to = ring + s.slot * S::STAGE;
-    const int token = s.place.y * NT;
+    const int token = s.place.y * TOKENS;
     tensor_copy(to, x, s.unit * 128, token, &full[s.slot]);
-    tensor_copy(to + NT * 128, x, s.unit * 128 + 64, token, &full[s.slot]);
+    tensor_copy(to + TOKENS * 128, x, s.unit * 128 + 64, token, &full[s.slot]);
 }
 
 /* One thread. */
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ void produce(uint8_t *ring, uint64_t *full, uint64_t *empty,
                                         const CUtensorMap *codes_map, const CUtensorMap *x,
                                         const w_plan &p, int units)
 {
-    constexpr int STAGES = w_shape<NT, GROUP>::STAGES;
+    constexpr int STAGES = w_shape<GROUP>::STAGES;
     w_stream codes = stream_begin(p, units), tokens = codes;
     int ahead = 0;
     while (ahead < STAGES && stream_next(p, units, STAGES, &codes)) {
-        load_codes<NT, GROUP>(ring, full, codes_map, codes);
+        load_codes<GROUP>(ring, full, codes_map, codes);
         ahead++;
     }
     pdl_wait();
     for (int i = 0; i < ahead; i++) {
         stream_next(p, units, STAGES, &tokens);
-        load_tokens<NT, GROUP>(ring, full, x, tokens);
+        load_tokens<GROUP>(ring, full, x, tokens);
     }
     if (ahead < STAGES) return;
     while (stream_next(p, units, STAGES, &codes)) {
         mbar_wait(&empty[codes.slot], (codes.round - 1) & 1);
-        load_codes<NT, GROUP>(ring, full, codes_map, codes);
-        load_tokens<NT, GROUP>(ring, full, x, codes);
-    }
-}
-
-/* ---- codes to f16 ---- */
-
-__device__ __forceinline__ uint2 shared_load8(uint32_t at)
-{
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
-    return v;
-}
-__device__ __forceinline__ uint4 shared_load16(uint32_t at)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(at));
-    return v;
-}
-/* f16 1024 with the masked bits below. */
-template <uint32_t MASK> __device__ __forceinline__ uint32_t w_magic(uint32_t word)
-{
-    uint32_t r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(MASK), "r"(0x64006400u));
-    return r;
-}
-
-/* w = (code - whole) * scale - rest * scale, where whole + rest is the zero point: exact up to the
- * last rounding when the zero point is whole. Of rows g and g + 8. */
-typedef struct {
-    __half2 scale[2], zero[2], rest[2];
-} w_param;
-
-__device__ __forceinline__ w_param param_of(const uint2 raw)
-{
-    w_param p;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const __half2 sz = *(const __half2 *)(i ? &raw.y : &raw.x);
-        const float s = __low2float(sz), z = __high2float(sz), whole = rintf(z);
-        p.scale[i] = __low2half2(sz);
-        p.zero[i] = __float2half2_rn(-whole - (i ? 64.f : 1024.f));
-        p.rest[i] = __float2half2_rn((whole - z) * s);
-    }
-    return p;
-}
-
-/* Four codes of row g in the low nibbles and four of row g + 8 in the high ones: inputs 2t, 2t + 8,
- * 2t + 1, 2t + 9 of 16. */
-__device__ __forceinline__ void fragment_of(uint32_t (&a)[4], uint32_t word, const w_param &p)
-{
-    const __half2 sixteenth = __float2half2_rn(0.0625f);
-#pragma unroll
-    for (int i = 0; i < 2; i++) { /* 1024 + code, 1024 + 16 code */
-        const uint32_t w = i ? word >> 8 : word, l = w_magic<0x000f000fu>(w),
-                       h = w_magic<0x00f000f0u>(w);
-        const __half2 x = __hadd2(*(const __half2 *)&l, p.zero[0]),
-                      y = __hfma2(*(const __half2 *)&h, sixteenth, p.zero[1]);
-        const __half2 wl = __hfma2(x, p.scale[0], p.rest[0]),
-                      wh = __hfma2(y, p.scale[1], p.rest[1]);
-        a[2 * i] = *(const uint32_t *)&wl;
-        a[2 * i + 1] = *(const uint32_t *)&wh;
+        load_codes<GROUP>(ring, full, codes_map, codes);
+        load_tokens<GROUP>(ring, full, x, codes);
     }
 }
 
@@ -231,11 +169,11 @@ template <int PARTS> struct w_pieces {
 };
 
 /* Piece (half h, part i) of step s; mine: shared address of the lane's codes of a unit. */
-template <int NT, int GROUP>
-__device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *f, uint32_t mine,
-                                           int s, int h, int i)
+template <int GROUP>
+__device__ __forceinline__ void make_piece(w_pieces<w_shape<GROUP>::PARTS> *f, uint32_t mine, int s,
+                                           int h, int i)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     uint32_t word = f->later[i];
     if (h == 0) {
         const uint2 q = shared_load8(mine + i * 4 * S::UNIT + (s >> 1) * 512 + (s & 1) * 8);
@@ -248,13 +186,13 @@ __device__ __forceinline__ void make_piece(w_pieces<w_shape<NT, GROUP>::PARTS> *
 }
 
 /* Sums of one segment. Behind each product that is queued, the fragment that took part in the one
- * four pieces (two with one part) earlier is made anew: the tensor cores always have work left. */
-template <int NT, int GROUP>
-__device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS][NT / 2],
+ * four pieces earlier is made anew: the tensor cores always have work left. */
+template <int GROUP>
+__device__ __forceinline__ void multiply(float (&acc)[w_shape<GROUP>::PARTS][TOKENS / 2],
                                          uint8_t *ring, uint64_t *full, uint64_t *empty, int units,
                                          int *slot, int *round, const w_thread &th)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     w_pieces<S::PARTS> f;
     int last = -1;
     const uint32_t lane_at = smem_addr(ring) + S::X +
@@ -263,12 +201,12 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
 #pragma unroll
-        for (int j = 0; j < NT / 2; j++) acc[i][j] = 0.f;
+        for (int j = 0; j < TOKENS / 2; j++) acc[i][j] = 0.f;
     mbar_wait(&full[*slot], *round & 1);
     uint32_t mine = lane_at + *slot * S::STAGE;
 #pragma unroll
     for (int j = 0; j < 2 * S::PARTS; j++)
-        make_piece<NT, GROUP>(&f, mine, 0, j / S::PARTS, j % S::PARTS);
+        make_piece<GROUP>(&f, mine, 0, j / S::PARTS, j % S::PARTS);
     for (int u = 0; u < units; u++) {
         const uint64_t x = w_rows128(ring + *slot * S::STAGE);
         const int here = *slot;
@@ -278,8 +216,8 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
             for (int j = 0; j < 2 * S::PARTS; j++) {
                 const int h = j / S::PARTS, i = j % S::PARTS;
                 w_fence();
-                w_rs<NT>::mma(acc[i], f.a[s & 1][h][i],
-                              x + (((s >> 1) * NT * 128 + (s & 1) * 64 + h * 32) >> 4));
+                w_rs<TOKENS>::mma(acc[i], f.a[s & 1][h][i],
+                                  x + (((s >> 1) * TOKENS * 128 + (s & 1) * 64 + h * 32) >> 4));
                 w_commit();
                 w_wait<2 * S::PARTS>();
                 if (s == 3 && j == 0 && u + 1 < units) { /* the first piece of the next unit */
@@ -287,7 +225,7 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
                     mbar_wait(&full[*slot], *round & 1);
                     mine = lane_at + *slot * S::STAGE;
                 }
-                make_piece<NT, GROUP>(&f, mine, (s + 1) & 3, h, i);
+                make_piece<GROUP>(&f, mine, (s + 1) & 3, h, i);
             }
             if (s == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
         }
@@ -301,76 +239,7 @@ __device__ __forceinline__ void multiply(float (&acc)[w_shape<NT, GROUP>::PARTS]
     if (++*slot == S::STAGES) *slot = 0, ++*round;
 }
 
-/* The same for few tokens, where a product is shorter than making its fragments: all four of 64
- * inputs are queued at once, and those of the next 64 are made meanwhile. */
-template <int NT, int GROUP>
-__device__ __forceinline__ void make_four(uint32_t (&a)[4][4], w_param *param, const uint4 &q,
-                                          uint32_t param_at)
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (GROUP <= 64 && i * 16 % GROUP == 0)
-            *param = param_of(shared_load8(param_at + i * 16 / GROUP * 64));
-        fragment_of(a[i], (&q.x)[i], *param);
-    }
-}
-
-template <int NT, int GROUP>
-__device__ __forceinline__ void multiply_few(float (&acc)[1][NT / 2], uint8_t *ring, uint64_t *full,
-                                             uint64_t *empty, int units, int *slot, int *round,
-                                             const w_thread &th)
-{
-    typedef w_shape<NT, GROUP> S;
-    uint32_t a[2][4][4];
-    w_param param;
-    int last = -1;
-    const uint32_t unit_at = smem_addr(ring) + S::X + (th.group * 4 + th.warp) * S::UNIT,
-                   mine = unit_at + th.lane * 16, params = unit_at + 1024 + (th.lane >> 2) * 8;
-#pragma unroll
-    for (int j = 0; j < NT / 2; j++) acc[0][j] = 0.f;
-    mbar_wait(&full[*slot], *round & 1);
-    param = param_of(shared_load8(params + *slot * S::STAGE));
-    make_four<NT, GROUP>(a[0], &param, shared_load16(mine + *slot * S::STAGE),
-                         params + *slot * S::STAGE);
-    for (int u = 0; u < units; u++) {
-        const uint64_t x = w_rows128(ring + *slot * S::STAGE);
-        const int here = *slot;
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            w_fence();
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                w_rs<NT>::mma(acc[0], a[p][i], x + ((p * NT * 128 + i * 32) >> 4));
-            w_commit();
-            if (p == 1 && u + 1 < units) {
-                if (++*slot == S::STAGES) *slot = 0, ++*round;
-                mbar_wait(&full[*slot], *round & 1);
-            }
-            const uint32_t at = *slot * S::STAGE;
-            const uint4 q = shared_load16(mine + at + (p ? 0 : 512));
-            if (p == 1 && GROUP == 128) param = param_of(shared_load8(params + at));
-            w_wait<1>();
-            if (p == 0 && last >= 0 && th.lane == 0) mbar_arrive(&empty[last]);
-            make_four<NT, GROUP>(a[p ^ 1], &param, q, params + at + (p ? 0 : 64 / GROUP * 64));
-        }
-        last = here;
-    }
-    w_wait<0>();
-    w_keep(acc[0]);
-    __syncwarp();
-    if (th.lane == 0) mbar_arrive(&empty[last]);
-    if (++*slot == S::STAGES) *slot = 0, ++*round;
-}
-
 /* ---- outputs ---- */
-
-__device__ __forceinline__ float half_of(float v) { return __half2float(__float2half_rn(v)); }
-__device__ __forceinline__ float gated(float gate, float up)
-{
-    gate = half_of(gate), up = half_of(up);
-    const float v = gate / (1.f + __expf(-gate)) * up;
-    return fminf(fmaxf(v, -65504.f), 65504.f);
-}
 
 __device__ __forceinline__ float2 bias_of(const w4_tiles &w, int tile, int g)
 {
@@ -416,7 +285,7 @@ __device__ __forceinline__ void put_eights(const w4_tiles &w, const w4_wide_call
             const float v0 = v[4 * j + e] + bias.x, v1 = v[4 * j + 2 + e] + bias.y;
             if (8 * j + e < left) {
                 if (KIND == PUT_GLU) {
-                    if (in0) put<KIND>(y, gated(v0, v1));
+                    if (in0) put<KIND>(y, w4_gated(v0, v1));
                 } else {
                     if (in0) put<KIND>(y, v0);
                     if (in1) put<KIND>(y + next, v1);
@@ -466,8 +335,8 @@ __device__ __forceinline__ void stage_part(uint8_t *stage, int row_bytes, const 
     for (int e = 0; e < 4; e++) {
         const float b = e & 1 ? bias.y : bias.x, *a = v + e * 2;
         if (GLU && (e & 1)) continue;
-        const __half2 h = GLU ? __floats2half2_rn(gated(a[0] + b, a[2] + bias.y),
-                                                  gated(a[1] + b, a[3] + bias.y))
+        const __half2 h = GLU ? __floats2half2_rn(w4_gated(a[0] + b, a[2] + bias.y),
+                                                  w4_gated(a[1] + b, a[3] + bias.y))
                               : __floats2half2_rn(a[0] + b, a[1] + b);
         r[e] = *(const uint32_t *)&h;
     }
@@ -477,19 +346,19 @@ __device__ __forceinline__ void stage_part(uint8_t *stage, int row_bytes, const 
 
 /* f16 outputs of a tile by way of shared memory, 16 tokens at a time, so that stores are 16 bytes
  * and neighbours. `tile`: the first of the warpgroup. */
-template <int NT, int GROUP, bool GLU>
-__device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w4_tiles &w,
+template <int GROUP, bool GLU>
+__device__ __forceinline__ void store_staged(const float (*acc)[TOKENS / 2], const w4_tiles &w,
                                              const w4_wide_call &c, int tile, int token,
                                              uint8_t *stage, const w_thread &th)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     constexpr int PIECES = S::PARTS * (GLU ? 4 : 8);
     const int in = th.warp * 32 + th.lane, piece = in % PIECES, o = piece_row<GLU>(w, tile, piece);
     float2 bias[S::PARTS];
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++) bias[i] = bias_of(w, tile + i * 4 + th.warp, th.lane >> 2);
 #pragma unroll
-    for (int j = 0; j < NT / 16; j++) {
+    for (int j = 0; j < TOKENS / 16; j++) {
         if (token + j * 16 >= c.m) break;
 #pragma unroll
         for (int i = 0; i < S::PARTS; i++)
@@ -504,45 +373,45 @@ __device__ __forceinline__ void store_staged(const float (*acc)[NT / 2], const w
     }
 }
 
-template <int NT, int GROUP, put_kind KIND>
-__device__ __forceinline__ void store_each(const float (*acc)[NT / 2], const w4_tiles &w,
+template <int GROUP, put_kind KIND>
+__device__ __forceinline__ void store_each(const float (*acc)[TOKENS / 2], const w4_tiles &w,
                                            const w4_wide_call &c, int tile, int token,
                                            const w_thread &th)
 {
 #pragma unroll
-    for (int i = 0; i < w_shape<NT, GROUP>::PARTS; i++)
-        put_eights<KIND, NT / 8>(w, c, tile + i * 4 + th.warp, token, acc[i], th.lane);
+    for (int i = 0; i < w_shape<GROUP>::PARTS; i++)
+        put_eights<KIND, TOKENS / 8>(w, c, tile + i * 4 + th.warp, token, acc[i], th.lane);
 }
 
-template <int NT, int GROUP>
-__device__ __forceinline__ void store_tile(const float (*acc)[NT / 2], const w4_tiles &w,
+template <int GROUP>
+__device__ __forceinline__ void store_tile(const float (*acc)[TOKENS / 2], const w4_tiles &w,
                                            const w4_wide_call &c, int2 place, uint8_t *stage,
                                            const w_thread &th)
 {
-    typedef w_shape<NT, GROUP> S;
-    const int tile = place.x * W4_TILES + th.group * S::PARTS * 4, token = place.y * NT;
+    typedef w_shape<GROUP> S;
+    const int tile = place.x * W4_TILES + th.group * S::PARTS * 4, token = place.y * TOKENS;
     stage += th.group * 16 * S::ROW;
     if (c.wide && c.add)
-        store_each<NT, GROUP, PUT_FLOAT_ADD>(acc, w, c, tile, token, th);
+        store_each<GROUP, PUT_FLOAT_ADD>(acc, w, c, tile, token, th);
     else if (c.wide)
-        store_each<NT, GROUP, PUT_FLOAT>(acc, w, c, tile, token, th);
+        store_each<GROUP, PUT_FLOAT>(acc, w, c, tile, token, th);
     else if (c.add)
-        store_each<NT, GROUP, PUT_HALF_ADD>(acc, w, c, tile, token, th);
+        store_each<GROUP, PUT_HALF_ADD>(acc, w, c, tile, token, th);
     else if (c.glu)
-        store_staged<NT, GROUP, true>(acc, w, c, tile, token, stage, th);
+        store_staged<GROUP, true>(acc, w, c, tile, token, stage, th);
     else
-        store_staged<NT, GROUP, false>(acc, w, c, tile, token, stage, th);
+        store_staged<GROUP, false>(acc, w, c, tile, token, stage, th);
 }
 
 /* ---- tiles that blocks share ---- */
 
 /* Sums lie as [block][2][float4 of a thread][THREADS]: the second for a tile that the block only
  * begins behind another. */
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ float4 *sums_of(const w4_wide_call &c, int block, int second)
 {
-    typedef w_shape<NT, GROUP> S;
-    return (float4 *)c.sums + ((size_t)block * 2 + second) * (S::PARTS * NT / 8) * S::THREADS;
+    typedef w_shape<GROUP> S;
+    return (float4 *)c.sums + ((size_t)block * 2 + second) * (S::PARTS * TOKENS / 8) * S::THREADS;
 }
 
 __device__ __forceinline__ int seen(const int *p)
@@ -560,17 +429,17 @@ __device__ __forceinline__ float4 load_sum(const float4 *p) /* of another block:
     return v;
 }
 
-template <int NT, int GROUP>
-__device__ __forceinline__ void leave_sums(const float (*acc)[NT / 2], const w4_wide_call &c,
+template <int GROUP>
+__device__ __forceinline__ void leave_sums(const float (*acc)[TOKENS / 2], const w4_wide_call &c,
                                            int second, int *arrived)
 {
-    typedef w_shape<NT, GROUP> S;
-    float4 *out = sums_of<NT, GROUP>(c, blockIdx.x, second) + threadIdx.x;
+    typedef w_shape<GROUP> S;
+    float4 *out = sums_of<GROUP>(c, blockIdx.x, second) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < S::PARTS; i++)
 #pragma unroll
-        for (int j = 0; j < NT / 8; j++)
-            out[(i * (NT / 8) + j) * S::THREADS] = make_float4(
+        for (int j = 0; j < TOKENS / 8; j++)
+            out[(i * (TOKENS / 8) + j) * S::THREADS] = make_float4(
                 acc[i][4 * j], acc[i][4 * j + 1], acc[i][4 * j + 2], acc[i][4 * j + 3]);
     __threadfence();
     bar_sync<1, S::THREADS>();
@@ -579,17 +448,17 @@ __device__ __forceinline__ void leave_sums(const float (*acc)[NT / 2], const w4_
 
 /* Sums of BATCH items from `item` over the n blocks from `first`, in their order; all loads of a
  * few blocks are in flight at once. */
-template <int NT, int GROUP, int BATCH>
+template <int GROUP, int BATCH>
 __device__ __forceinline__ void add_shares(float (&v)[BATCH][4], const w4_wide_call &c, int first,
                                            int n, bool first_second, int item)
 {
-    typedef w_shape<NT, GROUP> S;
-    constexpr int ITEMS = S::PARTS * NT / 8;
+    typedef w_shape<GROUP> S;
+    constexpr int ITEMS = S::PARTS * TOKENS / 8;
 #pragma unroll
     for (int x = 0; x < BATCH; x++) v[x][0] = v[x][1] = v[x][2] = v[x][3] = 0.f;
 #pragma unroll 4
     for (int b = 0; b < n; b++) {
-        const float4 *sums = sums_of<NT, GROUP>(c, first + b, b == 0 && first_second) + threadIdx.x;
+        const float4 *sums = sums_of<GROUP>(c, first + b, b == 0 && first_second) + threadIdx.x;
         float4 f[BATCH];
 #pragma unroll
         for (int x = 0; x < BATCH; x++)
@@ -601,13 +470,13 @@ __device__ __forceinline__ void add_shares(float (&v)[BATCH][4], const w4_wide_c
 }
 
 /* This block's share of a tile that blocks first..first + n - 1 worked on. */
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_call &c,
                                              const w_plan &p, int tile, int *arrived,
                                              const w_thread &th)
 {
-    typedef w_shape<NT, GROUP> S;
-    constexpr int ITEMS = S::PARTS * NT / 8, BATCH = ITEMS < 4 ? ITEMS : 4;
+    typedef w_shape<GROUP> S;
+    constexpr int ITEMS = S::PARTS * TOKENS / 8, BATCH = 4;
     const int begin = (tile - p.whole) * w.units, first = owner_of(p, w.units, begin),
               n = owner_of(p, w.units, begin + w.units - 1) - first + 1,
               me = (int)blockIdx.x - first;
@@ -619,10 +488,11 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
     const int end = (me + 1) * ITEMS / n;
     for (int item = me * ITEMS / n; item < end; item += BATCH) {
         float v[BATCH][4];
-        add_shares<NT, GROUP, BATCH>(v, c, first, n, share_begin(p, w.units, first) < begin, item);
+        add_shares<GROUP, BATCH>(v, c, first, n, share_begin(p, w.units, first) < begin, item);
 #pragma unroll
         for (int x = 0; x < BATCH; x++) {
-            const int i = (item + x) / (NT / 8), token = place.y * NT + (item + x) % (NT / 8) * 8,
+            const int i = (item + x) / (TOKENS / 8),
+                      token = place.y * TOKENS + (item + x) % (TOKENS / 8) * 8,
                       at = place.x * W4_TILES + (th.group * S::PARTS + i) * 4 + th.warp;
             if (item + x < end) put_any(w, c, at, token, v[x], th.lane);
         }
@@ -631,43 +501,40 @@ __device__ __forceinline__ void finish_share(const w4_tiles &w, const w4_wide_ca
     if (threadIdx.x == 0 && atomicAdd(arrived + 1, 1) == n - 1) arrived[0] = arrived[1] = 0;
 }
 
-template <int NT, int GROUP>
+template <int GROUP>
 __device__ __forceinline__ void consume(uint8_t *ring, uint64_t *full, uint64_t *empty,
                                         const w4_tiles &w, const w4_wide_call &c, const w_plan &p)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     const w_thread th = {(int)threadIdx.x >> 7, (int)threadIdx.x >> 5 & 3, (int)threadIdx.x & 31};
-    float acc[S::PARTS][NT / 2];
+    float acc[S::PARTS][TOKENS / 2];
     int slot = 0, round = 0, left0 = -1, left1 = -1;
     w_cursor at = first_work(p, w.units);
     w_segment s;
     pdl_wait();
     while (next_work(p, w.units, &at, &s)) {
-        if constexpr (S::PARTS == 1)
-            multiply_few<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
-        else
-            multiply<NT, GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
+        multiply<GROUP>(acc, ring, full, empty, s.to - s.from, &slot, &round, th);
         if (s.to - s.from == w.units)
-            store_tile<NT, GROUP>(acc, w, c, place_of(p, s.tile), ring + S::STAGES * S::STAGE, th);
+            store_tile<GROUP>(acc, w, c, place_of(p, s.tile), ring + S::STAGES * S::STAGE, th);
         else {
-            leave_sums<NT, GROUP>(acc, c, left0 >= 0, c.arrived + 2 * (s.tile - p.whole));
+            leave_sums<GROUP>(acc, c, left0 >= 0, c.arrived + 2 * (s.tile - p.whole));
             left1 = left0 >= 0 ? s.tile : -1;
             left0 = left0 >= 0 ? left0 : s.tile;
         }
     }
     for (; left0 >= 0; left0 = left1, left1 = -1)
-        finish_share<NT, GROUP>(w, c, p, left0, c.arrived + 2 * (left0 - p.whole), th);
+        finish_share<GROUP>(w, c, p, left0, c.arrived + 2 * (left0 - p.whole), th);
 }
 
 #endif
 
-template <int NT, int GROUP>
-__global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
+template <int GROUP>
+__global__ void __launch_bounds__(w_shape<GROUP>::THREADS + 128, 1)
     gemm_w4_wide_kernel(const __grid_constant__ CUtensorMap codes,
                         const __grid_constant__ CUtensorMap x, w4_tiles w, w4_wide_call c, w_plan p)
 {
 #ifdef TMF_SM90A
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     extern __shared__ __align__(128) uint8_t memory[];
     __shared__ uint64_t full[S::STAGES], empty[S::STAGES];
     uint8_t *ring = (uint8_t *)(((uintptr_t)memory + 1023) & ~(uintptr_t)1023);
@@ -680,26 +547,23 @@ __global__ void __launch_bounds__(w_shape<NT, GROUP>::THREADS + 128, 1)
     }
     __syncthreads();
     if (threadIdx.x >= S::THREADS) {
-        fewer_regs<S::GROUPS == 2 ? 40 : 32>();
-        if (threadIdx.x == S::THREADS)
-            produce<NT, GROUP>(ring, full, empty, &codes, &x, p, w.units);
+        fewer_regs<40>();
+        if (threadIdx.x == S::THREADS) produce<GROUP>(ring, full, empty, &codes, &x, p, w.units);
     } else {
-        more_regs<S::GROUPS == 2 ? 232 : 112>(); /* what the producers give back */
-        consume<NT, GROUP>(ring, full, empty, w, c, p);
+        more_regs<232>(); /* what the producers give back */
+        consume<GROUP>(ring, full, empty, w, c, p);
     }
 #endif
 }
 
 /* ---- host ---- */
 
-static int tokens_of(int m) { return m <= 16 ? 16 : m <= 32 ? 32 : m <= 64 ? 64 : 128; }
-
 /* Tiles that fill waves of blocks go whole; so does a wave that is nearly full. */
 static w_plan plan_of(const w4_tiles *w, int m, int sms)
 {
     w_plan p;
     p.tiles_w = (w->tiles + W4_TILES - 1) / W4_TILES;
-    p.tiles_x = (m + tokens_of(m) - 1) / tokens_of(m);
+    p.tiles_x = (m + TOKENS - 1) / TOKENS;
     const int all = p.tiles_w * p.tiles_x, rest = all % sms;
     const bool cut = rest < sms - sms / 8 && (all < sms || rest * w->units >= 2 * sms);
     p.shared = cut ? rest : 0;
@@ -707,20 +571,20 @@ static w_plan plan_of(const w4_tiles *w, int m, int sms)
     return p;
 }
 
-template <int NT, int GROUP>
+template <int GROUP>
 static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms,
                                cudaStream_t stream)
 {
-    typedef w_shape<NT, GROUP> S;
+    typedef w_shape<GROUP> S;
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
     CUtensorMap codes, x;
     const w_plan p = plan_of(w, c->m, sms);
-    cudaError_t rc = matrix_map(&x, c->x, w->k, c->m, c->ldx, NT);
+    cudaError_t rc = matrix_map(&x, c->x, w->k, c->m, c->ldx, TOKENS);
     if (rc == cudaSuccess)
         rc = bytes_map(&codes, w->data, (int64_t)w->units * S::UNIT, w->tiles, S::UNIT, W4_TILES);
     if (rc == cudaSuccess)
-        rc = cudaFuncSetAttribute(gemm_w4_wide_kernel<NT, GROUP>,
+        rc = cudaFuncSetAttribute(gemm_w4_wide_kernel<GROUP>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM);
     if (rc != cudaSuccess) return rc;
     const int most = p.shared ? p.whole ? sms : p.shared * w->units : p.whole;
@@ -732,24 +596,10 @@ static cudaError_t launch_wide(const w4_tiles *w, const w4_wide_call *c, int sms
     attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attr[0].val.programmaticStreamSerializationAllowed = 1;
     cfg.numAttrs = 1;
-    return cudaLaunchKernelEx(&cfg, gemm_w4_wide_kernel<NT, GROUP>, codes, x, *w, *c, p);
+    return cudaLaunchKernelEx(&cfg, gemm_w4_wide_kernel<GROUP>, codes, x, *w, *c, p);
 }
 
-template <int GROUP>
-static cudaError_t wide_group(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t s)
-{
-    switch (tokens_of(c->m)) {
-    case 16: return launch_wide<16, GROUP>(w, c, sms, s);
-    case 32: return launch_wide<32, GROUP>(w, c, sms, s);
-    case 64: return launch_wide<64, GROUP>(w, c, sms, s);
-    default: return launch_wide<128, GROUP>(w, c, sms, s);
-    }
-}
-
-size_t gemm_w4_wide_sums(int m, int sms)
-{
-    return (size_t)sms * 2 * TILE_ROWS * (size_t)tokens_of(m) * sizeof(float);
-}
+size_t gemm_w4_wide_sums(int sms) { return (size_t)sms * 2 * TILE_ROWS * TOKENS * sizeof(float); }
 
 bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c)
 {
@@ -759,7 +609,7 @@ bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c)
 
 cudaError_t gemm_w4_wide(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream)
 {
-    if (w->group == 128) return wide_group<128>(w, c, sms, stream);
-    if (w->group == 64) return wide_group<64>(w, c, sms, stream);
-    return wide_group<32>(w, c, sms, stream);
+    if (w->group == 128) return launch_wide<128>(w, c, sms, stream);
+    if (w->group == 64) return launch_wide<64>(w, c, sms, stream);
+    return launch_wide<32>(w, c, sms, stream);
 }

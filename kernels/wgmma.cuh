@@ -38,6 +38,15 @@ __device__ __forceinline__ void tensor_copy(void *dst, const CUtensorMap *map, i
                  "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar))
                  : "memory");
 }
+/* The same of a matrix that is read once a step. */
+__device__ __forceinline__ void tensor_copy_once(void *dst, const CUtensorMap *map, int x, int y,
+                                                 uint64_t *bar)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem_addr(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(smem_addr(bar)), "l"(read_once())
+                 : "memory");
+}
 __device__ __forceinline__ void tensor_ahead(const CUtensorMap *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -110,6 +110,13 @@ END_TEST
 START_TEST(w4_many_tiles)
 {
     w4_case(20, 4096, 1032, 128, 1, false);
+    w4_case(3, 512, 8200, 128, 1, false); /* few rows, so many tiles that a warp takes several */
+    w4_case(7, 384, 8200, 64, 2, true);
+    w4_case(11, 384, 11520, 32, 1, true);
+    w4_case(16, 640, 11536, 128, 1, false);
+    w4_case(40, 11008, 520, 128, 1, true); /* eight blocks share a tile */
+    w4_case(48, 11008, 264, 64, 1, false);
+    w4_case(33, 8192, 2056, 128, 2, true);
     w4_case(50, 2816, 1304, 64, 2, true);
     w4_case(64, 1280, 4096, 128, 1, true);
     w4_case(100, 2048, 1032, 32, 2, false);
@@ -121,7 +128,7 @@ END_TEST
 /* Norm, product and GLU at once against the same in turn. */
 START_TEST(norm_w4_glu)
 {
-    static const int64_t rows[] = {1, 2, 7, 20, 70, 150};
+    static const int64_t rows[] = {1, 2, 7, 20, 70, 150, 40};
     for (size_t r = 0; r < sizeof rows / sizeof *rows; r += few ? 3 : 1) {
         for (int glu = 0; glu < 2; glu++) {
             const int64_t m = rows[r], k = r % 2 ? 512 : 5120, n = m < 100 ? 56 : 17000;
