@@ -22,7 +22,7 @@ size_t attn_scratch_cuda(const device *d, const op_limits *lim)
 {
     const int sms = cuda_of(d)->sms;
     const size_t parts = (size_t)lim->seqs * (size_t)lim->heads +
-                         3 * (size_t)ATTN_MAX_WAVES * (size_t)sms;
+                         ATTN_MAX_BLOCKS * (size_t)ATTN_MAX_WAVES * (size_t)sms;
     const size_t bytes = parts * 8 * (size_t)(lim->head_dim + 2) * sizeof(float),
                  fixed = d->deterministic ? attn_fixed_scratch_cuda(lim) : 0;
     return bytes > fixed ? bytes : fixed;
@@ -51,12 +51,12 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
     c.seqs = rows->seqs, c.kv_heads = kv->kv_heads, c.group = (int32_t)q->shape[2];
     c.block_tokens = kv->block_tokens, c.window = window, c.scale = scale;
     const bool pass = cuda_pass_open(d) && c.seqs == 1 && row_bytes * rows->max_kv <= PASS_BYTES;
+    const int units = c.seqs * c.kv_heads * ((c.group + 7) / 8);
+    c.crowded = attn_decode_crowded(units, kv->head_dim, bits, s->sms);
     c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv,
-                                  s->sms * (pass         ? 1
-                                            : bits == 16 ? 2
-                                                         : 3),
+                                  pass ? s->sms : attn_decode_slots(bits, c.crowded, s->sms),
                                   pass ? 384 : 128);
-    if ((int64_t)c.seqs * c.kv_heads * ((c.group + 7) / 8) > CUDA_COUNTERS) c.splits = 1;
+    if (units > CUDA_COUNTERS) c.splits = 1;
     const size_t planes = cuda_planes_bytes(y->shape[1]) + 128; /* at the other end */
     const size_t bytes = attn_decode_work_bytes(c.seqs, c.kv_heads, c.group, kv->head_dim,
                                                 c.splits);

@@ -9,9 +9,8 @@
  * merge in a fixed order, the splits in the block that arrives last. */
 #include "kernels/attn_decode_body.cuh"
 
-template <int D, int BITS, int U, int H>
-__global__ void __launch_bounds__(NWARPS * 32, D > 128 || BITS == 16 ? 2 : 3)
-    attn_decode_kernel(attn_decode_call c)
+template <int D, int BITS, int U, int H, bool AHEAD, int MINB>
+__global__ void __launch_bounds__(NWARPS * 32, MINB) attn_decode_kernel(attn_decode_call c)
 {
     __shared__ __align__(16) uint8_t memory[ATTN_TEAM_BYTES(D, 8)];
     __shared__ __align__(16) out_rows<D == 128 ? 128 : 1> outs;
@@ -29,14 +28,26 @@ __global__ void __launch_bounds__(NWARPS * 32, D > 128 || BITS == 16 ? 2 : 3)
     team_sync(tm);
     pdl_wait();
     if (!c.fused) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
-    attn_decode_item<D, BITS, U, true, H>(tm, c, attn_memory_of<D>(memory, p.heads, angles),
-                                          (out_rows<D> *)&outs, p, cur, seq);
+    attn_decode_item<D, BITS, U, AHEAD, H>(tm, c, attn_memory_of<D>(memory, p.heads, angles),
+                                           (out_rows<D> *)&outs, p, cur, seq);
 }
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits)
 {
     return (size_t)seqs * kv_heads * ((group + 7) / 8) * splits * 8 * (head_dim + 2) *
            sizeof(float);
+}
+
+/* Measured (docs/perf.md): a block more a multiprocessor beats a tile loaded ahead, once there are
+ * so many blocks that the last wave counts little. */
+bool attn_decode_crowded(int units, int head_dim, int bits, int sms)
+{
+    return head_dim == 128 && units >= (bits == 16 ? sms * 15 / 2 : sms * 2);
+}
+
+int attn_decode_slots(int bits, bool crowded, int sms)
+{
+    return sms * ((bits == 16 ? 2 : 3) + crowded);
 }
 
 /* Blocks run in waves of as many as fit; a wave lasts as long as its tokens and a start that costs
@@ -56,8 +67,8 @@ int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int slots,
     return best;
 }
 
-template <int D, int BITS, int U, int H>
-static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool pdl)
+template <int D, int BITS, int U, int H, bool AHEAD, int MINB>
+static cudaError_t launch_as(const attn_decode_call *c, cudaStream_t stream, bool pdl)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
@@ -71,7 +82,18 @@ static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool p
         attr[0].val.programmaticStreamSerializationAllowed = 1;
         cfg.numAttrs = 1;
     }
-    return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U, H>, *c);
+    return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U, H, AHEAD, MINB>, *c);
+}
+
+/* Kernels of head_dim 128 for many waves of blocks: smaller tiles at 4 bits, none ahead otherwise,
+ * for one block more a multiprocessor. */
+template <int D, int BITS, int U, int H>
+static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool pdl)
+{
+    if constexpr (D == 128)
+        if (c->crowded)
+            return launch_as<D, BITS, 1, H, BITS == 4, (BITS == 16 ? 3 : 4)>(c, stream, pdl);
+    return launch_as<D, BITS, U, H, true, (D > 128 || BITS == 16 ? 2 : 3)>(c, stream, pdl);
 }
 
 cudaError_t attn_decode(const attn_decode_call *c, int head_dim, int bits, cudaStream_t stream,

@@ -18,12 +18,18 @@ typedef struct attn_decode_call {
     int64_t q_row, q_head, q_sub, y_row;
     int32_t seqs, kv_heads, group, table_stride, block_tokens;
     int32_t splits, window;
+    bool crowded; /* attn_decode_crowded */
     float scale;
     w4_planes_out planes; /* of y, for head_dim 128 */
     bool fused; /* q is rotated on the way in, k and v of the newest token rotated and appended */
     rope_call rope;
 } attn_decode_call;
 
+/* Whether `units` heads of sequences go to the kernels for many waves of blocks; how many blocks
+ * then run at once, at most ATTN_MAX_BLOCKS a multiprocessor. */
+bool attn_decode_crowded(int units, int head_dim, int bits, int sms);
+int attn_decode_slots(int bits, bool crowded, int sms);
+#define ATTN_MAX_BLOCKS 4
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits);
 /* How many parts to cut the longest context into, where `slots` parts run at once; a part
  * has `least` tokens or more. */

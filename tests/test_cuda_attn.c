@@ -158,6 +158,25 @@ START_TEST(attention)
 }
 END_TEST
 
+/* So many heads that blocks run in many waves, which has kernels of its own. */
+START_TEST(many_heads)
+{
+    static const int32_t heads[] = {512, 2560};
+    limits(1024, 2048, 4096);
+    for (int i = 0; i < (few ? 1 : 2); i++) {
+        for (int f = 0; f < 3; f++) {
+            const attn_shape a = {heads[i], 512, 128, 64, 0, (kv_format[]){KV_16, KV_8, KV_4}[f],
+                                  false};
+            side c, g;
+            side_open(&c, cpu, &a), side_open(&g, gpu, &a);
+            attn_step(&c, &g, &a, (const int32_t[]){0, 0}, (const int32_t[]){70, 3});
+            attn_step(&c, &g, &a, (const int32_t[]){70, 3}, (const int32_t[]){1, 1});
+            side_close(&c), side_close(&g);
+        }
+    }
+}
+END_TEST
+
 /* What the last block of a prompt does: all rows into the cache, then attention for the last row of
  * each sequence, which must see what the launch just before wrote, and nothing older. */
 static void tail_step(side *s, side *last, const attn_shape *a, tensor *qkv, tensor *y)
@@ -421,6 +440,7 @@ int main(int argc, char **argv)
     if (rc != 0) return rc;
     Suite *s = suite_create("cuda_attn");
     tcase_add_test(cuda_case(s, "attention", 300), attention);
+    tcase_add_test(cuda_case(s, "many heads", 300), many_heads);
     tcase_add_test(cuda_case(s, "prompt tails", 300), prompt_tails);
     tcase_add_test(cuda_case(s, "pass", 300), recorded_pass);
     return pair_run(s);
