@@ -2,7 +2,8 @@
  * figure is the median of replays of recorded work over copies of the data that together exceed the
  * L2 cache several times; products of one row are recorded as a decode pass, as in a model. Floors:
  * 1.4 us + bytes / 4.4 TB/s, or 2mnk / 790 TFLOP/s, measured on an H200. Arguments: numbers of
- * rows, rising, to measure products of these alone. Without a GPU: one line, exit 77. */
+ * rows, rising, to measure products of these alone; or `attention`, and sequences and tokens of one
+ * case. Without a GPU: one line, exit 77. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -253,7 +254,7 @@ static void attention_close(attention *a)
     dev_free(&a->tables), dev_free(&a->q), dev_free(&a->y);
 }
 
-static void bench_attention(void)
+static void bench_attention(int32_t seqs, int32_t tokens) /* 0: every case */
 {
     static const int32_t cases[][2] = {{1, 4096}, {1, 32768}, {8, 4096}, {64, 2048}, {64, 8192}};
     static const kv_format format[] = {KV_16, KV_8, KV_4};
@@ -261,6 +262,7 @@ static void bench_attention(void)
          "|\n|---|---:|---:|---:|---:|");
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         for (int f = 0; f < 3; f++) {
+            if (tokens && (cases[c][0] != seqs || cases[c][1] != tokens)) continue;
             attention a;
             dev_graph *work;
             attention_open(&a, cases[c][0], cases[c][1], format[f]);
@@ -296,12 +298,16 @@ int main(int argc, char **argv)
         printf("SKIP: %s\n", open_err.msg);
         return 77;
     }
-    if (argc > 1) n_rows = argc - 1 < MOST_ROWS ? argc - 1 : MOST_ROWS;
-    for (int i = 1; i < argc && i <= n_rows; i++) rows[i - 1] = atoll(argv[i]);
+    const bool alone = argc > 1 && strcmp(argv[1], "attention") == 0;
+    if (argc > 1 && !alone) n_rows = argc - 1 < MOST_ROWS ? argc - 1 : MOST_ROWS;
+    for (int i = 1; !alone && i < argc && i <= n_rows; i++) rows[i - 1] = atoll(argv[i]);
     const op_limits lim = {(int32_t)rows[n_rows - 1], 11008, 22016, HEADS, DIM, 32768, 64};
     MUST(ops_reserve(d, &lim, e));
-    bench_products(rows, n_rows);
-    if (argc == 1) bench_attention();
+    if (alone)
+        bench_attention(argc > 3 ? atoi(argv[2]) : 0, argc > 3 ? atoi(argv[3]) : 0);
+    else
+        bench_products(rows, n_rows);
+    if (argc == 1) bench_attention(0, 0);
     dev_close(&d);
     return 0;
 }
