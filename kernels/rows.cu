@@ -412,7 +412,8 @@ err_code rmsnorm_cuda(device *d, tensor *y, const tensor *x, const tensor *w, fl
         aligned4(x->data, x->stride[0], 4) && aligned4(y->data, y->stride[0], 2)) {
         const w4_planes_out o = cuda_planes_want(d, x->shape[0], k);
         /* Few rows: a unit a warp; many: blocks as small as registers allow. */
-        const int units = (int)(k / 128), spread = x->shape[0] > 64 ? NORM_UNITS : 1;
+        const int64_t m = x->shape[0];
+        const int units = (int)(k / 128), spread = m > 64 ? NORM_UNITS : m > 16 ? 2 : 1;
         const int warps = (units + spread - 1) / spread;
         TRY(cuda_launch(d, "rmsnorm", norm_units_kernel, dim3((unsigned)x->shape[0]),
                         dim3(32 * (unsigned)(warps < 32 ? warps : 32)), 0, e, (__half *)y->data,

@@ -162,7 +162,7 @@ END_TEST
 START_TEST(many_heads)
 {
     static const int32_t heads[] = {512, 2560};
-    limits(1024, 2048, 4096);
+    limits(1024, 2560 * 128, 4096);
     for (int i = 0; i < (few ? 1 : 2); i++) {
         for (int f = 0; f < 3; f++) {
             const attn_shape a = {heads[i], 512, 128, 64, 0, (kv_format[]){KV_16, KV_8, KV_4}[f],
