@@ -465,11 +465,20 @@ err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, er
                        (const __half *)up->data, up->stride[0], y->shape[1]);
 }
 
+/* Blocks of a row: no more than run at once. A row's sum depends on it, so it is not for devices
+ * whose rows round alike. */
+static int nll_parts(const device *d, int64_t rows)
+{
+    const cuda_state *s = cuda_of(d);
+    int parts = s->sm >= 90 ? NLL_PARTS : 1;
+    while (!d->deterministic && parts > 1 && rows * parts > 2 * s->sms) parts /= 2;
+    return parts;
+}
+
 err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
                   const tensor *target, err *e)
 {
-    const bool cluster = cuda_of(d)->sm >= 90;
-    const int parts = cluster ? NLL_PARTS : 1;
+    const int parts = nll_parts(d, logits->shape[0]);
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[2];
     TRY(cuda_pass_flush(d, e));
@@ -482,7 +491,7 @@ err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
     attr[1].val.clusterDim.x = (unsigned)parts;
     attr[1].val.clusterDim.y = attr[1].val.clusterDim.z = 1;
     cfg.attrs = attr;
-    cfg.numAttrs = cluster ? 2 : 0;
+    cfg.numAttrs = cuda_of(d)->sm >= 90 ? 2 : 0;
     return cuda_launched(d, "nll",
                          cudaLaunchKernelEx(&cfg, nll_kernel, (float *)nll->data,
                                             argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
