@@ -1,26 +1,38 @@
-/* One row of activations times 16-bit weights: a warp a row of weights, 16 loads of 16 bytes in
- * flight a lane; those of a warp's first row start before the dependency wait, because weights
- * belong to no earlier kernel. */
+/* One row of activations times 16-bit weights: a warp a row of weights after another, two chunks of
+ * CHUNK in flight: while one is multiplied, the other one comes. Those of a warp's first rows start
+ * before the dependency wait, because weights belong to no earlier kernel. */
 #include "kernels/gemm_one.cuh"
 
 #define WARPS 8
-#define LOADS 16               /* of a lane */
-#define BATCH (LOADS * 32 * 8) /* weights of a warp */
+#define LOADS 8                /* of 16 bytes, of a lane */
+#define CHUNK (LOADS * 32 * 8) /* weights */
 
-__device__ __forceinline__ void load_batch(uint4 v[LOADS], const __half *row, int from, int k,
+/* A warp's next chunk: of row `row`, from input `from` on. */
+typedef struct {
+    int row, from;
+} chunk_at;
+
+__device__ __forceinline__ void next_chunk(chunk_at *c, int k, int warps)
+{
+    c->from += CHUNK;
+    if (c->from >= k) c->from = 0, c->row += warps;
+}
+
+__device__ __forceinline__ void load_chunk(uint4 v[LOADS], const gemm_one_call &c, chunk_at at,
                                            int lane)
 {
+    const __half *row = c.w + (size_t)at.row * c.k;
+    if (at.row >= c.n) return;
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-        const int at = from + i * 256 + lane * 8;
-        v[i] = at < k ? load_once16(row + at) : make_uint4(0, 0, 0, 0);
+        const int to = at.from + i * 256 + lane * 8;
+        v[i] = to < c.k ? load_once16(row + to) : make_uint4(0, 0, 0, 0);
     }
 }
 
-__device__ __forceinline__ float dot_batch(const uint4 v[LOADS], const __half *x, int from, int k,
-                                           int lane)
+__device__ __forceinline__ void dot_chunk(float sum[2], const uint4 v[LOADS], const __half *x,
+                                          int from, int k, int lane)
 {
-    float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
         const int at = from + i * 256 + lane * 8;
@@ -34,37 +46,48 @@ __device__ __forceinline__ float dot_batch(const uint4 v[LOADS], const __half *x
             sum[1] = fmaf(a.y, b.y, sum[1]);
         }
     }
-    return sum[0] + sum[1];
+}
+
+__device__ __forceinline__ void store_row(const gemm_one_call &c, int row, float sum, int lane)
+{
+    for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
+    if (lane) return;
+    if (c.bias.data) sum += bias_at(c.bias, row);
+    if (c.wide) {
+        float *y = (float *)c.y + row;
+        *y = c.add ? *y + sum : sum;
+    } else {
+        __half *y = (__half *)c.y + row;
+        *y = __float2half_rn(c.add ? __half2float(*y) + sum : sum);
+    }
 }
 
 __global__ void __launch_bounds__(WARPS * 32, 2) gemm_one_kernel(gemm_one_call c)
 {
     extern __shared__ __align__(16) __half x[]; /* [k] */
     const int lane = threadIdx.x & 31, warps = (int)gridDim.x * WARPS;
-    int row = (int)blockIdx.x * WARPS + ((int)threadIdx.x >> 5);
-    uint4 v[LOADS];
+    chunk_at at = {(int)blockIdx.x * WARPS + ((int)threadIdx.x >> 5), 0}, ahead = at;
+    uint4 v[2][LOADS];
+    float sum[2] = {0.f, 0.f};
     pdl_launch();
-    if (row < c.n) load_batch(v, c.w + (size_t)row * c.k, 0, c.k, lane);
+#pragma unroll
+    for (int i = 0; i < 2; i++) load_chunk(v[i], c, ahead, lane), next_chunk(&ahead, c.k, warps);
     pdl_wait();
     for (int i = (int)threadIdx.x * 8; i < c.k; i += WARPS * 32 * 8)
         *(uint4 *)(x + i) = *(const uint4 *)(c.x + i);
     __syncthreads();
-    for (bool first = true; row < c.n; row += warps, first = false) {
-        const __half *w = c.w + (size_t)row * c.k;
-        float sum = 0.f;
-        for (int from = 0; from < c.k; from += BATCH) {
-            if (!first || from) load_batch(v, w, from, c.k, lane);
-            sum += dot_batch(v, x, from, c.k, lane);
-        }
-        for (int i = 16; i; i >>= 1) sum += __shfl_xor_sync(~0u, sum, i);
-        if (lane) continue;
-        if (c.bias.data) sum += bias_at(c.bias, row);
-        if (c.wide) {
-            float *y = (float *)c.y + row;
-            *y = c.add ? *y + sum : sum;
-        } else {
-            __half *y = (__half *)c.y + row;
-            *y = __float2half_rn(c.add ? __half2float(*y) + sum : sum);
+    while (at.row < c.n) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = at.row;
+            if (row >= c.n) break;
+            dot_chunk(sum, v[i], x, at.from, c.k, lane);
+            load_chunk(v[i], c, ahead, lane);
+            next_chunk(&ahead, c.k, warps);
+            next_chunk(&at, c.k, warps);
+            if (at.row == row) continue;
+            store_row(c, row, sum[0] + sum[1], lane);
+            sum[0] = sum[1] = 0.f;
         }
     }
 }

@@ -286,17 +286,18 @@ static err_code score_ops(model *m, int32_t n, bool there, const tensor *logits,
     return op_nll(m->d, &nll, &best, logits, &target, e);
 }
 
-/* Head over n rows: those in pick_buf (`picked`), else those that stage.pick names. Logits, then
- * losses and best ids, and draws, which change the logits of their rows, as asked for. */
-static err_code head_ops(model *m, int32_t n, bool picked, needs want, bool there, tensor *logits,
-                         err *e)
+/* Head over n rows: the first ones of `from`, else (NULL) those of x_buf that stage.pick names.
+ * Logits, then losses and best ids, and draws, which change the logits of their rows, as asked
+ * for. */
+static err_code head_ops(model *m, int32_t n, const dev_buf *from, needs want, bool there,
+                         tensor *logits, err *e)
 {
     const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
-    tensor rows = hidden_2d(m, &m->pick_buf, 0, n, dev_resid(m->d)), pick;
+    tensor rows = hidden_2d(m, from ? from : &m->pick_buf, 0, n, dev_resid(m->d)), pick;
     tensor normed = hidden_2d(m, &m->pick_buf, m->plan.logit_rows, n, dev_act(m->d));
     *logits = tensor_2d(m->logits_buf.data, DT_F32, n, m->m->vocab);
     logits->mem = dev_mem(m->d);
-    if (!picked) {
+    if (!from) {
         TRY(staged(m, &pick, m->stage.pick, 1, n, 0, there, e));
         TRY(op_embed(m->d, &rows, &x, &pick, e)); /* a gather of rows */
     }
@@ -363,7 +364,7 @@ static err_code run_head(model *m, out_iter it, int32_t n, needs want, err *e)
 {
     tensor logits;
     if (want.draw) TRY(model_draw_send(m, n, e));
-    TRY(head_ops(m, n, it.p->tail >= 0, want, false, &logits, e));
+    TRY(head_ops(m, n, it.p->tail >= 0 ? &m->pick_buf : NULL, want, false, &logits, e));
     return finish_head(m, it, &logits, n, want, e);
 }
 
@@ -420,7 +421,7 @@ static err_code record(model *m, model_recording *r, const pass *p, const job *j
     TRY(dev_record_begin(m->d, e));
     err_code rc = run_blocks(m, &longest, true, j, e);
     const needs want = {.nll = r->score, .draw = r->draw};
-    if (rc == OK) rc = head_ops(m, p->n, false, want, true, &logits, e);
+    if (rc == OK) rc = head_ops(m, p->n, &m->x_buf, want, true, &logits, e);
     const err_code end = dev_record_end(m->d, &r->work, rc == OK ? e : &ignored);
     if (rc == OK) rc = end;
     if (rc != OK) dev_graph_free(&r->work);
