@@ -1,23 +1,22 @@
-/* See decode_pass.cuh. Products are those of gemm_w4_one, but that the norm's factor comes behind
- * the product, so nothing waits for it. In a product CW warps multiply, the next adds up what
- * they leave and the others fetch the cache of the attention to come; the last one asks for
- * weights all the time. Registers are the tight thing here: what spills costs a tenth of the
- * speed and more. */
+/* See decode_pass.cuh. A block has three kinds of warps. In a product CW of them multiply, each by
+ * the inputs whose planes it made itself, so that no barrier stands between a step's inputs and its
+ * products (decode_pass_product.cuh); FINISHERS add up in turn what they leave and write it, and
+ * the last of these brings the cache of an attention that comes next near. All of them do
+ * attention together. The producer, a warp more, asks for weights all the time. Registers are the
+ * tight thing here: what spills costs a tenth of the speed and more. */
 #include "kernels/decode_pass.cuh"
 
 #define ATTN_WARPS 11 /* attention has the whole block but its producer as one team */
 #include "kernels/attn_decode_body.cuh"
-#include "kernels/gemm_w4_one.cuh"
+#include "kernels/decode_pass_product.cuh"
 
 #define WARPS       ATTN_WARPS
-#define PRODUCER    WARPS /* one warp more */
-#define FINISHER    CW    /* the warp that adds up tiles */
-#define TURNS       4     /* tiles whose sums wait for it */
+#define PRODUCER    WARPS        /* one warp more */
+#define FINISHERS   (WARPS - CW) /* the warps behind those that multiply */
 #define MAX_TABLE   512
-#define MAX_STAGES  12
-#define UNIT_BYTES  (1024 + 64 * (128 / DECODE_PASS_GROUP))
-#define STAGE_BYTES (STAGE_UNITS * UNIT_BYTES)
 #define SHARED_MOST (227 * 1024 - 7168) /* of a block, less what is declared in the kernel */
+#define STEP_WORDS  ((int)sizeof(decode_step) / 4)
+static_assert(sizeof(decode_step) <= 128, "a warp copies a step, a word a lane");
 
 /* ---- steps ---- */
 
@@ -26,22 +25,39 @@ __device__ __forceinline__ void block_sync() /* all but the producer */
     asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
 }
 
-/* By one thread when the block needs nothing any more that a step reads. */
-__device__ __forceinline__ void arrive(const decode_pass &p, uint32_t *set, int step)
+/* By one thread when `warps` of a block's FINISHERS are done with a step. When those of all blocks
+ * are, nobody needs what it reads any more: a tile's sums are there only when its inputs are read.
+ */
+__device__ __forceinline__ void arrive(const decode_pass &p, uint32_t *set, int step, int warps)
 {
     uint32_t *left = set + DECODE_PASS_SLOTS * DECODE_PASS_SLOT_WORDS + step;
-    asm volatile("red.add.relaxed.gpu.global.u32 [%0], 1;" ::"l"(left) : "memory");
-    if (step + 1 < p.n || atomicAdd(p.launches, 1) != (int)gridDim.x - 1) return;
+    asm volatile("red.add.relaxed.gpu.global.u32 [%0], %1;" ::"l"(left), "r"(warps) : "memory");
+    if (step + 1 < p.n || atomicAdd(p.launches, warps) != FINISHERS * (int)gridDim.x - warps)
+        return;
     p.launches[0] = 0;
     p.launches[1]++;
 }
 
-/* By one thread in each step, before the block writes: until every block has left the step before
- * the last, so that nobody needs what was in the slot. It rarely waits. */
-__device__ __forceinline__ void slot_wait(uint32_t *set, int step)
+/* Where arrivals of the step before the last are counted. */
+__device__ __forceinline__ const uint32_t *left_of(const uint32_t *set, int step)
 {
-    const uint32_t *left = set + DECODE_PASS_SLOTS * DECODE_PASS_SLOT_WORDS + step - 2;
-    while (step > 1 && fresh_load(left) < gridDim.x) continue;
+    return set + DECODE_PASS_SLOTS * DECODE_PASS_SLOT_WORDS + max(step - 2, 0);
+}
+/* By one thread in each step, before its warp or block writes: until every block has left the step
+ * before the last, so that nobody needs what was in the slot. It rarely waits. seen: what left_of
+ * had a while ago. */
+__device__ __forceinline__ void slot_wait(const uint32_t *set, int step, uint32_t seen)
+{
+    while (step > 1 && seen < FINISHERS * gridDim.x) seen = fresh_load(left_of(set, step));
+}
+
+/* The thread's number, asked for in each step: so nothing that follows from it is worked out ahead
+ * of the steps and kept in registers over all of them. */
+__device__ __forceinline__ int thread_now(void)
+{
+    uint32_t v;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+    return (int)v;
 }
 
 /* Where a step leaves its results, and the tag of its words. */
@@ -51,31 +67,6 @@ __device__ __forceinline__ uint32_t *slot_of(uint32_t *set, int step)
 }
 __device__ __forceinline__ uint32_t tag_of(int step) { return (step / DECODE_PASS_SLOTS + 1) & 1; }
 
-/* Four words that lie beside each other, fresh or not yet. */
-__device__ __forceinline__ uint4 fresh_load4(const void *p)
-{
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-__device__ __forceinline__ uint2 fresh_load2(const void *p)
-{
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(v.x), "=r"(v.y)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
-
-/* What a step reads: words whose bit 0 counts when `mask` is 1. */
-typedef struct {
-    const void *at;
-    uint32_t tag, mask;
-} step_input;
 __device__ __forceinline__ step_input input_of(const decode_step &s, int step, uint32_t *set)
 {
     step_input in = {s.x, 0, 0};
@@ -140,177 +131,6 @@ __device__ __forceinline__ void produce(const decode_pass &p, const weight_ring 
     }
 }
 
-/* ---- a product ---- */
-
-__device__ __forceinline__ void copy_step(decode_step *to, const decode_step *from, int lane)
-{
-    if (lane < (int)sizeof *to / 4) ((uint32_t *)to)[lane] = ((const uint32_t *)from)[lane];
-}
-
-/* What a step of a product needs and may have before the wait: norm weights of NORM_UNITS units
- * WARPS apart, whose planes a warp makes at once. */
-#define NORM_UNITS 3
-typedef struct {
-    float g[NORM_UNITS][4];
-} norm_ahead;
-
-__device__ __forceinline__ void load_norm(norm_ahead *a, const decode_step &s, int unit, int lane)
-{
-    const int units = s.k / 128;
-    if (s.norm_dt == DT_F32) {
-#pragma unroll
-        for (int i = 0; i < NORM_UNITS; i++) {
-            const float *p = (const float *)s.norm + min(unit + WARPS * i, units - 1) * 128;
-#pragma unroll
-            for (int j = 0; j < 4; j++) a->g[i][j] = p[lane * 4 + j];
-        }
-        return;
-    }
-    const bool f16 = s.norm_dt == DT_F16;
-#pragma unroll
-    for (int i = 0; i < NORM_UNITS; i++) {
-        const uint2 raw = *(const uint2 *)((const uint16_t *)s.norm +
-                                           min(unit + WARPS * i, units - 1) * 128 + lane * 4);
-        const float2 x = __half22float2(*(const __half2 *)&raw.x),
-                     y = __half22float2(*(const __half2 *)&raw.y);
-        a->g[i][0] = f16 ? x.x : __uint_as_float(raw.x << 16);
-        a->g[i][1] = f16 ? x.y : __uint_as_float(raw.x & 0xffff0000u);
-        a->g[i][2] = f16 ? y.x : __uint_as_float(raw.y << 16);
-        a->g[i][3] = f16 ? y.y : __uint_as_float(raw.y & 0xffff0000u);
-    }
-}
-
-/* NORM_UNITS units of the stream, WARPS apart. */
-__device__ __forceinline__ bool load_stream(uint4 f[NORM_UNITS], const step_input &in, int unit,
-                                            int units, int lane)
-{
-    uint32_t late = 0;
-#pragma unroll
-    for (int i = 0; i < NORM_UNITS; i++)
-        f[i] = fresh_load4((const uint32_t *)in.at + min(unit + WARPS * i, units - 1) * 128 +
-                           lane * 4);
-#pragma unroll
-    for (int i = 0; i < NORM_UNITS; i++)
-        late |= f[i].x ^ in.tag | f[i].y ^ in.tag | f[i].z ^ in.tag | f[i].w ^ in.tag;
-    return __any_sync(~0u, late & in.mask);
-}
-
-/* Planes of the residual stream times the norm's weights; part: [WARPS], what its squares add up
- * to. One over their root comes behind the product. */
-__device__ __forceinline__ void planes_norm(uint8_t *planes, float *scales, float *part,
-                                            const decode_step &s, const step_input &in,
-                                            norm_ahead *a, int warp, int lane)
-{
-    const int units = s.k / 128;
-    float sum = 0.f;
-    for (int u = warp; u < units; u += NORM_UNITS * WARPS) {
-        uint4 raw[NORM_UNITS];
-        float v[NORM_UNITS][4];
-        if (u != warp) load_norm(a, s, u, lane);
-        while (load_stream(raw, in, u, units, lane)) continue;
-#pragma unroll
-        for (int i = 0; i < NORM_UNITS; i++) {
-            const float x = __uint_as_float(raw[i].x & ~in.mask),
-                        y = __uint_as_float(raw[i].y & ~in.mask),
-                        z = __uint_as_float(raw[i].z & ~in.mask),
-                        t = __uint_as_float(raw[i].w & ~in.mask);
-            sum += u + WARPS * i < units ? x * x + y * y + z * z + t * t : 0.f;
-            v[i][0] = x * a->g[i][0], v[i][1] = y * a->g[i][1];
-            v[i][2] = z * a->g[i][2], v[i][3] = t * a->g[i][3];
-        }
-        many_planes<DECODE_PASS_GROUP, NORM_UNITS>(planes, scales, u, WARPS, units, v, lane);
-    }
-#pragma unroll
-    for (int x = 16; x; x >>= 1) sum += __shfl_xor_sync(~0u, sum, x);
-    if (lane == 0) part[warp] = sum;
-}
-
-/* By the whole warp that adds tiles up. */
-__device__ __forceinline__ float norm_factor(const decode_step &s, const float *part, int lane)
-{
-    if (!s.norm) return 1.f;
-    float sum = lane < WARPS ? part[lane] : 0.f;
-#pragma unroll
-    for (int x = 16; x; x >>= 1) sum += __shfl_xor_sync(~0u, sum, x);
-    return rsqrtf(sum / (float)s.k + s.eps);
-}
-
-/* Planes of 4 units from f16. */
-__device__ __forceinline__ void planes_four(uint8_t *planes, float *scales, const uint2 raw[4],
-                                            int unit, int units, int lane)
-{
-    float v[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 a = __half22float2(*(const __half2 *)&raw[i].x),
-                     b = __half22float2(*(const __half2 *)&raw[i].y);
-        v[i][0] = a.x, v[i][1] = a.y, v[i][2] = b.x, v[i][3] = b.y;
-    }
-    many_planes<DECODE_PASS_GROUP, 4>(planes, scales, unit, WARPS, units, v, lane);
-}
-
-__device__ __forceinline__ bool load_x(uint2 raw[8], const step_input &in, int unit, int units,
-                                       int lane)
-{
-    uint32_t late = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        if (unit + i * WARPS < units)
-            raw[i] = fresh_load2((const __half *)in.at + (unit + i * WARPS) * 128 + lane * 4);
-        else
-            raw[i] = make_uint2(in.tag, in.tag);
-#pragma unroll
-    for (int i = 0; i < 8; i++) late |= raw[i].x ^ in.tag | raw[i].y ^ in.tag;
-    return __any_sync(~0u, late & in.mask);
-}
-
-__device__ __forceinline__ void planes_x(uint8_t *planes, float *scales, const step_input &in,
-                                         int units, int warp, int lane)
-{
-    for (int u = warp; u < units; u += 8 * WARPS) {
-        uint2 raw[8];
-        while (load_x(raw, in, u, units, lane)) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++) raw[i].x &= ~in.mask, raw[i].y &= ~in.mask;
-#pragma unroll 1
-        for (int i = 0; i < 2; i++) {
-            if (u + 4 * i * WARPS >= units) break;
-            planes_four(planes, scales, raw, u + 4 * i * WARPS, units, lane);
-#pragma unroll
-            for (int j = 0; j < 4; j++) raw[j] = raw[4 + j];
-        }
-    }
-}
-
-/* Sums of tiles on their way to the finisher, which never holds the others up. */
-typedef struct {
-    float sums[TURNS][CW][16];
-    uint64_t full[TURNS], empty[TURNS];
-} tile_sums;
-
-/* Where warps that multiply are in the ring. */
-typedef struct {
-    int slot, round, done; /* done: tiles so far */
-} ring_place;
-
-/* The tiles of this block, by warps 0..CW-1. */
-__device__ __forceinline__ void multiply(const decode_step &s, const w4_tiles &w,
-                                         const weight_ring &r, ring_place *g, const uint8_t *planes,
-                                         const float *scales, tile_sums *t, int warp, int lane)
-{
-    for (int tile = first_tile(s); tile < w.tiles; tile += gridDim.x, g->done++) {
-        const int turn = g->done % TURNS, before = g->done / TURNS;
-        float acc[2] = {0.f, 0.f};
-        mul_tile<DECODE_PASS_GROUP>(acc, r.memory, r.full, r.empty, r.stages, &g->slot, &g->round,
-                                    planes, scales, w.units, warp, lane, [] {});
-        if (before) mbar_wait(&t->empty[turn], (before - 1) & 1);
-        float *sum = t->sums[turn][warp];
-        if ((lane & 3) == 0) sum[lane >> 2] = acc[0], sum[8 + (lane >> 2)] = acc[1];
-        __syncwarp();
-        if (lane == 0) mbar_arrive(&t->full[turn]);
-    }
-}
-
 /* What row `lane` of a tile holds already. */
 __device__ __forceinline__ float held_of(const decode_step &s, const w4_tiles &w, int step,
                                          uint32_t *set, int tile, int lane)
@@ -329,15 +149,17 @@ __device__ __forceinline__ float held_of(const decode_step &s, const w4_tiles &w
 
 /* Row `lane` of a tile, lanes 0..15 (gated: 0..7), all lanes call. */
 __device__ __forceinline__ void store_tile(const decode_step &s, const w4_tiles &w, uint32_t *out,
-                                           uint32_t tag, float v, float held, int tile, int lane)
+                                           uint32_t tag, float v, float held, float bias, int tile,
+                                           int lane)
 {
     const int r = lane & 15, row = w4_row(w.n, w.paired, tile, r), o = s.glu ? tile * 8 + r : row;
     const bool mine = lane < (s.glu ? 8 : 16) && row < w.n;
-    if (w.bias && row < w.n) v += __half2float(w.bias[row]);
+    v += bias;
     if (s.glu) {
         v = __half2float(__float2half_rn(v));
         const float up = __shfl_down_sync(~0u, v, 8);
-        v = fminf(fmaxf(v / (1.f + __expf(-v)) * up, -65504.f), 65504.f);
+        v = __fdividef(v, 1.f + __expf(-v)) * up;
+        v = fminf(fmaxf(v, -65504.f), 65504.f);
     } else if (s.add)
         v = held + v;
     if (s.wide) {
@@ -361,41 +183,67 @@ __device__ __forceinline__ void store_tile(const decode_step &s, const w4_tiles 
     if (!s.quiet) ((uint16_t *)s.y)[o] = (uint16_t)(pair >> (lane & 1) * 16);
 }
 
-/* One warp: it alone writes what the product makes. */
-__device__ __forceinline__ void finish(const decode_pass &p, const decode_step &s, int step,
-                                       uint32_t *set, const w4_tiles &w, int done, tile_sums *t,
-                                       float factor, int lane)
+/* All sums of row `lane` of a tile; *factor: of the norm, when `norm`. */
+__device__ __forceinline__ float sums_of(const tile_sums *t, int turn, const decode_step &s,
+                                         bool norm, float *factor, int lane)
+{
+    const float *at = &t->sums[turn][lane >> 4][lane & 15];
+    float v = 0.f;
+#pragma unroll
+    for (int k = 0; k < CW / 2; k++) v += at[k * 32];
+    v += __shfl_xor_sync(~0u, v, 16);
+    if (norm) {
+        float sum = t->squares[turn][lane & (CW - 1)];
+#pragma unroll
+        for (int x = CW / 2; x; x >>= 1) sum += __shfl_xor_sync(~0u, sum, x);
+        *factor = rsqrtf(sum / (float)s.k + s.eps);
+    }
+    return v;
+}
+
+/* By warps CW.. in turn over all steps, as one that waits for a tile must know that the one TURNS
+ * before is done: they alone write what the product makes. done: tiles before. */
+__device__ __forceinline__ void finish(const decode_step &s, int step, uint32_t *set,
+                                       const w4_tiles &w, uint32_t done, tile_sums *t, int finisher,
+                                       int lane)
 {
     uint32_t *out = slot_of(set, step);
     const uint32_t tag = tag_of(step);
-    if (lane == 0) slot_wait(set, step);
-    __syncwarp();
-    for (int tile = first_tile(s); tile < w.tiles; tile += gridDim.x, done++) {
-        const int turn = done % TURNS;
-        const float held = held_of(s, w, step, set, tile, lane);
+    const int grid = (int)gridDim.x;
+    float factor = 1.f;
+    bool first = true;
+    const int skip = (int)((finisher + FINISHERS - done % FINISHERS) % FINISHERS);
+    done += skip;
+#pragma unroll 1
+    for (int tile = first_tile(s) + skip * grid; tile < w.tiles;
+         tile += FINISHERS * grid, done += FINISHERS) {
+        const int turn = done % TURNS, row = w4_row(w.n, w.paired, tile, lane & 15);
+        const uint32_t left = first && lane == 0 ? fresh_load(left_of(set, step)) : ~0u;
+        const float held = held_of(s, w, step, set, tile, lane),
+                    bias = w.bias && row < w.n ? __half2float(w.bias[row]) : 0.f;
+        slot_wait(set, step, left);
         __syncwarp();
         mbar_wait(&t->full[turn], done / TURNS & 1);
-        float v = 0.f;
-#pragma unroll
-        for (int k = 0; k < CW; k++) v += t->sums[turn][k][lane & 15];
-        store_tile(s, w, out, tag, v * factor, held, tile, lane);
+        const float v = sums_of(t, turn, s, first && s.norm, &factor, lane);
+        first = false;
         __syncwarp();
         if (lane == 0) mbar_arrive(&t->empty[turn]);
+        store_tile(s, w, out, tag, v * factor, held, bias, tile, lane);
     }
-    if (lane == 0) arrive(p, set, step);
 }
 
 #define FETCH_TOKENS 256 /* of a part */
+
 /* Asks for bytes to come into L2; address and bytes multiples of 16. */
 __device__ __forceinline__ void prefetch_bulk(const void *p, int bytes)
 {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 }
-/* Brings the cache of this block's parts of the attention step `next` near. */
+/* Brings the cache of this block's parts of the attention step `next` into L2: behind the weights
+ * that are on their way it would wait for long. By one warp. */
 template <int D, int BITS>
 __device__ __forceinline__ void fetch_cache(const decode_pass &p, const decode_step &next,
-                                            const int32_t *table, const int32_t *len, int thread,
-                                            int threads)
+                                            const int32_t *table, const int32_t *len, int lane)
 {
     constexpr int U = BITS == 4 ? 2 : 1, ROW = D * BITS / 8;
     attn_decode_call c = p.attn;
@@ -406,8 +254,8 @@ __device__ __forceinline__ void fetch_cache(const decode_pass &p, const decode_s
         const attn_part part = part_of<U>(c, i - slot * c.splits, slot, 0);
         const int lo = part.lo * U * TILE,
                   hi = min(min(part.hi * U * TILE, part.len), lo + FETCH_TOKENS);
-        for (int tok = (lo / c.block_tokens + thread) * c.block_tokens; tok < hi;
-             tok += threads * c.block_tokens) {
+        for (int tok = (lo / c.block_tokens + lane) * c.block_tokens; tok < hi;
+             tok += 32 * c.block_tokens) {
             const int from = max(tok, lo), n = min(tok + c.block_tokens, hi) - from;
             const uint8_t *k = next.data +
                                (((size_t)table[tok / c.block_tokens] * c.kv_heads + part.head) * 2 *
@@ -421,48 +269,59 @@ __device__ __forceinline__ void fetch_cache(const decode_pass &p, const decode_s
 }
 
 template <int D, int BITS>
-__device__ __forceinline__ void
-product(const decode_pass &p, const decode_step &s, int step, decode_step *next_step, uint32_t *set,
-        const weight_ring &r, ring_place *g, uint8_t *planes, tile_sums *sums, float *part,
-        const int32_t *table, const int32_t *len, int warp, int lane)
+__device__ __forceinline__ void product(const decode_pass &p, const decode_step &s, int step,
+                                        uint32_t *set, const weight_ring &ring, ring_place *place,
+                                        uint8_t *rows, tile_sums *sums, const int32_t *table,
+                                        const int32_t *len)
 {
+    const int lane = thread_now() & 31, warp = thread_now() >> 5;
     const w4_tiles w = tiles_of(s);
-    const int first = first_tile(s),
-              tiles = first < w.tiles ? (w.tiles - first + gridDim.x - 1) / gridDim.x : 0;
-    float *scales = (float *)(planes + w.units * 256);
-    norm_ahead a;
-    if (s.norm) load_norm(&a, s, warp, lane);
-    const step_input in = input_of(s, step, set);
-    block_sync(); /* nobody needs the memory of the step before any more */
-    if (next_step && warp == WARPS - 1) copy_step(next_step, &p.steps[step + 1], lane);
-    if (tiles == 0) /* nothing to do but to let the others know */
-        ;
-    else if (s.norm)
-        planes_norm(planes, scales, part, s, in, &a, warp, lane);
-    else
-        planes_x(planes, scales, in, w.units, warp, lane);
-    block_sync();
-    const decode_step *next = next_step;
-    if (warp < CW) {
-        multiply(s, w, r, g, planes, scales, sums, warp, lane);
-    } else if (warp == FINISHER)
-        finish(p, s, step, set, w, g->done, sums, norm_factor(s, part, lane), lane);
-    else if (next && next->attn)
-        fetch_cache<D, BITS>(p, *next, table, len, (warp - FINISHER - 1) * 32 + lane,
-                             (WARPS - FINISHER - 1) * 32);
-    if (warp >= CW) g->done += tiles;
+    const int first = first_tile(s), finisher = warp - CW;
+    ring_place g = *place;
+    if (finisher < 0) {
+        if (first >= w.tiles) return;
+        const own_row own = row_of(rows, w.units, warp);
+        const step_input in = input_of(s, step, set);
+        float squares = 0.f;
+        if (s.norm)
+            squares = norm_row(own, s, in, warp, lane);
+        else
+            x_row(own, w.units, in, warp, lane);
+        __syncwarp();
+        walk_state k = {first, w.tiles, w.units, warp + (lane >> 1 & 1) * CW, 0, 0, 0, 0, squares};
+        k.planes = smem_addr(own.planes) + lane * 16;
+        k.scales = smem_addr(own.scales) + (lane & 3) * 8;
+        k.sums = kept(smem_addr(sums));
+        const uint32_t slab = kept(smem_addr(ring.memory) + warp * UNIT_BYTES);
+        const ring_view r = {slab + lane * 16,
+                             slab + 1024 + (lane >> 1 & 1) * CW * UNIT_BYTES + (lane >> 2) * 8,
+                             kept(smem_addr(ring.full)), ring.stages};
+        multiply(&k, r, &g, warp, lane);
+        if (lane == 0) *place = g;
+        return;
+    }
+    if (finisher == FINISHERS - 1 && step + 1 < p.n && p.steps[step + 1].attn)
+        fetch_cache<D, BITS>(p, p.steps[step + 1], table, len, lane);
+    finish(s, step, set, w, g.done, sums, finisher, lane);
+    if (first < w.tiles) g.done += (w.tiles - first + (int)gridDim.x - 1) / (int)gridDim.x;
+    __syncwarp();
+    if (lane == 0) *place = g, arrive(p, set, step, 1);
 }
 
 /* ---- attention ---- */
 
 template <int D, int BITS, int H>
-__device__ __forceinline__ void
-attention(const decode_pass &p, const decode_step &s, int step, decode_step *next, uint32_t *set,
-          uint8_t *work, const float (*angles)[128], const int32_t *len, const int32_t *table)
+__device__ __forceinline__ void attention(const decode_pass &p, const decode_step &s, int step,
+                                          uint32_t *set, uint8_t *work, const float (*angles)[128],
+                                          const int32_t *len, const int32_t *table)
 {
     constexpr int U = BITS == 4 ? 2 : 1;
-    const attn_team tm = {(int)threadIdx.x, 1};
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const attn_team tm = {thread_now(), 1};
+    const int lane = tm.thread & 31, warp = tm.thread >> 5;
+    if (blockIdx.x >= p.attn_items) { /* nothing to do but to let the others know */
+        if (warp >= CW && lane == 0) arrive(p, set, step, 1);
+        return;
+    }
     attn_memory sh = attn_memory_of<D>(work, min(8, p.attn.group), angles);
     if (s.in) sh.in = slot_of(set, step - s.in), sh.in_tag = tag_of(step - s.in);
     sh.out = slot_of(set, step), sh.out_tag = tag_of(step), sh.quiet = s.quiet;
@@ -470,27 +329,20 @@ attention(const decode_pass &p, const decode_step &s, int step, decode_step *nex
     c.data = s.data, c.param = (const __half2 *)s.extra, c.window = s.n;
     c.rope.data = (uint8_t *)s.data, c.rope.param = (__half2 *)s.extra;
     c.kv_len = len, c.table = table;
-    bool waited = false;
-    for (int i = blockIdx.x; i < p.attn_items || !waited; i += gridDim.x) {
+#pragma unroll 1
+    for (int i = blockIdx.x; i < p.attn_items; i += gridDim.x) {
         tile_regs<D, BITS> cur[U];
-        attn_part part = {};
-        if (i < p.attn_items) {
-            const int slot = c.splits > 1 ? i / c.splits : i;
-            part = part_of<U>(c, i - slot * c.splits, slot, 0);
-            load_first<D, BITS, U>(cur, c, part, table, warp, lane >> 2, lane & 3);
-        }
-        if (!waited) {
-            block_sync(); /* nobody needs the memory of the step before any more */
-            if (threadIdx.x == 0) slot_wait(set, step); /* a barrier follows before a write */
-            if (next && warp == WARPS - 1) copy_step(next, &p.steps[step + 1], lane);
-            waited = true;
-        }
-        if (i >= p.attn_items) break;
+        const int slot = c.splits > 1 ? i / c.splits : i;
+        const attn_part part = part_of<U>(c, i - slot * c.splits, slot, 0);
+        /* the warp's first tile, or any: what is not loaded here would be kept from step to step */
+        load_tiles<D, BITS, U>(cur, c, table, max(min(part.lo + warp, part.hi - 1), 0), part.head,
+                               lane >> 2, lane & 3);
+        if (tm.thread == 0) /* a barrier follows before a write */
+            slot_wait(set, step, fresh_load(left_of(set, step)));
         attn_decode_item<D, BITS, U, false, H>(tm, c, sh, (out_rows<D> *)NULL, part, cur, 0);
         team_sync(tm);
     }
-    block_sync();
-    if (threadIdx.x == 0) arrive(p, set, step);
+    if (tm.thread == 0) arrive(p, set, step, FINISHERS);
 }
 
 template <int D, int BITS, int H>
@@ -499,17 +351,18 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
 {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) uint8_t memory[];
-    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    __shared__ uint64_t bars[2 * MAX_STAGES]; /* of full places of the ring, of empty ones */
     __shared__ tile_sums sums;
-    __shared__ float part[WARPS], angles[2][128];
-    __shared__ int32_t len, table[MAX_TABLE];      /* what attention asks for again and again */
-    __shared__ __align__(16) decode_step steps[2]; /* this one and the next */
+    __shared__ float angles[2][128];
+    __shared__ int32_t len, table[MAX_TABLE];          /* what attention asks for again and again */
+    __shared__ __align__(16) decode_step steps[WARPS]; /* each warp's, */
+    __shared__ ring_place places[WARPS];               /* and where it is */
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const weight_ring r = {memory, full, empty, p.stages};
-    uint8_t *work = memory + p.stages * STAGE_BYTES; /* a row's planes, or memory of teams */
-    ring_place g = {0, 0, 0};
+    const weight_ring r = {memory, bars, bars + MAX_STAGES, p.stages};
+    uint8_t *rows = memory + p.stages * STAGE_BYTES, *work = rows + p.row_bytes;
     if (threadIdx.x == PRODUCER * 32) {
-        for (int i = 0; i < p.stages; i++) mbar_init(&full[i], 1), mbar_init(&empty[i], CW);
+        for (int i = 0; i < p.stages; i++)
+            mbar_init(&bars[i], 1), mbar_init(&bars[MAX_STAGES + i], CW);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -524,49 +377,59 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
     for (int i = threadIdx.x; p.attn_items && near && i < p.attn.table_stride; i += WARPS * 32)
         table[i] = p.attn.table[i];
     if (p.attn_items) newest_angles(angles, p.attn.rope, p.attn.kv_len[0] - 1);
-    if (warp == 0) copy_step(&steps[0], &p.steps[0], lane);
     const int launch = p.launches[1] & 1;
     uint32_t *set = p.exchange + launch * DECODE_PASS_SET_WORDS;
     uint4 *other = (uint4 *)(p.exchange + (launch ^ 1) * DECODE_PASS_SET_WORDS);
     for (int i = blockIdx.x * WARPS * 32 + threadIdx.x; i < DECODE_PASS_SET_WORDS / 4;
          i += gridDim.x * WARPS * 32)
         other[i] = make_uint4(0, 0, 0, 0); /* for the next launch */
+    if (lane == 0) places[warp] = {0, 0, 0};
+    const uint32_t *words = (const uint32_t *)p.steps;
+    uint32_t ahead = lane < STEP_WORDS ? words[lane] : 0; /* of the next step */
     block_sync();
+#pragma unroll 1
     for (int i = 0; i < p.n; i++) {
-        const decode_step &s = steps[i & 1];
-        decode_step *next = i + 1 < p.n ? &steps[(i + 1) & 1] : NULL;
+        const decode_step &s = steps[warp];
+        if (lane < STEP_WORDS) ((uint32_t *)&steps[warp])[lane] = ahead;
+        __syncwarp();
+        if (lane < STEP_WORDS && i + 1 < p.n) ahead = words[(i + 1) * STEP_WORDS + lane];
         if (s.attn)
-            attention<D, BITS, H>(p, s, i, next, set, work, angles, &len,
-                                  near ? table : p.attn.table);
+            attention<D, BITS, H>(p, s, i, set, work, angles, &len, near ? table : p.attn.table);
         else
-            product<D, BITS>(p, s, i, next, set, r, &g, work, &sums, part,
-                             near ? table : p.attn.table, &len, warp, lane);
+            product<D, BITS>(p, s, i, set, r, &places[warp], rows, &sums,
+                             near ? table : p.attn.table, &len);
+        __syncwarp(); /* nobody needs the step any more */
     }
 #endif
 }
 
 /* ---- launch ---- */
 
-int decode_pass_work_bytes(int units, int head_dim, int group)
+int decode_pass_row_bytes(int units)
 {
-    const int heads = group < 8 ? group : 8;
-    const int row = (units * (256 + (1 + 128 / DECODE_PASS_GROUP) * 4) + 15) & ~15;
-    const int team = ATTN_TEAM_BYTES(head_dim, heads);
-    return ((row > team ? row : team) + 15) & ~15;
+    return (units + STAGE_UNITS - 1) / STAGE_UNITS * CW * (SET_BYTES + 32);
+}
+
+int decode_pass_attn_bytes(int head_dim, int group)
+{
+    return (ATTN_TEAM_BYTES(head_dim, group < 8 ? group : 8) + 15) & ~15;
 }
 
 bool decode_pass_fits(int64_t k)
 {
     return k % 128 == 0 && k <= 32768 &&
-           decode_pass_work_bytes((int)(k / 128), 128, 8) + 4 * STAGE_BYTES <= SHARED_MOST;
+           decode_pass_row_bytes((int)(k / 128)) + decode_pass_attn_bytes(128, 8) +
+                   4 * STAGE_BYTES <=
+               SHARED_MOST;
 }
 
 template <int D, int BITS, int H>
-static cudaError_t launch(decode_pass *p, int work_bytes, int sms, cudaStream_t stream)
+static cudaError_t launch(decode_pass *p, int attn_bytes, int sms, cudaStream_t stream)
 {
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
     void *args[] = {p};
+    const int work_bytes = p->row_bytes + attn_bytes;
     p->stages = (SHARED_MOST - work_bytes) / STAGE_BYTES;
     if (p->stages > MAX_STAGES) p->stages = MAX_STAGES;
     const int smem = p->stages * STAGE_BYTES + work_bytes;
@@ -584,13 +447,13 @@ static cudaError_t launch(decode_pass *p, int work_bytes, int sms, cudaStream_t 
     return cudaLaunchKernelExC(&cfg, (const void *)decode_pass_kernel<D, BITS, H>, args);
 }
 
-cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int work_bytes, int sms,
+cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int attn_bytes, int sms,
                             cudaStream_t stream)
 {
 #define CASE(D, H)                                                    \
-    return bits == 16  ? launch<D, 16, H>(p, work_bytes, sms, stream) \
-           : bits == 8 ? launch<D, 8, H>(p, work_bytes, sms, stream)  \
-                       : launch<D, 4, H>(p, work_bytes, sms, stream)
+    return bits == 16  ? launch<D, 16, H>(p, attn_bytes, sms, stream) \
+           : bits == 8 ? launch<D, 8, H>(p, attn_bytes, sms, stream)  \
+                       : launch<D, 4, H>(p, attn_bytes, sms, stream)
     const bool two = p->attn_items && p->attn.group > 4; /* heads a lane */
     if (head_dim == 64 && two) CASE(64, 2);
     if (head_dim == 64) CASE(64, 1);

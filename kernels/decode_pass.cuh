@@ -40,18 +40,21 @@ typedef struct {
 
 typedef struct {
     attn_decode_call attn; /* of every layer but for its cache and window */
-    int32_t *launches;     /* [2]: blocks that ended, zero before and after; launches so far */
-    uint32_t *exchange; /* [2][DECODE_PASS_SET_WORDS] zero at first: slots, blocks behind a step */
-    int32_t n, stages, attn_items;
+    int32_t *launches;     /* [2]: warps that ended, zero before and after; launches so far */
+    uint32_t *exchange; /* [2][DECODE_PASS_SET_WORDS] zero at first: slots, warps behind a step */
+    int32_t n, stages, attn_items, row_bytes;
     decode_step steps[DECODE_PASS_STEPS];
 } decode_pass;
 
-/* Bytes of shared memory that steps need beside the ring of weights. */
-int decode_pass_work_bytes(int units, int head_dim, int group);
+/* Bytes of shared memory beside the ring of weights: of a product's row of so many units, and of
+ * attention. */
+int decode_pass_row_bytes(int units);
+int decode_pass_attn_bytes(int head_dim, int group);
 /* Whether a step of so many inputs leaves room for a ring. */
 bool decode_pass_fits(int64_t k);
-/* head_dim 64 or 128 and bits as in attn_decode; work_bytes: the most that any step needs. */
-cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int work_bytes, int sms,
+/* head_dim 64 or 128 and bits as in attn_decode; attn_bytes: 0 without attention; p->row_bytes: the
+ * most that any product needs. */
+cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int attn_bytes, int sms,
                             cudaStream_t stream);
 
 #endif

@@ -8,7 +8,7 @@
 struct cuda_pass {
     decode_pass call;
     bool open, has_attn;
-    int head_dim, bits, work_bytes, next_tile;
+    int head_dim, bits, next_tile;
     int32_t words[DECODE_PASS_SLOTS]; /* what steps leave in a slot, always as many */
     struct {
         const uint8_t *from, *to;
@@ -34,10 +34,10 @@ bool cuda_pass_open(const device *d) { return cuda_of(d)->pass && cuda_of(d)->pa
 static void forget(cuda_pass *p)
 {
     p->call.n = 0;
-    p->call.attn_items = 0;
+    p->call.attn_items = p->call.row_bytes = 0;
     p->has_attn = false;
     memset(p->words, 0, sizeof p->words);
-    p->head_dim = p->bits = p->work_bytes = p->next_tile = 0;
+    p->head_dim = p->bits = p->next_tile = 0;
 }
 
 void cuda_pass_end(device *d)
@@ -60,9 +60,9 @@ err_code cuda_pass_flush(device *d, err *e)
         for (int j = i + 1; j < p->call.n; j++)
             if (p->made[j].from == p->made[i].from && p->made[j].to >= p->made[i].to)
                 p->call.steps[i].quiet = true;
+    const int attn = p->has_attn ? decode_pass_attn_bytes(p->head_dim, p->call.attn.group) : 0;
     const cudaError_t rc = decode_pass_run(&p->call, p->has_attn ? p->head_dim : 64,
-                                           p->has_attn ? p->bits : 16, p->work_bytes, s->sms,
-                                           s->stream);
+                                           p->has_attn ? p->bits : 16, attn, s->sms, s->stream);
     forget(p);
     return cuda_launched(d, "decode pass", rc, e);
 }
@@ -113,13 +113,6 @@ static err_code next_step(device *d, decode_step **out, const void *x, size_t x_
     return OK;
 }
 
-static void need(cuda_pass *p, int units)
-{
-    const int bytes = decode_pass_work_bytes(units, p->has_attn ? p->head_dim : 0,
-                                             p->call.attn.group);
-    if (bytes > p->work_bytes) p->work_bytes = bytes;
-}
-
 err_code cuda_pass_product(device *d, const w4_tiles *w, const w4_one_call *c, bool *taken, err *e)
 {
     const int sms = cuda_of(d)->sms;
@@ -138,7 +131,8 @@ err_code cuda_pass_product(device *d, const w4_tiles *w, const w4_one_call *c, b
     s->paired = w->paired, s->glu = c->glu, s->add = c->add, s->wide = c->wide;
     s->first = (int16_t)p->next_tile;
     p->next_tile = (p->next_tile + w->tiles) % sms;
-    need(p, w->units);
+    const int bytes = decode_pass_row_bytes(w->units);
+    if (bytes > p->call.row_bytes) p->call.row_bytes = bytes;
     *taken = true;
     return OK;
 }
@@ -179,7 +173,6 @@ err_code cuda_pass_attn(device *d, const attn_decode_call *c, int head_dim, int 
     p->call.attn_items = c->splits * c->kv_heads * ((c->group + 7) / 8);
     s->attn = 1;
     s->data = c->data, s->extra = c->param, s->n = c->window;
-    need(p, 0);
     *taken = true;
     return OK;
 }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__((CW + 1) * 32, 2) gemm_w4_one_kernel(w4_tiles 
         const float held = warp == 0 ? held_one(w, c, tile, lane) : 0.f;
         float acc[2] = {0.f, 0.f};
         mul_tile<GROUP>(acc, ring, full, empty, STAGES, &slot, &round, planes, scales, w.units,
-                        warp, lane, [] {});
+                        warp, lane);
         if ((lane & 3) == 0)
             sums[turn][warp][lane >> 2] = acc[0], sums[turn][warp][8 + (lane >> 2)] = acc[1];
         consumers_sync();

@@ -1,7 +1,7 @@
-/* One row of activations through the weight stream: the parts that the kernel of one product and
- * the decode pass share. Every block makes the planes of the row for itself, in shared memory; CW
- * warps split k, a warp multiplies the units whose planes it made, and sums meet in the order of
- * the warps. Private to kernels/. */
+/* One row of activations through the weight stream: the parts of the kernel of one product; the
+ * decode pass cuts a tile into the same slabs. Every block makes the planes of the row for itself,
+ * in shared memory; CW warps split k, a warp multiplies the units whose planes it made, and sums
+ * meet in the order of the warps. Private to kernels/. */
 #ifndef TMF_KERNELS_GEMM_W4_ONE_CUH
 #define TMF_KERNELS_GEMM_W4_ONE_CUH
 
@@ -22,28 +22,20 @@ __device__ __forceinline__ void consumers_sync()
 }
 
 /* Planes of a unit: 16 bytes for each (pair of steps i, plane, t) at ((i*2 + plane)*4 + t)*16: the
- * two steps' inputs in the order of codes. Scales: scale, then the integer sum of each group. N
- * units `step` apart at once; those from `units` on are not stored. */
-template <int GROUP, int N>
-__device__ __forceinline__ void many_planes(uint8_t *planes, float *scales, int unit, int step,
-                                            int units, const float (*v)[4], int lane)
+ * two steps' inputs in the order of codes. Scales: scale, then the integer sum of each group. */
+template <int GROUP>
+__device__ __forceinline__ void unit_planes(uint8_t *planes, float *scales, int unit,
+                                            const float v[4], int lane)
 {
-    uint32_t hi[N], lo[N];
-    int sum[N];
-    float scale[N];
-#pragma unroll
-    for (int n = 0; n < N; n++) scale[n] = w4_fixed(v[n], GROUP, &hi[n], &lo[n], &sum[n], lane);
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        const int u = unit + n * step;
-        if (u >= units) break;
-        uint8_t *p = planes + u * 256 + (lane >> 4) * 128 + w4_lane_place(lane);
-        *(uint32_t *)p = hi[n];
-        *(uint32_t *)(p + 64) = lo[n];
-        float *sc = scales + u * (1 + 128 / GROUP);
-        if (lane == 0) sc[0] = scale[n];
-        if (lane % (GROUP / 4) == 0) sc[1 + lane / (GROUP / 4)] = (float)sum[n];
-    }
+    uint32_t hi, lo;
+    int sum;
+    const float scale = w4_fixed(v, GROUP, &hi, &lo, &sum, lane);
+    uint8_t *p = planes + unit * 256 + (lane >> 4) * 128 + w4_lane_place(lane);
+    *(uint32_t *)p = hi;
+    *(uint32_t *)(p + 64) = lo;
+    float *sc = scales + unit * (1 + 128 / GROUP);
+    if (lane == 0) sc[0] = scale;
+    if (lane % (GROUP / 4) == 0) sc[1 + lane / (GROUP / 4)] = (float)sum;
 }
 
 __device__ __forceinline__ float norm_weight(const void *p, int i, int dt)
@@ -99,7 +91,7 @@ __device__ __forceinline__ void planes_of_norm(uint8_t *planes, float *scales, f
 #pragma unroll
             for (int j = 0; j < 4; j++) v[i][j] *= inv * g[i][j];
             round4(v[i]);
-            many_planes<GROUP, 1>(planes, scales, warp + CW * i, 0, units, &v[i], lane);
+            unit_planes<GROUP>(planes, scales, warp + CW * i, v[i], lane);
         }
 }
 
@@ -118,8 +110,8 @@ __device__ __forceinline__ void planes_of_x(uint8_t *planes, float *scales, cons
             if (u + i * CW < units) {
                 const float2 a = __half22float2(*(const __half2 *)&raw[i].x),
                              b = __half22float2(*(const __half2 *)&raw[i].y);
-                const float v[1][4] = {{a.x, a.y, b.x, b.y}};
-                many_planes<GROUP, 1>(planes, scales, u + i * CW, 0, units, v, lane);
+                const float v[4] = {a.x, a.y, b.x, b.y};
+                unit_planes<GROUP>(planes, scales, u + i * CW, v, lane);
             }
     }
 }
@@ -213,13 +205,11 @@ __device__ __forceinline__ void finish_tile(const w4_tiles &w, const w4_one_call
         ((__half *)c.y)[tile * 8 + lane] = __float2half_rn(fminf(fmaxf(v, -65504.f), 65504.f));
 }
 
-/* Multiplies one tile of the stream: the slabs that the producer fills, in the ring from `slot`.
- * Each warp calls `then` behind each slab. */
-template <int GROUP, typename F>
-__device__ __forceinline__ void mul_tile(float acc[2], const uint8_t *ring, uint64_t *full,
-                                         uint64_t *empty, int stages, int *slot, int *round,
-                                         const uint8_t *planes, const float *scales, int units,
-                                         int warp, int lane, F then)
+/* Multiplies one tile of the stream: the slabs that the producer fills, in the ring from `slot`. */
+template <int GROUP>
+__device__ __forceinline__ void
+mul_tile(float acc[2], const uint8_t *ring, uint64_t *full, uint64_t *empty, int stages, int *slot,
+         int *round, const uint8_t *planes, const float *scales, int units, int warp, int lane)
 {
     constexpr int UNIT = 1024 + 64 * (128 / GROUP), STAGE = STAGE_UNITS * UNIT;
     for (int first = 0; first < units; first += STAGE_UNITS) {
@@ -235,7 +225,6 @@ __device__ __forceinline__ void mul_tile(float acc[2], const uint8_t *ring, uint
         __syncwarp();
         if (lane == 0) mbar_arrive(&empty[*slot]);
         if (++*slot == stages) *slot = 0, ++*round;
-        then();
     }
 }
 
