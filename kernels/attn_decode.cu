@@ -40,9 +40,9 @@ size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, i
 
 /* Measured (docs/perf.md): a block more a multiprocessor beats a tile loaded ahead, once there are
  * so many blocks that the last wave counts little. */
-bool attn_decode_crowded(int units, int head_dim, int bits, int sms)
+bool attn_decode_crowded(int units, int group, int head_dim, int bits, int sms)
 {
-    return head_dim == 128 && units >= (bits == 16 ? sms * 15 / 2 : sms * 2);
+    return head_dim == 128 && group <= 4 && units >= (bits == 16 ? sms * 15 / 2 : sms * 2);
 }
 
 int attn_decode_slots(int bits, bool crowded, int sms)
@@ -85,12 +85,12 @@ static cudaError_t launch_as(const attn_decode_call *c, cudaStream_t stream, boo
     return cudaLaunchKernelEx(&cfg, attn_decode_kernel<D, BITS, U, H, AHEAD, MINB>, *c);
 }
 
-/* Kernels of head_dim 128 for many waves of blocks: smaller tiles at 4 bits, none ahead otherwise,
- * for one block more a multiprocessor. */
+/* Kernels for many waves of blocks: smaller tiles at 4 bits, none ahead otherwise, for one block
+ * more a multiprocessor. */
 template <int D, int BITS, int U, int H>
 static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool pdl)
 {
-    if constexpr (D == 128)
+    if constexpr (D == 128 && H == 1)
         if (c->crowded)
             return launch_as<D, BITS, 1, H, BITS == 4, (BITS == 16 ? 3 : 4)>(c, stream, pdl);
     return launch_as<D, BITS, U, H, true, (D > 128 || BITS == 16 ? 2 : 3)>(c, stream, pdl);

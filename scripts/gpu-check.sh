@@ -45,7 +45,7 @@ stage_ops() {
     done
 }
 
-stage_engine() { timeout 200 "$build/tests/test_engine" cuda && timeout 100 "$build/tests/test_awq_device"; }
+stage_engine() { timeout 200 "$build/tests/test_engine" cuda && timeout 250 "$build/tests/test_awq_device"; }
 
 stage_golden() {
     local out rc

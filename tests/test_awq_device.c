@@ -284,8 +284,8 @@ static void check_moments(beside *t, tensor_role r, double h, double lack)
         for (int64_t j = 0; j < count; j++) want[j] = ((float *)host[i].h.data)[j];
         const double far = apart(t, &own[i].h, want), further = apart(t, &own[i].lack, lacks);
         ck_assert_msg(far < h + (i ? 4e-3 : 0) && further < lack,
-                      "%s, %s: H off by %g, what it lacks by %g", role_name(r),
-                      i ? "held out" : "trained on", far, further);
+                      "%s, %s: H off by %g of %g, what it lacks by %g of %g", role_name(r),
+                      i ? "held out" : "trained on", far, h, further, lack);
         free(want);
         free(lacks);
     }
@@ -378,9 +378,11 @@ START_TEST(on_a_gpu)
         return;
     }
     for (int i = 0; i < 2 * CACHES; i++) {
-        /* products in f16: some keys and values fall to the next code */
-        const double lack[CACHES] = {0.05, 0.12, 0.3};
-        see_the_same(gpu, i / CACHES, caches[i % CACHES], lack[i % CACHES] / 5, lack[i % CACHES]);
+        /* Products in f16: some keys and values fall to the next code. Off by 0.095 and 0.22 on an
+         * H200 at 4 bits; without the cache what H lacks is off by 0.55 or more there, any other
+         * part left out by 1.2. */
+        const double h[CACHES] = {0.01, 0.024, 0.2}, lack[CACHES] = {0.05, 0.12, 0.4};
+        see_the_same(gpu, i / CACHES, caches[i % CACHES], h[i % CACHES], lack[i % CACHES]);
     }
     make_model(small(tiny_llama()));
     for (int i = 0; i < KINDS * METHODS; i++)
