@@ -315,7 +315,7 @@ static cudaError_t launch_few(const w4_tiles *w, const w4_call *c, int sms, cuda
     return cudaLaunchKernelEx(&cfg, gemm_w4_few_kernel<C, GROUP>, *w, *c);
 }
 
-/* Two blocks a multiprocessor for each item of R tiles, or nearly. */
+/* Whether items of r tiles fill two blocks a multiprocessor, or nearly. */
 static bool enough(const w4_tiles *w, int r, int sms) { return w->tiles >= r * sms * 9 / 5; }
 
 /* Which cut, by what was measured (docs/perf.md). `alike`: sums in the same order whatever m is,
