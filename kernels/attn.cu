@@ -53,7 +53,7 @@ err_code attn_decode_cuda(device *d, tensor *y, const tensor *q, const kv_layer 
     const bool pass = cuda_pass_open(d) && c.seqs == 1 && row_bytes * rows->max_kv <= PASS_BYTES;
     const int units = c.seqs * c.kv_heads * ((c.group + 7) / 8);
     c.crowded = attn_decode_crowded(units, c.group, kv->head_dim, bits, s->sms);
-    c.splits = attn_decode_splits(c.seqs, c.kv_heads, c.group, rows->max_kv,
+    c.splits = attn_decode_splits(units, rows->max_kv,
                                   pass ? s->sms : attn_decode_slots(bits, c.crowded, s->sms),
                                   pass ? 384 : 128);
     if (units > CUDA_COUNTERS) c.splits = 1;

@@ -52,9 +52,8 @@ int attn_decode_slots(int bits, bool crowded, int sms)
 
 /* Blocks run in waves of as many as fit; a wave lasts as long as its tokens and a start that costs
  * about as much as 96 of them. */
-int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int slots, int least)
+int attn_decode_splits(int64_t units, int max_kv, int slots, int least)
 {
-    const int64_t units = (int64_t)seqs * kv_heads * ((group + 7) / 8);
     int best = 1;
     int64_t cheapest = INT64_MAX;
     for (int s = 1; s <= ATTN_MAX_SPLITS; s++) {

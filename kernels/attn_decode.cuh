@@ -32,9 +32,9 @@ bool attn_decode_crowded(int units, int group, int head_dim, int bits, int sms);
 int attn_decode_slots(int bits, bool crowded, int sms);
 #define ATTN_MAX_BLOCKS 4
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits);
-/* How many parts to cut the longest context into, where `slots` parts run at once; a part
- * has `least` tokens or more. */
-int attn_decode_splits(int seqs, int kv_heads, int group, int max_kv, int slots, int least);
+/* How many parts to cut the longest context of each unit into, where `slots` parts run at once; a
+ * part has `least` tokens or more. */
+int attn_decode_splits(int64_t units, int max_kv, int slots, int least);
 #define ATTN_MAX_SPLITS 64
 #define ATTN_MAX_WAVES \
     8 /* more than one split only while splits fill at most so many waves of blocks */

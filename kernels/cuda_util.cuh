@@ -81,11 +81,12 @@ __device__ __forceinline__ void mbar_init(uint64_t *bar, int arrivals)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(arrivals)
                  : "memory");
 }
-__device__ __forceinline__ void mbar_arrive(uint64_t *bar)
+__device__ __forceinline__ void mbar_arrive(uint32_t bar) /* its shared address */
 {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void mbar_wait(uint64_t *bar, uint32_t parity)
+__device__ __forceinline__ void mbar_arrive(uint64_t *bar) { mbar_arrive(smem_addr(bar)); }
+__device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity)
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("{\n"
@@ -95,10 +96,14 @@ __device__ __forceinline__ void mbar_wait(uint64_t *bar, uint32_t parity)
                  "@p bra done;\n"
                  "bra again;\n"
                  "done:\n"
-                 "}" ::"r"(smem_addr(bar)),
+                 "}" ::"r"(bar),
                  "r"(parity)
                  : "memory");
 #endif
+}
+__device__ __forceinline__ void mbar_wait(uint64_t *bar, uint32_t parity)
+{
+    mbar_wait(smem_addr(bar), parity);
 }
 /* For what is read once a step: the first to leave L2, so that what is read again stays there. */
 __device__ __forceinline__ uint64_t read_once()

@@ -16,23 +16,6 @@
 
 /* ---- shared memory by its address ---- */
 
-__device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity)
-{
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra done;\n"
-                 "bra again;\n"
-                 "done:\n"
-                 "}" ::"r"(bar),
-                 "r"(parity)
-                 : "memory");
-}
-__device__ __forceinline__ void bar_arrive(uint32_t bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
 __device__ __forceinline__ uint4 shared_load4(uint32_t at)
 {
     uint4 v;
@@ -271,7 +254,7 @@ typedef struct {
 __device__ __forceinline__ void take_slab(slab_regs *v, ring_place *g, const ring_view &r)
 {
     const uint32_t at = g->slot * STAGE_BYTES, bar = r.bars + g->slot * 8;
-    bar_wait(bar, g->phase);
+    mbar_wait(bar, g->phase);
 #pragma unroll
     for (int n = 0; n < 2; n++)
         v->q[n][0] = shared_load4(r.codes + at + n * CW * UNIT_BYTES),
@@ -342,14 +325,14 @@ __device__ __forceinline__ void leave_tile(uint32_t sums, ring_place *g, const f
     float v = odd ? acc[1] : acc[0];
     v += __shfl_xor_sync(~0u, odd ? acc[0] : acc[1], 1);
     v += __shfl_xor_sync(~0u, v, 2);
-    bar_wait(bars + (TURNS + turn) * 8, (g->done / TURNS & 1) ^ 1); /* at first it is free */
+    mbar_wait(bars + (TURNS + turn) * 8, (g->done / TURNS & 1) ^ 1); /* at first it is free */
     if ((lane & 2) == 0)
         shared_store(sums + ((turn * CW + warp) * 16 + (lane >> 2) + (odd ? 8 : 0)) * 4, v);
     if (lane == 0)
         shared_store(sums + (uint32_t)offsetof(tile_sums, squares) + (turn * CW + warp) * 4,
                      squares);
     __syncwarp();
-    if (lane == 0) bar_arrive(bars + turn * 8);
+    if (lane == 0) mbar_arrive(bars + turn * 8);
     g->done++;
 }
 
@@ -372,7 +355,7 @@ __device__ __forceinline__ bool one_slab(walk_state *k, float acc[2], const slab
     if (more) take_slab(next, g, r);
     add_slab(acc, v, *x, mine, lane);
     __syncwarp();
-    if (lane == 0) bar_arrive(v.empty);
+    if (lane == 0) mbar_arrive(v.empty);
     k->first += STAGE_UNITS;
     if (ends) {
         leave_tile(k->sums, g, acc, k->squares, warp, lane);

@@ -355,8 +355,7 @@ static err_code wide_rows(device *d, tensor *y, const tensor *x, const w4_weight
     if (!*taken) return OK;
     TRY(cuda_pass_flush(d, e));
     if (c.m <= W4_FEW_MAX)
-        return cuda_launched(d, "gemm_w4: clusters", gemm_w4_cluster(&t, &c, 0, s->sms, s->stream),
-                             e);
+        return cuda_launched(d, "gemm_w4: clusters", gemm_w4_cluster(&t, &c, s->sms, s->stream), e);
     TRY(dev_scratch(d, &c.sums, gemm_w4_wide_sums(s->sms), "gemm_w4", e));
     return cuda_launched(d, "gemm_w4: wgmma", gemm_w4_wide(&t, &c, s->sms, s->stream), e);
 }

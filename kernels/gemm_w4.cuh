@@ -183,10 +183,9 @@ typedef struct {
 size_t gemm_w4_wide_sums(int sms);
 bool gemm_w4_wide_takes(const w4_tiles *w, const w4_wide_call *c);
 cudaError_t gemm_w4_wide(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream);
-/* Up to W4_FEW_MAX rows of what gemm_w4_wide takes, without sums: `parts` blocks of a cluster share
- * a tile of outputs, each with a part of k; 0: as many as fit. */
-cudaError_t gemm_w4_cluster(const w4_tiles *w, const w4_wide_call *c, int parts, int sms,
-                            cudaStream_t stream);
+/* Up to W4_FEW_MAX rows of what gemm_w4_wide takes, without sums: the blocks of a cluster share a
+ * tile of outputs, each with a part of k. */
+cudaError_t gemm_w4_cluster(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream);
 
 /* One row of activations, a whole step of the block in one kernel: what makes the activations and
  * what takes the product happen inside. k a multiple of 128 up to W4_ONE_UNITS * 128. */

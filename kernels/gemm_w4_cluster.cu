@@ -357,10 +357,9 @@ static cudaError_t c_group(const w4_tiles *w, const w4_wide_call *c, int parts, 
     return c_launch<64, GROUP>(w, c, parts, s);
 }
 
-cudaError_t gemm_w4_cluster(const w4_tiles *w, const w4_wide_call *c, int parts, int sms,
-                            cudaStream_t stream)
+cudaError_t gemm_w4_cluster(const w4_tiles *w, const w4_wide_call *c, int sms, cudaStream_t stream)
 {
-    if (!parts) parts = c_parts(w, sms);
+    const int parts = c_parts(w, sms);
     if (w->group == 128) return c_group<128>(w, c, parts, stream);
     if (w->group == 64) return c_group<64>(w, c, parts, stream);
     return c_group<32>(w, c, parts, stream);
