@@ -51,6 +51,17 @@ __device__ __forceinline__ void slot_wait(const uint32_t *set, int step, uint32_
     while (step > 1 && seen < FINISHERS * gridDim.x) seen = fresh_load(left_of(set, step));
 }
 
+/* Words that are two uses of a slot old look new. So before a warp polls those of step `made`, the
+ * step that wrote over them must be done: it is when the warp saw results of a step soon enough
+ * before, as these came of all that others made (products) or of some of it (attention); a warp
+ * that had nothing to do for long asks. What is known with the words there. */
+__device__ __forceinline__ int settled(const uint32_t *set, int made, int known)
+{
+    const int over = made - DECODE_PASS_SLOTS;
+    while (over > known && fresh_load(left_of(set, over + 2)) < FINISHERS * gridDim.x) continue;
+    return max(known, made - DECODE_PASS_BACK - 1);
+}
+
 /* The thread's number, asked for in each step: so nothing that follows from it is worked out ahead
  * of the steps and kept in registers over all of them. */
 __device__ __forceinline__ int thread_now(void)
@@ -202,8 +213,9 @@ __device__ __forceinline__ float sums_of(const tile_sums *t, int turn, const dec
 }
 
 /* By warps CW.. in turn over all steps, as one that waits for a tile must know that the one TURNS
- * before is done: they alone write what the product makes. done: tiles before. */
-__device__ __forceinline__ void finish(const decode_step &s, int step, uint32_t *set,
+ * before is done: they alone write what the product makes. done: tiles before. Whether there was
+ * one for this finisher. */
+__device__ __forceinline__ bool finish(const decode_step &s, int step, uint32_t *set,
                                        const w4_tiles &w, uint32_t done, tile_sums *t, int finisher,
                                        int lane)
 {
@@ -218,11 +230,10 @@ __device__ __forceinline__ void finish(const decode_step &s, int step, uint32_t 
     for (int tile = first_tile(s) + skip * grid; tile < w.tiles;
          tile += FINISHERS * grid, done += FINISHERS) {
         const int turn = done % TURNS, row = w4_row(w.n, w.paired, tile, lane & 15);
-        const uint32_t left = first && lane == 0 ? fresh_load(left_of(set, step)) : ~0u;
+        slot_wait(set, step, first && lane == 0 ? fresh_load(left_of(set, step)) : ~0u);
+        __syncwarp(); /* from here on what is held is no older than it looks */
         const float held = held_of(s, w, step, set, tile, lane),
                     bias = w.bias && row < w.n ? __half2float(w.bias[row]) : 0.f;
-        slot_wait(set, step, left);
-        __syncwarp();
         mbar_wait(&t->full[turn], done / TURNS & 1);
         const float v = sums_of(t, turn, s, first && s.norm, &factor, lane);
         first = false;
@@ -230,6 +241,7 @@ __device__ __forceinline__ void finish(const decode_step &s, int step, uint32_t 
         if (lane == 0) mbar_arrive(&t->empty[turn]);
         store_tile(s, w, out, tag, v * factor, held, bias, tile, lane);
     }
+    return !first;
 }
 
 #define FETCH_TOKENS 256 /* of a part */
@@ -280,8 +292,9 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
     ring_place g = *place;
     if (finisher < 0) {
         if (first >= w.tiles) return;
-        const own_row own = row_of(rows, w.units, warp);
+        const own_row own = row_of(rows + warp * (p.row_bytes / CW), w.units);
         const step_input in = input_of(s, step, set);
+        if (s.in) g.known = settled(set, step - s.in, g.known);
         float squares = 0.f;
         if (s.norm)
             squares = norm_row(own, s, in, warp, lane);
@@ -302,7 +315,7 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
     }
     if (finisher == FINISHERS - 1 && step + 1 < p.n && p.steps[step + 1].attn)
         fetch_cache<D, BITS>(p, p.steps[step + 1], table, len, lane);
-    finish(s, step, set, w, g.done, sums, finisher, lane);
+    if (finish(s, step, set, w, g.done, sums, finisher, lane)) g.known = max(g.known, step - 2);
     if (first < w.tiles) g.done += (w.tiles - first + (int)gridDim.x - 1) / (int)gridDim.x;
     __syncwarp();
     if (lane == 0) *place = g, arrive(p, set, step, 1);
@@ -311,9 +324,9 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
 /* ---- attention ---- */
 
 template <int D, int BITS, int H>
-__device__ __forceinline__ void attention(const decode_pass &p, const decode_step &s, int step,
-                                          uint32_t *set, uint8_t *work, const float (*angles)[128],
-                                          const int32_t *len, const int32_t *table)
+__device__ __forceinline__ void
+attention(const decode_pass &p, const decode_step &s, int step, uint32_t *set, ring_place *place,
+          uint8_t *work, const float (*angles)[128], const int32_t *len, const int32_t *table)
 {
     constexpr int U = BITS == 4 ? 2 : 1;
     const attn_team tm = {thread_now(), 1};
@@ -321,6 +334,11 @@ __device__ __forceinline__ void attention(const decode_pass &p, const decode_ste
     if (blockIdx.x >= p.attn_items) { /* nothing to do but to let the others know */
         if (warp >= CW && lane == 0) arrive(p, set, step, 1);
         return;
+    }
+    if (s.in) {
+        const int known = settled(set, step - s.in, place->known);
+        __syncwarp();
+        if (lane == 0) place->known = known;
     }
     attn_memory sh = attn_memory_of<D>(work, min(8, p.attn.group), angles);
     if (s.in) sh.in = slot_of(set, step - s.in), sh.in_tag = tag_of(step - s.in);
@@ -383,7 +401,7 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
     for (int i = blockIdx.x * WARPS * 32 + threadIdx.x; i < DECODE_PASS_SET_WORDS / 4;
          i += gridDim.x * WARPS * 32)
         other[i] = make_uint4(0, 0, 0, 0); /* for the next launch */
-    if (lane == 0) places[warp] = {0, 0, 0};
+    if (lane == 0) places[warp] = {0, 0, 0, -1};
     const uint32_t *words = (const uint32_t *)p.steps;
     uint32_t ahead = lane < STEP_WORDS ? words[lane] : 0; /* of the next step */
     block_sync();
@@ -394,7 +412,8 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
         __syncwarp();
         if (lane < STEP_WORDS && i + 1 < p.n) ahead = words[(i + 1) * STEP_WORDS + lane];
         if (s.attn)
-            attention<D, BITS, H>(p, s, i, set, work, angles, &len, near ? table : p.attn.table);
+            attention<D, BITS, H>(p, s, i, set, &places[warp], work, angles, &len,
+                                  near ? table : p.attn.table);
         else
             product<D, BITS>(p, s, i, set, r, &places[warp], rows, &sums,
                              near ? table : p.attn.table, &len);

@@ -79,13 +79,14 @@ typedef struct {
     float2 *scales;
 } own_row;
 
-/* A warp's part of a row of so many units. */
-__device__ __forceinline__ own_row row_of(uint8_t *rows, int units, int warp)
+/* A warp's part of a row of so many units, in memory that is the warp's own in all steps: another
+ * may be in the next step already. */
+__device__ __forceinline__ own_row row_of(uint8_t *own, int units)
 {
     const int sets = (units + STAGE_UNITS - 1) / STAGE_UNITS;
     own_row r;
-    r.planes = rows + warp * sets * SET_BYTES;
-    r.scales = (float2 *)(rows + CW * sets * SET_BYTES) + warp * sets * 4;
+    r.planes = own;
+    r.scales = (float2 *)(own + sets * SET_BYTES);
     return r;
 }
 
@@ -235,6 +236,7 @@ typedef struct {
 typedef struct {
     int slot;
     uint32_t phase, done;
+    int known; /* the last step that all blocks are known to be done with, and those before it */
 } ring_place;
 
 /* Shared addresses of a warp that multiplies. codes, param: this lane's in the ring's first slab;
