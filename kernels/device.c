@@ -289,3 +289,14 @@ void dev_graph_free(dev_graph **g)
     mem_free(*g);
     *g = NULL;
 }
+
+err_code dev_move_words(device *d, const dev_move *moves, int n, err *e)
+{
+    if (n < 0 || n > DEV_MOVES)
+        return err_set(e, E_LIMIT, "dev_move_words: expected up to %d moves, got %d", DEV_MOVES, n);
+    return d->backend->move_words(d, moves, n, e);
+}
+
+err_code dev_mark(device *d, err *e) { return d->backend->mark(d, e); }
+
+err_code dev_mark_wait(device *d, err *e) { return d->backend->mark_wait(d, e); }

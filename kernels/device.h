@@ -99,4 +99,21 @@ err_code dev_record_end(device *d, dev_graph **out,
 err_code dev_graph_run(dev_graph *g, err *e);
 void dev_graph_free(dev_graph **g);
 
+/* What lets a run be queued behind another whose results the host has not seen; only on devices
+ * that can record. Moves of 32-bit words, done by the device in the order of its ops: both ends in
+ * its memory or of dev_host_alloc. */
+typedef struct {
+    void *to;
+    const void *from;
+    const int32_t *index; /* NULL: to[i] = from[i]; else from[index[i]], and to[i] stays as it is
+                             where index[i] is below 0 */
+    int64_t n;
+    bool ids; /* words below 0 become 0 */
+} dev_move;
+#define DEV_MOVES 12 /* at most, none reads what another one writes */
+err_code dev_move_words(device *d, const dev_move *moves, int n, err *e);
+/* The host waits for what was queued before the mark alone, not for what came behind it. */
+err_code dev_mark(device *d, err *e);
+err_code dev_mark_wait(device *d, err *e);
+
 #endif

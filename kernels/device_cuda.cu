@@ -43,13 +43,18 @@ static err_code cuda_copy(device *d, tensor *dst, const tensor *src, err *e)
     return OK;
 }
 
-static err_code cuda_sync(device *d, err *e)
+/* What a wait for the ops came to. */
+static err_code cuda_waited(const device *d, cudaError_t rc, err *e)
 {
-    const cudaError_t rc = cudaStreamSynchronize(state(d)->stream);
     if (rc == cudaSuccess) return OK;
     cudaGetLastError();
     return err_set(e, E_DEVICE, "%s: after %s: %s", d->name, state(d)->last_op,
                    cudaGetErrorString(rc));
+}
+
+static err_code cuda_sync(device *d, err *e)
+{
+    return cuda_waited(d, cudaStreamSynchronize(state(d)->stream), e);
 }
 
 static err_code cuda_memory(device *d, size_t *free_bytes, size_t *total_bytes, err *e)
@@ -103,6 +108,7 @@ static void cuda_close(device *d)
         for (int i = 0; i < 2; i++)
             if (s->lane[i]) cudaStreamDestroy(s->lane[i]);
         if (s->order) cudaEventDestroy(s->order);
+        if (s->mark) cudaEventDestroy(s->mark);
         if (s->stream) cudaStreamDestroy(s->stream);
         mem_free(s->pass);
     }
@@ -154,6 +160,20 @@ static void cuda_record_free(device *d, void *graph)
 {
     cudaStreamSynchronize(state(d)->stream);
     cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
+static err_code cuda_mark(device *d, err *e)
+{
+    cuda_state *s = state(d);
+    TRY(cuda_pass_flush(d, e));
+    if (!s->mark) CUDA_TRY(cudaEventCreateWithFlags(&s->mark, cudaEventDisableTiming), e);
+    CUDA_TRY(cudaEventRecord(s->mark, s->stream), e);
+    return OK;
+}
+
+static err_code cuda_mark_wait(device *d, err *e)
+{
+    return cuda_waited(d, cudaEventSynchronize(state(d)->mark), e);
 }
 
 /* ---- copies beside the ops ---- */
@@ -211,10 +231,11 @@ static err_code cuda_order(device *d, dev_lane first, dev_lane then, err *e)
 }
 
 static const dev_backend cuda_backend = {
-    cuda_alloc,      cuda_release,     cuda_copy,       cuda_sync,         cuda_memory,
-    cuda_upload,     cuda_close,       cuda_use,        cuda_record_begin, cuda_record_end,
-    cuda_record_run, cuda_record_free, cuda_host_alloc, cuda_host_release, cuda_copy_beside,
-    cuda_order,      cuda_load_end,    cuda_map,        cuda_unmap};
+    cuda_alloc,      cuda_release,      cuda_copy,        cuda_sync,         cuda_memory,
+    cuda_upload,     cuda_close,        cuda_use,         cuda_record_begin, cuda_record_end,
+    cuda_record_run, cuda_record_free,  cuda_move_words,  cuda_mark,         cuda_mark_wait,
+    cuda_host_alloc, cuda_host_release, cuda_copy_beside, cuda_order,        cuda_load_end,
+    cuda_map,        cuda_unmap};
 
 /* Asked as soon as there is a context. */
 static err_code open_footprint(device *d, err *e)

@@ -43,6 +43,7 @@ typedef struct {
     int index, sm, sms;
     cudaStream_t lane[2]; /* of copies in and out; NULL until used */
     cudaEvent_t order;    /* recorded on one lane, waited for on another */
+    cudaEvent_t mark;     /* that the host waits for; NULL until used */
 } cuda_state;
 
 static inline cuda_state *cuda_of(const device *d) { return (cuda_state *)d->backend_data; }
@@ -65,6 +66,9 @@ static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, e
     if (rc == CUBLAS_STATUS_SUCCESS) return OK;
     return err_set(e, E_DEVICE, "%s: %s: cublas status %d", d->name, op, (int)rc);
 }
+
+/* device_cuda_move.cu */
+extern "C" err_code cuda_move_words(device *d, const dev_move *moves, int n, err *e);
 
 /* ---- loading ---- */
 #define CUDA_LOAD_BYTES  ((size_t)8 << 20) /* of a slot */

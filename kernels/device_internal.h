@@ -49,6 +49,9 @@ typedef struct dev_backend {
     err_code (*record_end)(device *d, void **graph, err *e);
     err_code (*record_run)(device *d, void *graph, err *e);
     void (*record_free)(device *d, void *graph);
+    err_code (*move_words)(device *d, const dev_move *moves, int n, err *e);
+    err_code (*mark)(device *d, err *e);
+    err_code (*mark_wait)(device *d, err *e);
     /* copies beside the ops; NULL where nothing runs beside anything */
     err_code (*host_alloc)(void **out, device *d, size_t bytes, const char *what, err *e);
     void (*host_release)(device *d, void *p);

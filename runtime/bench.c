@@ -116,7 +116,7 @@ done:
 /* One step of all sequences; the best ids come back, not the logits. The prompt's losses tell
  * whether there are numbers at all. */
 static err_code run_step(model *m, bench_work *w, const bench_opts *o, const int32_t *tokens,
-                         int32_t n, const job *j, err *e)
+                         int32_t n, bool more, const job *j, err *e)
 {
     const bool prompt = tokens == w->prompt;
     for (int32_t i = 0; i < o->batch; i++)
@@ -126,7 +126,8 @@ static err_code run_step(model *m, bench_work *w, const bench_opts *o, const int
                                 .n_out = 1,
                                 .argmax = &w->ids[i],
                                 .nll = prompt ? &w->nll[i] : NULL,
-                                .targets = w->prompt};
+                                .targets = w->prompt,
+                                .more = more};
     TRY(model_step(m, w->seqs, o->batch, j, e));
     for (int32_t i = 0; prompt && i < o->batch; i++) {
         if (!isfinite(w->nll[i])) return err_set(e, E_DEVICE, "bench: no finite logit");
@@ -140,10 +141,11 @@ static err_code run_round(model *m, bench_work *w, const bench_opts *o, double *
 {
     for (int32_t i = 0; i < o->batch; i++) model_seq_end(m, i);
     double begin = clock_s();
-    TRY(run_step(m, w, o, w->prompt, o->prompt_tokens, j, e));
+    TRY(run_step(m, w, o, w->prompt, o->prompt_tokens, true, j, e));
     *prompt_s = clock_s() - begin;
     begin = clock_s();
-    for (int32_t i = 0; i < o->new_tokens; i++) TRY(run_step(m, w, o, w->ids, 1, j, e));
+    for (int32_t i = 1; i <= o->new_tokens; i++)
+        TRY(run_step(m, w, o, w->ids, 1, i < o->new_tokens, j, e));
     *new_s = clock_s() - begin;
     *last = w->ids[0];
     return OK;

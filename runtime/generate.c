@@ -140,7 +140,8 @@ static err_code advance(generator *g, const gen_opts *o, const int32_t *ids, int
                         .n_out = 1,
                         .logits = there ? NULL : g->logits,
                         .picked = there ? next : NULL,
-                        .sampler = there ? g->sampler : NULL};
+                        .sampler = there ? g->sampler : NULL,
+                        .more = o->max_new == 0 || r->n_new + 1 < o->max_new};
     err step_err;
     const err_code rc = model_step(g->m, &s, 1, j, &step_err);
     *go = rc == OK;

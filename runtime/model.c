@@ -354,6 +354,7 @@ err_code model_open(model **out, device *d, weight_src *src, const model_opts *o
     if ((rc = open_slots(m, e)) != OK) goto done;
     if ((rc = open_scratch(m, e)) != OK) goto done;
     if ((rc = open_rope(m, e)) != OK) goto done;
+    if ((rc = model_ahead_open(m, e)) != OK) goto done;
     *out = m;
     m = NULL;
 done:
@@ -379,6 +380,7 @@ void model_close(model **mp)
         dev_host_free(m->d, m->logits_host);
     }
     model_draws_close(m);
+    model_ahead_close(m);
     for (size_t i = 0; i < sizeof bufs / sizeof *bufs; i++) dev_free(bufs[i]);
     mem_free(m->stage.base);
     mem_free(m->len);

@@ -66,6 +66,10 @@ typedef struct {
      * caller's to tell (sampler_accept). */
     int32_t *picked; /* [1] */
     sampler *sampler;
+    /* A guess: the next step of this slot will be the one id that comes out here (`picked`, else
+     * `argmax`), and ask for the same. Devices that can begin it before this step returns then do,
+     * which saves them a wait; whatever is asked instead is as right. */
+    bool more;
 } step_seq;
 /* Runs n sequences of distinct slots, prefill and decode rows mixed. All or nothing: on failure
  * (E_LIMIT: a session or the cache is full; E_CANCELED by `j`; E_DEVICE) every slot holds what it

@@ -1,4 +1,4 @@
-/* The inside of a model, for model.c and model_step.c alone. */
+/* The inside of a model, for the files model*.c alone. */
 #ifndef TMF_RUNTIME_MODEL_INTERNAL_H
 #define TMF_RUNTIME_MODEL_INTERNAL_H
 
@@ -40,6 +40,29 @@ typedef struct {
     dev_graph *work;
 } model_recording;
 
+/* A decode pass on its way whose results nobody asked for yet (model_decode.c). */
+typedef struct {
+    int32_t slot;   /* -1: nobody will */
+    int32_t id;     /* its token */
+    int32_t target; /* of its loss */
+    bool score, draws, taken;
+    sample_row draw;
+} model_ahead_row;
+
+typedef struct {
+    int32_t n;             /* rows on their way, 0: none */
+    model_ahead_row *rows; /* [n] */
+    step_seq *split;       /* [max_seqs] of a step, those first whose rows are on their way */
+    int32_t *map;          /* [max_seqs] and which */
+    /* Host memory that the device reads and writes. Of the pass that follows: */
+    sample_row *draws;
+    int32_t *from_best, *from_draw; /* the row of this pass whose id it takes, or -1 */
+    int32_t *pos, *kv_len, *target, *start, *table;
+    /* results of this one */
+    int32_t *best, *drawn;
+    float *nll;
+} model_ahead;
+
 struct model {
     device *d;
     weight_src *src;
@@ -66,6 +89,7 @@ struct model {
     model_draws draws;
     model_recording recordings[MODEL_RECORDINGS];
     uint64_t recording_clock;
+    model_ahead ahead;
 
     rope_spec rope;
     float *inv_freq; /* [rope_dims/2] host */
@@ -84,5 +108,48 @@ err_code model_draw_run(model *m, int32_t n, tensor *logits, err *e);
 err_code model_draw_fetch(model *m, int32_t n, err *e);
 
 err_code model_rope_set(model *m, int32_t n_tokens, err *e);
+
+/* model_step.c */
+/* One pass: rows of sequences first..first+n-1; the first begins at token `off`. */
+typedef struct {
+    int first, n;
+    int32_t off, rows;
+    int32_t max_q, max_kv;
+    int32_t tail;   /* rows that go through all of the last block; -1: every one */
+    int32_t tail_q; /* most of them of one sequence */
+} model_pass;
+/* What somebody wants of the rows of a head. */
+typedef struct {
+    bool logits, nll, best, draw;
+} model_needs;
+model_needs model_needs_of(model_needs had, const step_seq *s);
+/* Rows of a pass through the blocks; `there`: the device has its tables already. */
+err_code model_blocks_run(model *m, const model_pass *p, bool there, const job *j, err *e);
+/* Head over n rows: the first ones of `from`, else (NULL) those of x_buf that stage.pick names.
+ * Logits, then losses and best ids, and draws, which change the logits of their rows, as asked
+ * for. */
+err_code model_head_run(model *m, int32_t n, const dev_buf *from, model_needs want, bool there,
+                        tensor *logits, err *e);
+/* What a head over all rows of a decode pass left, to the host. */
+err_code model_head_finish(model *m, const step_seq *seqs, const model_pass *p, model_needs want,
+                           err *e);
+
+/* model_decode.c */
+err_code model_ahead_open(model *m, err *e);
+void model_ahead_close(model *m);
+/* Whether a pass is one token and one output of each sequence, on a device that records. */
+bool model_decodes(const model *m, const step_seq *seqs, const model_pass *p);
+/* With `more`, for a pass that is a whole step, what follows may be queued behind it. */
+err_code model_decode_run(model *m, const step_seq *seqs, const model_pass *p, bool more,
+                          const job *j, err *e);
+/* How many of a step's sequences ask for rows that are on their way: they come first in what *seqs
+ * is then. Other rows on their way are dropped. */
+int model_ahead_take(model *m, const step_seq **seqs, int n);
+/* Results of n sequences, all taken. more: they are the whole step. */
+err_code model_ahead_finish(model *m, const step_seq *seqs, int n, bool more, const job *j, err *e);
+/* Nobody will ask for what is on its way, or for what of it is of a slot, whose cache is the
+ * caller's to truncate. */
+void model_ahead_drop(model *m);
+void model_ahead_forget(model *m, int32_t slot);
 
 #endif

@@ -13,15 +13,6 @@ typedef struct {
     int32_t off;
 } cursor;
 
-/* One pass: rows of sequences first..first+n-1; the first begins at token `off`. */
-typedef struct {
-    int first, n;
-    int32_t off, rows;
-    int32_t max_q, max_kv;
-    int32_t tail;   /* rows that go through all of the last block; -1: every one */
-    int32_t tail_q; /* most of them of one sequence */
-} pass;
-
 /* A view of staged integers on the device, copied there first when it is not the host and they are
  * not `there` already. */
 static err_code staged(model *m, tensor *out, int32_t *host, int ndim, int64_t n0, int64_t n1,
@@ -74,6 +65,7 @@ static err_code check_seq(const model *m, const step_seq *s, err *e)
 
 static void forget(model *m, const step_seq *seqs, int n)
 {
+    model_ahead_drop(m);
     for (int i = 0; i < n; i++) kv_truncate(m->cache, seqs[i].slot, m->len[seqs[i].slot]);
 }
 
@@ -118,7 +110,7 @@ static int32_t rope_key(const model *m, int32_t slot)
     return model_seq_variant(m, m->rope_len[slot]);
 }
 
-static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t take, pass *p)
+static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t take, model_pass *p)
 {
     const int32_t held = m->len[s->slot] + off;
     int32_t n_blocks;
@@ -136,9 +128,9 @@ static void add_rows(model *m, const step_seq *s, int at, int32_t off, int32_t t
 }
 
 /* Fills the tables with the next rows and moves the cursor behind them. */
-static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
+static model_pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
 {
-    pass p = {.first = c->i, .off = c->off, .tail = -1};
+    model_pass p = {.first = c->i, .off = c->off, .tail = -1};
     const int32_t key = rope_key(m, seqs[c->i].slot);
     while (c->i < n && p.rows < m->plan.max_rows) {
         const step_seq *s = &seqs[c->i];
@@ -155,7 +147,7 @@ static pass next_pass(model *m, const step_seq *seqs, int n, cursor *c)
 }
 
 /* The pass's tables as the device sees them; copied there before unless `there`. */
-static err_code stage_rows(model *m, const pass *p, bool there, tensor *ids, batch_rows *rows,
+static err_code stage_rows(model *m, const model_pass *p, bool there, tensor *ids, batch_rows *rows,
                            err *e)
 {
     *rows = (batch_rows){.seqs = p->n, .max_q = p->max_q, .max_kv = p->max_kv};
@@ -177,7 +169,7 @@ typedef struct {
 /* Walks the wanted rows of a pass in order. */
 typedef struct {
     const step_seq *seqs;
-    const pass *p;
+    const model_pass *p;
     const int32_t *start; /* [n+1] rows of the pass */
     int at;               /* sequence within the pass */
     int32_t row;          /* next row of the pass to look at */
@@ -205,7 +197,7 @@ static bool out_next(out_iter *it, wanted *w)
 /* Where few rows of a pass are wanted, only those go through the attention, projection and
  * feed-forward of the last block: of a prompt that is one row. Fills the tables of the tail when it
  * pays. */
-static void plan_tail(model *m, const step_seq *seqs, pass *p)
+static void plan_tail(model *m, const step_seq *seqs, model_pass *p)
 {
     const int32_t fit = block_tail_rows(m->m, m->plan.max_rows), most = p->rows / 2;
     out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start};
@@ -229,7 +221,7 @@ static void plan_tail(model *m, const step_seq *seqs, pass *p)
 }
 
 /* The last block for the rows of the tail, which land in pick_buf. */
-static err_code run_tail(model *m, const pass *p, const tensor *x, const batch_rows *rows,
+static err_code run_tail(model *m, const model_pass *p, const tensor *x, const batch_rows *rows,
                          bool there, err *e)
 {
     const int32_t last = m->m->layers - 1;
@@ -244,7 +236,7 @@ static err_code run_tail(model *m, const pass *p, const tensor *x, const batch_r
                               rows, &picked, e);
 }
 
-static err_code run_blocks(model *m, const pass *p, bool there, const job *j, err *e)
+err_code model_blocks_run(model *m, const model_pass *p, bool there, const job *j, err *e)
 {
     batch_rows rows;
     tensor ids, x = hidden_2d(m, &m->x_buf, 0, p->rows, dev_resid(m->d));
@@ -260,15 +252,10 @@ static err_code run_blocks(model *m, const pass *p, bool there, const job *j, er
     return p->tail >= 0 ? run_tail(m, p, &x, &rows, there, e) : OK;
 }
 
-/* What somebody wants of the rows of a head. */
-typedef struct {
-    bool logits, nll, best, draw;
-} needs;
-
-static needs needs_of(needs had, const step_seq *s)
+model_needs model_needs_of(model_needs had, const step_seq *s)
 {
-    return (needs){had.logits || s->logits, had.nll || s->nll, had.best || s->argmax,
-                   had.draw || s->picked};
+    return (model_needs){had.logits || s->logits, had.nll || s->nll, had.best || s->argmax,
+                         had.draw || s->picked};
 }
 
 static tensor outputs_1d(const model *m, const dev_buf *buf, dtype dt, int64_t n)
@@ -286,11 +273,8 @@ static err_code score_ops(model *m, int32_t n, bool there, const tensor *logits,
     return op_nll(m->d, &nll, &best, logits, &target, e);
 }
 
-/* Head over n rows: the first ones of `from`, else (NULL) those of x_buf that stage.pick names.
- * Logits, then losses and best ids, and draws, which change the logits of their rows, as asked
- * for. */
-static err_code head_ops(model *m, int32_t n, const dev_buf *from, needs want, bool there,
-                         tensor *logits, err *e)
+err_code model_head_run(model *m, int32_t n, const dev_buf *from, model_needs want, bool there,
+                        tensor *logits, err *e)
 {
     const tensor x = hidden_2d(m, &m->x_buf, 0, m->plan.max_rows, dev_resid(m->d));
     tensor rows = hidden_2d(m, from ? from : &m->pick_buf, 0, n, dev_resid(m->d)), pick;
@@ -308,7 +292,7 @@ static err_code head_ops(model *m, int32_t n, const dev_buf *from, needs want, b
 }
 
 /* Losses and best ids of the first n rows to the host. */
-static err_code fetch_scores(model *m, int32_t n, needs want, err *e)
+static err_code fetch_scores(model *m, int32_t n, model_needs want, err *e)
 {
     if (dev_mem(m->d) == MEM_HOST) return OK;
     const tensor nll = outputs_1d(m, &m->nll_buf, DT_F32, n),
@@ -347,8 +331,8 @@ static void deliver(const model *m, const wanted *w, int32_t i, const float *log
 }
 
 /* What head_ops left, handed out to the next n rows of `it`. */
-static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t n, needs want,
-                            err *e)
+static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t n,
+                            model_needs want, err *e)
 {
     const float *host = NULL;
     wanted w;
@@ -360,129 +344,41 @@ static err_code finish_head(model *m, out_iter it, const tensor *logits, int32_t
     return OK;
 }
 
-static err_code run_head(model *m, out_iter it, int32_t n, needs want, err *e)
+err_code model_head_finish(model *m, const step_seq *seqs, const model_pass *p, model_needs want,
+                           err *e)
+{
+    const out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start};
+    tensor logits = tensor_2d(m->logits_buf.data, DT_F32, p->n, m->m->vocab);
+    logits.mem = dev_mem(m->d);
+    return finish_head(m, it, &logits, p->n, want, e);
+}
+
+static err_code run_head(model *m, out_iter it, int32_t n, model_needs want, err *e)
 {
     tensor logits;
     if (want.draw) TRY(model_draw_send(m, n, e));
-    TRY(head_ops(m, n, it.p->tail >= 0 ? &m->pick_buf : NULL, want, false, &logits, e));
+    TRY(model_head_run(m, n, it.p->tail >= 0 ? &m->pick_buf : NULL, want, false, &logits, e));
     return finish_head(m, it, &logits, n, want, e);
 }
 
-static err_code run_outputs(model *m, const step_seq *seqs, const pass *p, err *e)
+static err_code run_outputs(model *m, const step_seq *seqs, const model_pass *p, err *e)
 {
     out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start}, begin = it;
-    needs want = {0};
+    model_needs want = {0};
     int32_t n = 0;
     wanted w;
     while (out_next(&it, &w)) {
         TRY(model_draw_fill(m, n, w.s, e));
         m->stage.pick[n] = w.row;
         m->stage.target[n++] = w.s->nll ? w.s->targets[w.out] : 0;
-        want = needs_of(want, w.s);
+        want = model_needs_of(want, w.s);
         if (n < m->plan.logit_rows) continue;
         TRY(run_head(m, begin, n, want, e));
         begin = it;
         n = 0;
-        want = (needs){0};
+        want = (model_needs){0};
     }
     return n ? run_head(m, begin, n, want, e) : OK;
-}
-
-/* ---- recorded decode passes ---- */
-
-/* One token and one output a sequence: the same work every time but for what the tables hold, so it
- * is recorded once and run again. */
-static bool decodes(const model *m, const step_seq *seqs, const pass *p)
-{
-    if (!dev_can_record(m->d) || p->max_q != 1 || p->rows != p->n || p->n > m->plan.logit_rows)
-        return false;
-    for (int i = 0; i < p->n; i++) {
-        const step_seq *s = &seqs[p->first + i];
-        if (s->n_tokens != 1 || s->n_out != 1) return false;
-    }
-    return true;
-}
-
-/* Attention is cut by the longest sequence: recordings are kept for lengths up to an eighth apart.
- */
-static int32_t kv_step_up(int32_t kv)
-{
-    int32_t step = 256;
-    while (step * 8 < kv) step *= 2;
-    return (kv + step - 1) / step * step;
-}
-
-static err_code record(model *m, model_recording *r, const pass *p, const job *j, err *e)
-{
-    pass longest = *p;
-    tensor logits;
-    err ignored;
-    longest.max_kv = r->max_kv;
-    TRY(dev_record_begin(m->d, e));
-    err_code rc = run_blocks(m, &longest, true, j, e);
-    const needs want = {.nll = r->score, .draw = r->draw};
-    if (rc == OK) rc = head_ops(m, p->n, &m->x_buf, want, true, &logits, e);
-    const err_code end = dev_record_end(m->d, &r->work, rc == OK ? e : &ignored);
-    if (rc == OK) rc = end;
-    if (rc != OK) dev_graph_free(&r->work);
-    return rc;
-}
-
-static err_code recorded(model *m, dev_graph **out, const pass *p, needs want, const job *j, err *e)
-{
-    const bool score = want.nll || want.best;
-
-    const int32_t max_kv = kv_step_up(p->max_kv);
-    model_recording *r = &m->recordings[0];
-    m->recording_clock++;
-    for (int i = 0; i < MODEL_RECORDINGS; i++) {
-        model_recording *o = &m->recordings[i];
-        if (o->work && o->n == p->n && o->max_kv == max_kv && o->score == score &&
-            o->draw == want.draw) {
-            o->used = m->recording_clock;
-            *out = o->work;
-            return OK;
-        }
-        if (o->used < r->used) r = o; /* the one unused for longest makes room */
-    }
-    dev_graph_free(&r->work);
-    *r = (model_recording){.n = p->n, .max_kv = max_kv, .score = score, .draw = want.draw};
-    TRY(record(m, r, p, j, e));
-    r->used = m->recording_clock;
-    *out = r->work;
-    return OK;
-}
-
-/* All tables in one copy. */
-static err_code stage_all(model *m, const pass *p, err *e)
-{
-    const int64_t n = m->stage.table - m->stage.base + (int64_t)p->n * m->seq_blocks;
-    const tensor src = tensor_1d(m->stage.base, DT_I32, n);
-    tensor dst = tensor_1d(m->stage.dev.data, DT_I32, n);
-    dst.mem = dev_mem(m->d);
-    return dev_copy(m->d, &dst, &src, e);
-}
-
-static err_code run_decode(model *m, const step_seq *seqs, const pass *p, const job *j, err *e)
-{
-    const out_iter it = {.seqs = seqs, .p = p, .start = m->stage.start};
-    tensor logits = tensor_2d(m->logits_buf.data, DT_F32, p->n, m->m->vocab);
-    needs want = {0};
-    dev_graph *work;
-    logits.mem = dev_mem(m->d);
-    for (int i = 0; i < p->n; i++) {
-        const step_seq *s = &seqs[p->first + i];
-        m->stage.pick[i] = i;
-        m->stage.target[i] = s->nll ? s->targets[0] : 0;
-        TRY(model_draw_fill(m, i, s, e));
-        want = needs_of(want, s);
-    }
-    TRY(job_check(j, e));
-    TRY(stage_all(m, p, e));
-    if (want.draw) TRY(model_draw_send(m, p->n, e));
-    TRY(recorded(m, &work, p, want, j, e));
-    TRY(dev_graph_run(work, e));
-    return finish_head(m, it, &logits, p->n, want, e);
 }
 
 /* ---- the step ---- */
@@ -490,22 +386,24 @@ static err_code run_decode(model *m, const step_seq *seqs, const pass *p, const 
 err_code model_step(model *m, const step_seq *seqs, int n, const job *j, err *e)
 {
     err_code rc = OK;
-    cursor c = {0, 0};
     if (n < 1) return OK;
+    const int taken = model_ahead_take(m, &seqs, n);
+    cursor c = {taken, 0};
     TRY(prepare(m, seqs, n, e));
+    if (taken) rc = model_ahead_finish(m, seqs, taken, taken == n, j, e);
     while (c.i < n && rc == OK) {
         const int32_t key = rope_key(m, seqs[c.i].slot);
-        pass p = next_pass(m, seqs, n, &c);
+        model_pass p = next_pass(m, seqs, n, &c);
         if ((rc = model_rope_set(m, key, e)) != OK) break;
-        if (decodes(m, seqs, &p)) {
-            rc = run_decode(m, seqs, &p, j, e);
+        if (model_decodes(m, seqs, &p)) {
+            rc = model_decode_run(m, seqs, &p, p.n == n, j, e);
             continue;
         }
         plan_tail(m, seqs, &p);
-        if ((rc = run_blocks(m, &p, false, j, e)) != OK) break;
+        if ((rc = model_blocks_run(m, &p, false, j, e)) != OK) break;
         rc = run_outputs(m, seqs, &p, e);
     }
-    if (rc == OK) rc = dev_sync(m->d, e);
+    if (rc == OK && !m->ahead.n) rc = dev_sync(m->d, e);
     if (rc != OK) {
         forget(m, seqs, n);
         return rc;
@@ -522,6 +420,7 @@ int32_t model_seq_len(const model *m, int32_t slot)
 void model_truncate(model *m, int32_t slot, int32_t tokens)
 {
     if (slot < 0 || slot >= m->plan.max_seqs || tokens >= m->len[slot]) return;
+    model_ahead_forget(m, slot);
     m->len[slot] = tokens < 0 ? 0 : tokens;
     kv_truncate(m->cache, slot, m->len[slot]);
 }
@@ -538,6 +437,7 @@ err_code model_lend(model *m, err *e)
 void model_lend_end(model *m)
 {
     m->lent = false;
+    m->ahead.n = 0;
     for (int32_t i = 0; i < m->plan.max_seqs; i++) m->len[i] = 0;
     kv_lend_end(m->cache);
 }
@@ -545,6 +445,7 @@ void model_lend_end(model *m)
 void model_seq_begin(model *m, int32_t slot, int32_t held, int32_t prompt_tokens)
 {
     assert(m->lent && slot >= 0 && slot < m->plan.max_seqs);
+    model_ahead_forget(m, slot);
     m->len[slot] = held;
     m->rope_len[slot] = prompt_tokens;
 }

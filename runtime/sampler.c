@@ -355,27 +355,46 @@ int32_t sampler_next(sampler *s, float *logits)
 
 const int32_t *sampler_counts(const sampler *s) { return s->seen; }
 
+static bool counted(const sample_opts *o)
+{
+    return o->repetition_penalty != 1 || o->presence_penalty != 0 || o->frequency_penalty != 0;
+}
+
+/* All of a row but what came into the counts. */
+static sample_row row_of(const sample_opts *o, uint64_t rng[4])
+{
+    return (sample_row){.temperature = o->temperature,
+                        .top_p = o->top_p,
+                        .min_p = o->min_p,
+                        .presence = o->presence_penalty,
+                        .frequency = o->frequency_penalty,
+                        .u = o->temperature > 0 ? rng_unit(rng) : 0,
+                        .repetition = (float)o->repetition_penalty,
+                        .top_k = o->top_k,
+                        .n_bias = o->n_bias,
+                        .wanted = 1,
+                        .state = counted(o) ? 0 : -1,
+                        .last = -1,
+                        .gone = -1};
+}
+
 void sampler_row(sampler *s, sample_row *r, sample_bias *bias, bool *send)
 {
     const sample_opts *o = &s->o;
-    const bool counts = o->repetition_penalty != 1 || o->presence_penalty != 0 ||
-                        o->frequency_penalty != 0;
-    const bool known = s->told && s->since <= 1;
-    *r = (sample_row){.temperature = o->temperature,
-                      .top_p = o->top_p,
-                      .min_p = o->min_p,
-                      .presence = o->presence_penalty,
-                      .frequency = o->frequency_penalty,
-                      .repetition = (float)o->repetition_penalty,
-                      .top_k = o->top_k,
-                      .n_bias = o->n_bias,
-                      .wanted = 1,
-                      .state = counts ? 0 : -1,
-                      .last = known && s->since ? s->last : -1,
-                      .gone = known && s->since ? s->gone : -1};
+    const bool counts = counted(o), known = s->told && s->since <= 1;
+    *r = row_of(o, s->rng);
+    if (known && s->since) r->last = s->last, r->gone = s->gone;
     for (int32_t i = 0; i < o->n_bias; i++) bias[i] = (sample_bias){s->bias[i].id, s->bias[i].bias};
-    if (o->temperature > 0) r->u = rng_unit(s->rng);
     *send = counts && !known;
     s->told = counts;
     s->since = 0;
+}
+
+bool sampler_row_ahead(const sampler *s, sample_row *r)
+{
+    uint64_t rng[4];
+    if (counted(&s->o) || s->o.n_bias) return false;
+    memcpy(rng, s->rng, sizeof rng);
+    *r = row_of(&s->o, rng);
+    return true;
 }

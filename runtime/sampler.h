@@ -72,6 +72,9 @@ int32_t sampler_next(sampler *s, float *logits);
  * counts, else -1; *send: the device's counts are not those of s, and the row takes
  * sampler_counts as they are. */
 void sampler_row(sampler *s, sample_row *r, sample_bias *bias, bool *send);
+/* The row that sampler_row gives next, told of ids or not; the generator stays. False where it
+ * depends on ids still to come (penalties) or takes biases. */
+bool sampler_row_ahead(const sampler *s, sample_row *r);
 const int32_t *sampler_counts(const sampler *s); /* [2, vocab]: in the window, in the answer */
 /* The largest logit, ties to the lowest id; -1 as above. */
 int32_t sample_argmax(const float *logits, int32_t vocab);

@@ -35,7 +35,7 @@ stage_build() {
     cmake -S . -B "$build" -DWITH_CUDA=ON -DCUDA_ARCHS="$arch" &&
         cmake --build "$build" -j "$(nproc)" --target tm-run make_model test_cuda \
             test_cuda_attn test_cuda_load test_cuda_fixed test_cuda_sample test_cuda_search \
-            test_engine test_awq_device test_golden bench_cuda
+            test_ahead test_engine test_awq_device test_golden bench_cuda
 }
 
 stage_ops() {
@@ -45,7 +45,7 @@ stage_ops() {
     done
 }
 
-stage_engine() { timeout 200 "$build/tests/test_engine" cuda && timeout 250 "$build/tests/test_awq_device"; }
+stage_engine() { timeout 100 "$build/tests/test_ahead" cuda && timeout 200 "$build/tests/test_engine" cuda && timeout 250 "$build/tests/test_awq_device"; }
 
 stage_golden() {
     local out rc

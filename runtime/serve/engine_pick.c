@@ -41,6 +41,7 @@ void engine_want(engine *g, answer *a, step_seq *q)
 {
     static const int32_t zero = 0;
     q->n_out = 1;
+    q->more = a->n_new + 1 < a->max_new;
     if (plain(a))
         q->argmax = &g->best[a->q.slot];
     else if (drawn(g, a)) {

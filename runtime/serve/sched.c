@@ -224,6 +224,16 @@ static void secure_blocks(sched *s)
     }
 }
 
+/* A block for the token after the next one where there are enough for everybody: so the step that
+ * writes it can begin before it is planned. */
+static void look_ahead(sched *s)
+{
+    for (int32_t i = 0; i < s->n_running && s->n_running <= blocks_available(s->blocks); i++) {
+        sched_seq *q = s->running[i];
+        if (q->n_tokens < q->cap) (void)grow(s, q, q->n_tokens + 1);
+    }
+}
+
 static bool answers(const sched_seq *q)
 {
     return q->n_tokens - q->n_held == 1 && q->n_held >= q->n_score;
@@ -269,6 +279,7 @@ const sched_step *sched_next(sched *s)
     s->step.n = s->step.rows = s->step.prompt_rows = 0;
     for (int32_t i = 0; i < s->n_running; i++) plan_part(s, s->running[i], &left);
     while (left.prompt > 0 && (q = admit(s)) != NULL) plan_part(s, q, &left);
+    look_ahead(s);
     return &s->step;
 }
 
