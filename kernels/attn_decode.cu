@@ -39,10 +39,11 @@ size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, i
 }
 
 /* Measured (docs/perf.md): a block more a multiprocessor beats a tile loaded ahead, once there are
- * so many blocks that the last wave counts little. */
+ * so many blocks that the last wave counts little; at 16 bits only with up to 4 query heads. */
 bool attn_decode_crowded(int units, int group, int head_dim, int bits, int sms)
 {
-    return head_dim == 128 && group <= 4 && units >= (bits == 16 ? sms * 15 / 2 : sms * 2);
+    if (head_dim != 128) return false;
+    return bits == 16 ? group <= 4 && units >= sms * 15 / 2 : units >= sms * 2;
 }
 
 int attn_decode_slots(int bits, bool crowded, int sms)
@@ -89,7 +90,7 @@ static cudaError_t launch_as(const attn_decode_call *c, cudaStream_t stream, boo
 template <int D, int BITS, int U, int H>
 static cudaError_t launch(const attn_decode_call *c, cudaStream_t stream, bool pdl)
 {
-    if constexpr (D == 128 && H == 1)
+    if constexpr (D == 128 && (H == 1 || BITS < 16))
         if (c->crowded)
             return launch_as<D, BITS, 1, H, BITS == 4, (BITS == 16 ? 3 : 4)>(c, stream, pdl);
     return launch_as<D, BITS, U, H, true, (D > 128 || BITS == 16 ? 2 : 3)>(c, stream, pdl);

@@ -25,9 +25,9 @@ typedef struct attn_decode_call {
     rope_call rope;
 } attn_decode_call;
 
-/* Whether `units` heads of sequences go to the kernels for many waves of blocks, measured for heads
- * of 128 and up to 4 query heads each; how many blocks then run at once, at most ATTN_MAX_BLOCKS a
- * multiprocessor. */
+/* Whether `units` heads of sequences go to the kernels for many waves of blocks, built for heads of
+ * 128 (at 16 bits for up to 4 query heads each); how many blocks then run at once, at most
+ * ATTN_MAX_BLOCKS a multiprocessor. */
 bool attn_decode_crowded(int units, int group, int head_dim, int bits, int sms);
 int attn_decode_slots(int bits, bool crowded, int sms);
 #define ATTN_MAX_BLOCKS 4

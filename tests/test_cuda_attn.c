@@ -158,17 +158,19 @@ START_TEST(attention)
 }
 END_TEST
 
-/* So many heads that blocks run in many waves, which has kernels of its own. */
+/* So many heads that blocks run in many waves, which has kernels of its own: up to 4 query heads a
+ * KV head, and more. */
 START_TEST(many_heads)
 {
     static const kv_format formats[] = {KV_16, KV_8, KV_4};
-    limits(1024, 512 * 128, 4096);
-    for (int f = 0; f < 3; f++) {
-        const attn_shape a = {512, 512, 128, 64, 0, formats[f], false};
+    static const int32_t heads[] = {512, 2560}, from[][SEQS] = {{70, 3}, {20, 3}};
+    limits(1024, 2560 * 128, 4096);
+    for (int i = 0; i < 6; i++) {
+        const attn_shape a = {heads[i / 3], 512, 128, 64, 0, formats[i % 3], false};
         side c, g;
         side_open(&c, cpu, &a), side_open(&g, gpu, &a);
-        attn_step(&c, &g, &a, (const int32_t[]){0, 0}, (const int32_t[]){70, 3});
-        attn_step(&c, &g, &a, (const int32_t[]){70, 3}, (const int32_t[]){1, 1});
+        attn_step(&c, &g, &a, (const int32_t[]){0, 0}, from[i / 3]);
+        attn_step(&c, &g, &a, from[i / 3], (const int32_t[]){1, 1});
         side_close(&c), side_close(&g);
     }
 }
