@@ -1,4 +1,4 @@
-/* Row-wise ops: embedding, RMSNorm, sums, GLU, losses, channel statistics. */
+/* Row-wise ops: embedding, RMSNorm, sums, GLU, channel statistics. */
 #include "kernels/device_cuda.cuh"
 
 #include <cuda_bf16.h>
@@ -213,126 +213,6 @@ __global__ void glu_kernel(__half *y, int64_t ldy, const __half *gate, int64_t l
     store_f(y, row * ldy + i, DT_F16, g / (1.f + __expf(-g)) * u);
 }
 
-/* The larger of two logits, ties to the lower id. */
-__device__ __forceinline__ void take_top(float *top, int32_t *id, float o, int32_t oid)
-{
-    if (o > *top || (o == *top && oid < *id)) *top = o, *id = oid;
-}
-
-#define NLL_THREADS 1024
-#define NLL_PARTS   8 /* blocks of a row where they can reach each other's memory */
-__device__ __forceinline__ float nll_sum(float v, float *part)
-{
-    for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
-    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
-    __syncthreads();
-    v = part[threadIdx.x & 31];
-    for (int i = 16; i; i >>= 1) v += __shfl_xor_sync(~0u, v, i);
-    return v;
-}
-
-/* The largest of some logits, its id, and what e to the others less it comes to. */
-typedef struct {
-    float top, sum;
-    int32_t id;
-} nll_part;
-
-/* To the memory of the cluster's first block. */
-__device__ __forceinline__ void nll_leave(nll_part *to, const nll_part &v)
-{
-#if __CUDA_ARCH__ >= 900
-    uint32_t at;
-    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(at) : "r"(smem_addr(to)));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(v.top) : "memory");
-    asm volatile("st.shared::cluster.f32 [%0 + 4], %1;" ::"r"(at), "f"(v.sum) : "memory");
-    asm volatile("st.shared::cluster.s32 [%0 + 8], %1;" ::"r"(at), "r"(v.id) : "memory");
-#else
-    *to = v;
-#endif
-}
-__device__ __forceinline__ void cluster_arrive(void)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait(void)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-/* Logits from..to of four and, with `rest`, those behind all fours. */
-__device__ __forceinline__ nll_part nll_of(const float *row, int64_t v, int64_t v4, int64_t from,
-                                           int64_t to, bool rest)
-{
-    __shared__ float tops[32], part[32];
-    __shared__ int32_t ids[32];
-    const int lane = threadIdx.x & 31;
-    float top = -INFINITY, sum = 0.f;
-    int32_t id = 0;
-#pragma unroll 4
-    for (int64_t i = from + threadIdx.x; i < to; i += NLL_THREADS) {
-        const float4 f = ((const float4 *)row)[i];
-        if (f.x > top) top = f.x, id = (int32_t)(4 * i);
-        if (f.y > top) top = f.y, id = (int32_t)(4 * i) + 1;
-        if (f.z > top) top = f.z, id = (int32_t)(4 * i) + 2;
-        if (f.w > top) top = f.w, id = (int32_t)(4 * i) + 3;
-    }
-    for (int64_t i = 4 * v4 + threadIdx.x; rest && i < v; i += NLL_THREADS)
-        take_top(&top, &id, row[i], (int32_t)i);
-    for (int s = 16; s; s >>= 1)
-        take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
-    if (lane == 0) tops[threadIdx.x >> 5] = top, ids[threadIdx.x >> 5] = id;
-    __syncthreads();
-    top = tops[lane], id = ids[lane];
-    for (int s = 16; s; s >>= 1)
-        take_top(&top, &id, __shfl_xor_sync(~0u, top, s), __shfl_xor_sync(~0u, id, s));
-    const float base = top == -INFINITY ? 0.f : top;
-#pragma unroll 4
-    for (int64_t i = from + threadIdx.x; i < to; i += NLL_THREADS) {
-        const float4 f = ((const float4 *)row)[i];
-        sum += __expf(f.x - base) + __expf(f.y - base) + __expf(f.z - base) + __expf(f.w - base);
-    }
-    for (int64_t i = 4 * v4 + threadIdx.x; rest && i < v; i += NLL_THREADS)
-        sum += __expf(row[i] - base);
-    const nll_part p = {top, nll_sum(sum, part), id};
-    return p;
-}
-
-/* A row by `parts` blocks, a cluster; their sums are added in their order. */
-__global__ void __launch_bounds__(NLL_THREADS)
-    nll_kernel(float *nll, int32_t *best, const float *logits, int64_t ld, const int32_t *target,
-               int64_t v, int parts)
-{
-    __shared__ nll_part all[NLL_PARTS];
-    const int rank = blockIdx.x % parts, at = blockIdx.x / parts;
-    cluster_arrive();
-    pdl_launch();
-    pdl_wait();
-    const float *row = logits + (int64_t)at * ld;
-    /* the order of the sum is that of all rows, not of the aligned ones */
-    const int64_t v4 = ((uintptr_t)logits | (uintptr_t)(ld * 4)) % 16 == 0 ? v / 4 : 0;
-    const nll_part p = nll_of(row, v, v4, v4 * rank / parts, v4 * (rank + 1) / parts,
-                              rank == parts - 1);
-    cluster_wait(); /* the first block is there */
-    if (threadIdx.x == 0) nll_leave(&all[rank], p);
-    cluster_arrive();
-    cluster_wait();
-    if (rank || threadIdx.x) return;
-    float top = -INFINITY, sum = 0.f;
-    int32_t id = 0;
-    for (int i = 0; i < parts; i++)
-        if (all[i].top > top) top = all[i].top, id = all[i].id;
-    for (int i = 0; i < parts; i++)
-        sum += all[i].top == top ? all[i].sum : all[i].sum * __expf(all[i].top - top);
-    nll[at] = top + logf(sum) - row[target[at]];
-    if (best) best[at] = id;
-}
-
 /* 32 channels a block; warp w takes rows w, w + 32, .., whose sums are added in order of the
  * warps. */
 #define STAT_WARPS 32
@@ -463,41 +343,6 @@ err_code glu_cuda(device *d, tensor *y, const tensor *gate, const tensor *up, er
     return cuda_launch(d, "glu", glu_kernel, grid, dim3(THREADS), 0, e, (__half *)y->data,
                        y->stride[0], (const __half *)gate->data, gate->stride[0],
                        (const __half *)up->data, up->stride[0], y->shape[1]);
-}
-
-/* Blocks of a row: no more than run at once. A row's sum depends on it, so it is not for devices
- * whose rows round alike. */
-static int nll_parts(const device *d, int64_t rows)
-{
-    const cuda_state *s = cuda_of(d);
-    int parts = s->sm >= 90 ? NLL_PARTS : 1;
-    while (!d->deterministic && parts > 1 && rows * parts > 2 * s->sms) parts /= 2;
-    return parts;
-}
-
-err_code nll_cuda(device *d, tensor *nll, tensor *argmax, const tensor *logits,
-                  const tensor *target, err *e)
-{
-    const int parts = nll_parts(d, logits->shape[0]);
-    cudaLaunchConfig_t cfg = {};
-    cudaLaunchAttribute attr[2];
-    TRY(cuda_pass_flush(d, e));
-    cfg.gridDim = dim3((unsigned)(logits->shape[0] * parts));
-    cfg.blockDim = dim3(NLL_THREADS);
-    cfg.stream = cuda_of(d)->stream;
-    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attr[0].val.programmaticStreamSerializationAllowed = 1;
-    attr[1].id = cudaLaunchAttributeClusterDimension;
-    attr[1].val.clusterDim.x = (unsigned)parts;
-    attr[1].val.clusterDim.y = attr[1].val.clusterDim.z = 1;
-    cfg.attrs = attr;
-    cfg.numAttrs = cuda_of(d)->sm >= 90 ? 2 : 0;
-    return cuda_launched(d, "nll",
-                         cudaLaunchKernelEx(&cfg, nll_kernel, (float *)nll->data,
-                                            argmax ? (int32_t *)argmax->data : (int32_t *)NULL,
-                                            (const float *)logits->data, logits->stride[0],
-                                            (const int32_t *)target->data, logits->shape[1], parts),
-                         e);
 }
 
 err_code absstat_cuda(device *d, tensor *absmax, tensor *abssum, const tensor *x, err *e)

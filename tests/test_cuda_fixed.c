@@ -1,5 +1,6 @@
-/* Products of a CUDA device opened as deterministic: the bits of a row are the same alone, in any
- * batch and at any place of it, and near those of doubles. Skipped out loud without a GPU. */
+/* Products and losses of a CUDA device opened as deterministic: the bits of a row are the same
+ * alone, in any batch and at any place of it; products are near those of doubles. Skipped out loud
+ * without a GPU. */
 #include <math.h>
 #include <string.h>
 
@@ -225,6 +226,52 @@ START_TEST(norm_four_bit)
 }
 END_TEST
 
+static tensor device_1d(dev_buf *b, dtype dt, int64_t n, void *host)
+{
+    tensor t = device_2d(b, dt, 1, n, host);
+    const memspace mem = t.mem;
+    t = tensor_1d(t.data, dt, n);
+    t.mem = mem;
+    return t;
+}
+
+/* Losses and best ids: rows alone against all of them. */
+static void losses_case(int64_t v)
+{
+    static const int32_t counts[] = {1, 2, 7, 33, 64, 65, 100};
+    dev_buf lb, tb, nb, bb;
+    float *x = must((size_t)(ROWS * v), sizeof *x), all[ROWS], got[ROWS];
+    int32_t target[ROWS], best[ROWS], id[ROWS];
+    for (int64_t i = 0; i < ROWS * v; i++) x[i] = (float)(uniform() * 20);
+    for (int i = 0; i < ROWS; i++) target[i] = (int32_t)(uniform() * (double)v);
+    const tensor logits = device_2d(&lb, DT_F32, ROWS, v, x),
+                 ids = device_1d(&tb, DT_I32, ROWS, target);
+    tensor nll = device_1d(&nb, DT_F32, ROWS, NULL), argmax = device_1d(&bb, DT_I32, ROWS, NULL);
+    OK_(op_nll(gpu, &nll, &argmax, &logits, &ids, e));
+    fetch(all, &nll), fetch(best, &argmax);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        for (int64_t from = 0; from + counts[i] <= ROWS; from += 29) {
+            const tensor in = tensor_rows(&logits, from, counts[i]),
+                         to = tensor_rows(&ids, from, counts[i]);
+            tensor n = tensor_rows(&nll, 0, counts[i]), b = tensor_rows(&argmax, 0, counts[i]);
+            OK_(op_nll(gpu, &n, &b, &in, &to, e));
+            fetch(got, &n), fetch(id, &b);
+            ck_assert_msg(memcmp(got, all + from, (size_t)counts[i] * 4) == 0 &&
+                              memcmp(id, best + from, (size_t)counts[i] * 4) == 0,
+                          "losses of %lld logits: rows %lld + %d", (long long)v, (long long)from,
+                          counts[i]);
+        }
+    dev_free(&lb), dev_free(&tb), dev_free(&nb), dev_free(&bb);
+    mem_free(x);
+}
+
+START_TEST(losses)
+{
+    losses_case(32000);
+    losses_case(4099);
+}
+END_TEST
+
 int main(void)
 {
     err e;
@@ -238,5 +285,6 @@ int main(void)
     tcase_add_test(t, dense);
     tcase_add_test(t, four_bit);
     tcase_add_test(t, norm_four_bit);
+    tcase_add_test(t, losses);
     return cuda_run(s);
 }
