@@ -68,7 +68,7 @@ static inline err_code cuda_blas(device *d, const char *op, cublasStatus_t rc, e
 }
 
 /* device_cuda_move.cu */
-extern "C" err_code cuda_move_words(device *d, const dev_move *moves, int n, err *e);
+err_code cuda_move_words(device *d, const dev_move *moves, int n, err *e);
 
 /* ---- loading ---- */
 #define CUDA_LOAD_BYTES  ((size_t)8 << 20) /* of a slot */

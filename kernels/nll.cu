@@ -209,13 +209,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (best) best[at] = p.id;
 }
 
-/* Blocks of a row: no more in all than multiprocessors, as measured (docs/perf.md). A row's sum
- * depends on it, so it is not for devices whose rows round alike. */
+/* Blocks of a row: no more in all than multiprocessors, as measured (docs/perf.md), but two, as one
+ * is no cluster to store to. A row's sum depends on it, so it is not for devices whose rows round
+ * alike. */
 static int nll_parts(const device *d, int64_t rows)
 {
     const cuda_state *s = cuda_of(d);
     int parts = s->sm >= 90 ? PARTS : 1;
-    while (!d->deterministic && parts > 1 && rows * parts > s->sms) parts /= 2;
+    while (!d->deterministic && parts > 2 && rows * parts > s->sms) parts /= 2;
     return parts;
 }
 

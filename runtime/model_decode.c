@@ -171,9 +171,14 @@ typedef struct {
     int n;
 } move_list;
 
-static void move_to(move_list *l, void *to, const void *from, const int32_t *index, int64_t n)
+static void move_to(move_list *l, void *to, const void *from, int64_t n)
 {
-    l->at[l->n++] = (dev_move){.to = to, .from = from, .index = index, .n = n, .ids = index};
+    l->at[l->n++] = (dev_move){.to = to, .from = from, .n = n};
+}
+
+static void move_ids(move_list *l, void *to, const void *from, const int32_t *index, int64_t n)
+{
+    l->at[l->n++] = (dev_move){.to = to, .from = from, .index = index, .n = n, .ids = true};
 }
 
 static int32_t *staged_at(const model *m, const int32_t *host)
@@ -181,21 +186,32 @@ static int32_t *staged_at(const model *m, const int32_t *host)
     return (int32_t *)m->stage.dev.data + (host - m->stage.base);
 }
 
+/* Whether each row takes the id of the same row, so that no trip over the bus says which. */
+static bool rows_stay(const model_ahead *a, int n)
+{
+    for (int i = 0; i < n; i++) {
+        if (a->from_best[i] != i) return false;
+    }
+    return true;
+}
+
 static void move_tables(const model *m, move_list *l, int n, model_needs want)
 {
     const model_ahead *a = &m->ahead;
     const model_stage *s = &m->stage;
-    if (want.best) move_to(l, staged_at(m, s->ids), m->best_buf.data, a->from_best, n);
+    if (want.best)
+        move_ids(l, staged_at(m, s->ids), m->best_buf.data, rows_stay(a, n) ? NULL : a->from_best,
+                 n);
     if (want.draw) {
-        move_to(l, staged_at(m, s->ids), m->draws.ids_dev.data, a->from_draw, n);
-        move_to(l, m->draws.rows_dev.data, a->draws, NULL,
+        move_ids(l, staged_at(m, s->ids), m->draws.ids_dev.data, a->from_draw, n);
+        move_to(l, m->draws.rows_dev.data, a->draws,
                 (int64_t)n * (int64_t)(sizeof(sample_row) / sizeof(int32_t)));
     }
-    move_to(l, staged_at(m, s->pos), a->pos, NULL, n);
-    move_to(l, staged_at(m, s->kv_len), a->kv_len, NULL, n);
-    move_to(l, staged_at(m, s->start), a->start, NULL, n + 1);
-    move_to(l, staged_at(m, s->target), a->target, NULL, n);
-    move_to(l, staged_at(m, s->table), a->table, NULL, (int64_t)n * m->seq_blocks);
+    move_to(l, staged_at(m, s->pos), a->pos, n);
+    move_to(l, staged_at(m, s->kv_len), a->kv_len, n);
+    move_to(l, staged_at(m, s->start), a->start, n + 1);
+    move_to(l, staged_at(m, s->target), a->target, n);
+    move_to(l, staged_at(m, s->table), a->table, (int64_t)n * m->seq_blocks);
 }
 
 /* ---- results ---- */
@@ -222,10 +238,10 @@ static err_code finish(model *m, const step_seq *seqs, int n, int rows, bool mor
     for (int i = 0; i < n; i++) want = model_needs_of(want, &seqs[i]);
     a->n = 0;
     if (want.nll || want.best) {
-        move_to(&l, a->best, m->best_buf.data, NULL, rows);
-        move_to(&l, a->nll, m->nll_buf.data, NULL, rows);
+        move_to(&l, a->best, m->best_buf.data, rows);
+        move_to(&l, a->nll, m->nll_buf.data, rows);
     }
-    if (want.draw) move_to(&l, a->drawn, m->draws.ids_dev.data, NULL, rows);
+    if (want.draw) move_to(&l, a->drawn, m->draws.ids_dev.data, rows);
     if (more && all_follow(m, seqs, n)) {
         next = lay_out(m, seqs, n);
         move_tables(m, &l, n, want);
