@@ -16,7 +16,6 @@
 #define MAX_TABLE   512
 #define SHARED_MOST (227 * 1024 - 7168) /* of a block, less what is declared in the kernel */
 #define STEP_WORDS  ((int)sizeof(decode_step) / 4)
-static_assert(sizeof(decode_step) <= 128, "a warp copies a step, a word a lane");
 
 /* ---- steps ---- */
 
@@ -114,10 +113,10 @@ typedef struct {
 } feeder;
 
 /* The next tile of this block at or behind f->tile. */
-__device__ __forceinline__ void seek(const decode_pass &p, feeder *f)
+__device__ __forceinline__ void seek(const decode_pass &p, const decode_step *steps, feeder *f)
 {
     while (f->tile >= f->tiles && ++f->step < p.n) {
-        const decode_step &s = p.steps[f->step];
+        const decode_step &s = steps[f->step];
         if (s.attn) continue;
         f->data = s.data, f->units = s.k / 128, f->tiles = (s.n + 15) / 16;
         f->tile = first_tile(s);
@@ -125,10 +124,11 @@ __device__ __forceinline__ void seek(const decode_pass &p, feeder *f)
 }
 
 /* Asks for one slab after another, each when its place is free. */
-__device__ __forceinline__ void produce(const decode_pass &p, const weight_ring &r)
+__device__ __forceinline__ void produce(const decode_pass &p, const decode_step *steps,
+                                        const weight_ring &r)
 {
     feeder f = {-1, 0, 0, 0, 0, 0, 0, NULL};
-    for (seek(p, &f); f.step < p.n;) {
+    for (seek(p, steps, &f); f.step < p.n;) {
         if (f.round) mbar_wait(&r.empty[f.slot], (f.round - 1) & 1);
         bulk_load(r.memory + f.slot * STAGE_BYTES,
                   f.data + ((size_t)f.tile * f.units + f.unit) * UNIT_BYTES,
@@ -138,7 +138,7 @@ __device__ __forceinline__ void produce(const decode_pass &p, const weight_ring 
         if (f.unit < f.units) continue;
         f.unit = 0;
         f.tile += gridDim.x;
-        seek(p, &f);
+        seek(p, steps, &f);
     }
 }
 
@@ -313,8 +313,9 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
         if (lane == 0) *place = g;
         return;
     }
-    if (finisher == FINISHERS - 1 && step + 1 < p.n && p.steps[step + 1].attn)
-        fetch_cache<D, BITS>(p, p.steps[step + 1], table, len, lane);
+    const decode_step *next = &s + 1; /* of all, which lie beside each other */
+    if (finisher == FINISHERS - 1 && step + 1 < p.n && next->attn)
+        fetch_cache<D, BITS>(p, *next, table, len, lane);
     if (finish(s, step, set, w, g.done, sums, finisher, lane)) g.known = max(g.known, step - 2);
     if (first < w.tiles) g.done += (w.tiles - first + (int)gridDim.x - 1) / (int)gridDim.x;
     __syncwarp();
@@ -372,12 +373,15 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
     __shared__ uint64_t bars[2 * MAX_STAGES]; /* of full places of the ring, of empty ones */
     __shared__ tile_sums sums;
     __shared__ float angles[2][128];
-    __shared__ int32_t len, table[MAX_TABLE];          /* what attention asks for again and again */
-    __shared__ __align__(16) decode_step steps[WARPS]; /* each warp's, */
-    __shared__ ring_place places[WARPS];               /* and where it is */
+    __shared__ int32_t len, table[MAX_TABLE]; /* what attention asks for again and again */
+    __shared__ ring_place places[WARPS];      /* where each warp is */
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const weight_ring r = {memory, bars, bars + MAX_STAGES, p.stages};
     uint8_t *rows = memory + p.stages * STAGE_BYTES, *work = rows + p.row_bytes;
+    /* For all warps: kernel parameters are slow to read, and leave their cache. */
+    decode_step *steps = (decode_step *)(rows + p.steps_at);
+    for (int i = threadIdx.x; i < p.n * STEP_WORDS; i += (WARPS + 1) * 32)
+        ((uint32_t *)steps)[i] = ((const uint32_t *)p.steps)[i];
     if (threadIdx.x == PRODUCER * 32) {
         for (int i = 0; i < p.stages; i++)
             mbar_init(&bars[i], 1), mbar_init(&bars[MAX_STAGES + i], CW);
@@ -385,7 +389,7 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
     }
     __syncthreads();
     if (warp == PRODUCER) {
-        if (lane == 0) produce(p, r);
+        if (lane == 0) produce(p, steps, r);
         return;
     }
     if (threadIdx.x == 0)
@@ -402,22 +406,17 @@ __global__ void __launch_bounds__((WARPS + 1) * 32, 1)
          i += gridDim.x * WARPS * 32)
         other[i] = make_uint4(0, 0, 0, 0); /* for the next launch */
     if (lane == 0) places[warp] = {0, 0, 0, -1};
-    const uint32_t *words = (const uint32_t *)p.steps;
-    uint32_t ahead = lane < STEP_WORDS ? words[lane] : 0; /* of the next step */
     block_sync();
 #pragma unroll 1
     for (int i = 0; i < p.n; i++) {
-        const decode_step &s = steps[warp];
-        if (lane < STEP_WORDS) ((uint32_t *)&steps[warp])[lane] = ahead;
-        __syncwarp();
-        if (lane < STEP_WORDS && i + 1 < p.n) ahead = words[(i + 1) * STEP_WORDS + lane];
+        const decode_step &s = steps[i];
         if (s.attn)
             attention<D, BITS, H>(p, s, i, set, &places[warp], work, angles, &len,
                                   near ? table : p.attn.table);
         else
             product<D, BITS>(p, s, i, set, r, &places[warp], rows, &sums,
                              near ? table : p.attn.table, &len);
-        __syncwarp(); /* nobody needs the step any more */
+        __syncwarp();
     }
 #endif
 }
@@ -438,7 +437,7 @@ bool decode_pass_fits(int64_t k)
 {
     return k % 128 == 0 && k <= 32768 &&
            decode_pass_row_bytes((int)(k / 128)) + decode_pass_attn_bytes(128, 8) +
-                   4 * STAGE_BYTES <=
+                   DECODE_PASS_STEPS * (int)sizeof(decode_step) + 4 * STAGE_BYTES <=
                SHARED_MOST;
 }
 
@@ -448,7 +447,8 @@ static cudaError_t launch(decode_pass *p, int attn_bytes, int sms, cudaStream_t 
     cudaLaunchConfig_t cfg = {};
     cudaLaunchAttribute attr[1];
     void *args[] = {p};
-    const int work_bytes = p->row_bytes + attn_bytes;
+    const int work_bytes = p->row_bytes + attn_bytes + p->n * (int)sizeof(decode_step);
+    p->steps_at = p->row_bytes + attn_bytes;
     p->stages = (SHARED_MOST - work_bytes) / STAGE_BYTES;
     if (p->stages > MAX_STAGES) p->stages = MAX_STAGES;
     const int smem = p->stages * STAGE_BYTES + work_bytes;

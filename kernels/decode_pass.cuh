@@ -42,18 +42,21 @@ typedef struct {
     attn_decode_call attn; /* of every layer but for its cache and window */
     int32_t *launches;     /* [2]: warps that ended, zero before and after; launches so far */
     uint32_t *exchange; /* [2][DECODE_PASS_SET_WORDS] zero at first: slots, warps behind a step */
-    int32_t n, stages, attn_items, row_bytes;
+    int32_t n, stages, attn_items;
+    int32_t row_bytes, steps_at; /* of the shared memory behind the ring: the row, then what
+                                  * attention needs, then at steps_at a copy of the steps */
     decode_step steps[DECODE_PASS_STEPS];
 } decode_pass;
 
-/* Bytes of shared memory beside the ring of weights: of a product's row of so many units, and of
- * attention. */
+/* Bytes of shared memory beside the ring of weights and the steps: of a product's row of so many
+ * units, and of attention. */
 int decode_pass_row_bytes(int units);
 int decode_pass_attn_bytes(int head_dim, int group);
-/* Whether a step of so many inputs leaves room for a ring. */
+/* Whether a step of so many inputs leaves room for a ring of four places beside all else, with as
+ * many steps as there may be. */
 bool decode_pass_fits(int64_t k);
 /* head_dim 64 or 128 and bits as in attn_decode; attn_bytes: 0 without attention; p->row_bytes: the
- * most that any product needs. */
+ * most that any product needs; stages and steps_at are set here. */
 cudaError_t decode_pass_run(decode_pass *p, int head_dim, int bits, int attn_bytes, int sms,
                             cudaStream_t stream);
 
