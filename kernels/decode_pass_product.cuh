@@ -90,19 +90,23 @@ __device__ __forceinline__ own_row row_of(uint8_t *own, int units)
     return r;
 }
 
-/* Planes of units n (even) and n + 1 of the warp. */
-__device__ __forceinline__ void pair_planes(const own_row &r, int n, const float (*v)[4], int lane)
+/* Planes of units n (even) to n + N - 1 of the warp, made beside each other so that none waits for
+ * another. From `most` (even, 2 or more) on they are left out: a row has no room for them. */
+template <int N>
+__device__ __forceinline__ void make_planes(const own_row &r, int n, int most, const float (*v)[4],
+                                            int lane)
 {
-    uint32_t hi[2], lo[2];
-    int sum[2];
-    float scale[2];
+    uint32_t hi[N], lo[N];
+    int sum[N];
+    float scale[N];
     uint8_t *p = r.planes + n * (SET_BYTES / 2) + (lane >> 2 & 1) * 128 + (lane & 1) * 32 +
                  (lane >> 1 & 1) * 16 + (lane >> 4) * 8 + (lane >> 3 & 1) * 4;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < N; i++)
         scale[i] = w4_fixed(v[i], DECODE_PASS_GROUP, &hi[i], &lo[i], &sum[i], lane);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < N; i++) {
+        if (i >= 2 && i >= most) break;
         *(uint32_t *)(p + i * (SET_BYTES / 2)) = hi[i];
         *(uint32_t *)(p + i * (SET_BYTES / 2) + 64) = lo[i];
         if (lane < 2)
@@ -111,7 +115,8 @@ __device__ __forceinline__ void pair_planes(const own_row &r, int n, const float
 }
 
 #define NORM_UNITS 4 /* asked for at once, of the stream */
-#define X_UNITS    8 /* of f16 */
+#define X_UNITS    8 /* of f16, */
+#define X_MADE     4 /* whose planes are made at once */
 
 /* Weights of the norm that a warp may have before the wait; those of f32 it loads when it needs
  * them. */
@@ -178,7 +183,7 @@ __device__ __forceinline__ float norm_row(const own_row &r, const decode_step &s
                 v[j][0] = x * w.x, v[j][1] = y * w.y, v[j][2] = z * w.z, v[j][3] = t * w.w;
                 raw[j] = raw[2 + j], g[j] = g[2 + j];
             }
-            pair_planes(r, n, v, lane);
+            make_planes<2>(r, n, 2, v, lane);
 #pragma unroll
             for (int x = 16; x; x >>= 1) sum += __shfl_xor_sync(~0u, sum, x);
             squares += sum;
@@ -207,18 +212,18 @@ __device__ __forceinline__ void x_row(const own_row &r, int units, const step_in
             for (int i = 0; i < X_UNITS; i++) late |= raw[i].x ^ in.tag | raw[i].y ^ in.tag;
         } while (__any_sync(~0u, late & in.mask));
 #pragma unroll 1
-        for (int i = 0; i < X_UNITS && u < units; i += 2, n += 2, u += 2 * CW) {
-            float v[2][4];
+        for (int i = 0; i < X_UNITS && u < units; i += X_MADE, n += X_MADE, u += X_MADE * CW) {
+            float v[X_MADE][4];
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
+            for (int j = 0; j < X_MADE; j++) {
                 const uint32_t x = raw[j].x & ~in.mask, y = raw[j].y & ~in.mask;
                 const float2 a = __half22float2(*(const __half2 *)&x),
                              b = __half22float2(*(const __half2 *)&y);
                 v[j][0] = a.x, v[j][1] = a.y, v[j][2] = b.x, v[j][3] = b.y;
             }
 #pragma unroll
-            for (int j = 0; j + 2 < X_UNITS; j++) raw[j] = raw[j + 2];
-            pair_planes(r, n, v, lane);
+            for (int j = 0; j + X_MADE < X_UNITS; j++) raw[j] = raw[j + X_MADE];
+            make_planes<X_MADE>(r, n, ((units - u + CW - 1) / CW + 1) & ~1, v, lane);
         }
     }
 }
