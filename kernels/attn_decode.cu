@@ -28,8 +28,12 @@ __global__ void __launch_bounds__(NWARPS * 32, MINB) attn_decode_kernel(attn_dec
     team_sync(tm);
     pdl_wait();
     if (!c.fused) load_first<D, BITS, U>(cur, c, p, table, warp, lane >> 2, lane & 3);
-    attn_decode_item<D, BITS, U, AHEAD, H>(tm, c, attn_memory_of<D>(memory, p.heads, angles),
-                                           (out_rows<D> *)&outs, p, cur, seq);
+    const attn_memory sh = attn_memory_of<D>(memory, p.heads, angles);
+    attn_decode_item<D, BITS, U, AHEAD, H>(
+        tm, c, sh, (out_rows<D> *)&outs, p, cur, seq, [&](bool append) {
+            enter_newest<D, BITS>(tm, c, sh, seq, p.head, p.hg, p.heads, p.len - 1,
+                                  table[(p.len - 1) / c.block_tokens], append);
+        });
 }
 
 size_t attn_decode_work_bytes(int seqs, int kv_heads, int group, int head_dim, int splits)

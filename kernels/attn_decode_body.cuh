@@ -28,9 +28,8 @@ typedef struct {
     const float (*angles)[128]; /* cos and sin of the newest position; not the team's alone */
     uint32_t *newest; /* [2][D / 2 + 1] K and V of the newest token: a row, scale and zero */
     int *last;
-    const uint32_t *in; /* or NULL: fresh words of what lies from rope.q on */
-    uint32_t *out;      /* or NULL: fresh words of y */
-    uint32_t in_tag, out_tag;
+    uint32_t *out; /* or NULL: fresh words of y */
+    uint32_t out_tag;
     bool quiet; /* y itself is not written */
 } attn_memory;
 #define NEWEST_WORDS(D) ((D) / 2 + 1)
@@ -223,22 +222,15 @@ __device__ __forceinline__ void store_newest(const rope_call &r, const float v[D
     }
 }
 
-/* Fresh words of a vector, one an element, once they are there, into `room` as f16. One warp. */
-template <int D>
-__device__ __forceinline__ void stage_vector(uint16_t *room, const uint32_t *in, uint32_t tag,
-                                             int lane)
+/* Vector i of the newest token's that a block rotates or stores: k and v when `more` is 2 and not
+ * 0, then query heads. */
+__device__ __forceinline__ const __half *newest_vector(const rope_call &r, int i, int more, int seq,
+                                                       int head, int hg)
 {
-    uint32_t w[D / 32], late;
-    do {
-        late = 0;
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) w[i] = fresh_load(in + lane + 32 * i);
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) late |= w[i] ^ tag;
-    } while (__any_sync(~0u, late & 1));
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) room[lane + 32 * i] = (uint16_t)(w[i] >> 16);
-    __syncwarp();
+    const int h = i - more;
+    return h >= 0 ? r.q + seq * r.q_row + head * r.q_head + (hg * 8 + h) * r.q_sub
+           : i    ? r.v + seq * r.v_row + head * r.v_head
+                  : r.k + seq * r.k_row + head * r.k_head;
 }
 
 /* Rotates the block's query heads into `turned_q`, and where the block reads the newest token, puts
@@ -252,15 +244,8 @@ __device__ __forceinline__ void enter_newest(const attn_team &tm, const attn_dec
     const int lane = tm.thread & 31, warp = tm.thread >> 5, more = append ? 2 : 0;
     for (int i = warp; i < heads + more; i += NWARPS) { /* k, v, query heads */
         const int h = i - more;
-        const __half *x = h >= 0 ? r.q + seq * r.q_row + head * r.q_head + (hg * 8 + h) * r.q_sub
-                          : i    ? r.v + seq * r.v_row + head * r.v_head
-                                 : r.k + seq * r.k_row + head * r.k_head;
+        const __half *x = newest_vector(r, i, more, seq, head, hg);
         float v[D / 32];
-        if (sh.in) { /* behind the codes */
-            uint16_t *room = (uint16_t *)sh.merged + (1 + warp) * D;
-            stage_vector<D>(room, sh.in + (x - r.q), sh.in_tag, lane);
-            x = (const __half *)room;
-        }
         turned<D>(v, x, r, sh.angles, h >= 0 || i == 0, lane);
         if (h < 0) {
             store_newest<D, BITS>(r, v,
@@ -273,7 +258,6 @@ __device__ __forceinline__ void enter_newest(const attn_team &tm, const attn_dec
 #pragma unroll
         for (int j = 0; j < D / 32; j++) sh.turned_q[h * D + lane + 32 * j] = __float2half_rn(v[j]);
     }
-    team_sync(tm);
 }
 
 /* Puts the newest token, which is number `at` of a tile, into what was loaded before it was made.
@@ -470,8 +454,9 @@ __device__ __forceinline__ attn_part part_of(const attn_decode_call &c, int spli
     const int tiles = (p.len + U * TILE - 1) / (U * TILE), first = p.from / (U * TILE);
     p.lo = first, p.hi = tiles;
     if (c.splits > 1) {
-        p.lo = first + (int)((int64_t)(tiles - first) * split / c.splits);
-        p.hi = first + (int)((int64_t)(tiles - first) * (split + 1) / c.splits);
+        const uint32_t of = (uint32_t)(tiles - first), n = (uint32_t)c.splits;
+        p.lo = first + (int)(of * (uint32_t)split / n);
+        p.hi = first + (int)(of * (uint32_t)(split + 1) / n);
     }
     return p;
 }
@@ -482,7 +467,8 @@ template <int D, int BITS, int U, int WHICH = 3>
 __device__ __forceinline__ void load_tiles(tile_regs<D, BITS> r[U], const attn_decode_call &c,
                                            const int32_t *table, int tile, int head, int g, int t)
 {
-    const int per_block = c.block_tokens / (U * TILE), block = tile / per_block;
+    const int per_block = (int)((uint32_t)c.block_tokens / (U * TILE)),
+              block = (int)((uint32_t)tile / (uint32_t)per_block);
 #pragma unroll
     for (int u = 0; u < U; u++)
         load_tile<D, BITS, WHICH>(&r[u], c, table[block], head,
@@ -538,11 +524,12 @@ __device__ __forceinline__ void walk(softmax_state<D, BITS, H> *st, const attn_d
     }
 }
 
-/* Part p of the heads of a sequence; cur: what load_first left. */
-template <int D, int BITS, int U, bool AHEAD, int H>
+/* Part p of the heads of a sequence; cur: what load_first left. With c.fused enter(append) leaves
+ * the queries in turned_q and with `append` the newest token in the cache and in `newest`. */
+template <int D, int BITS, int U, bool AHEAD, int H, typename E>
 __device__ __forceinline__ void
 attn_decode_item(const attn_team &tm, const attn_decode_call &c, const attn_memory &sh,
-                 out_rows<D> *rows, const attn_part &p, tile_regs<D, BITS> cur[U], int seq)
+                 out_rows<D> *rows, const attn_part &p, tile_regs<D, BITS> cur[U], int seq, E enter)
 {
     typedef geom<D, BITS> G;
     const int lane = tm.thread & 31, warp = tm.thread >> 5, g = lane >> 2, t = lane & 3;
@@ -551,8 +538,8 @@ attn_decode_item(const attn_team &tm, const attn_decode_call &c, const attn_memo
     const __half *qr = c.q + seq * c.q_row + p.head * c.q_head + p.hg * 8 * c.q_sub;
     if (c.fused) { /* `merged` is free until the end */
         const bool append = p.split == c.splits - 1;
-        enter_newest<D, BITS>(tm, c, sh, seq, p.head, p.hg, p.heads, last,
-                              table[last / c.block_tokens], append);
+        enter(append);
+        team_sync(tm);
         qr = sh.turned_q;
         if (append && p.lo + warp == p.hi - 1)
 #pragma unroll

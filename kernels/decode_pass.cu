@@ -7,8 +7,7 @@
 #include "kernels/decode_pass.cuh"
 
 #define ATTN_WARPS 11 /* attention has the whole block but its producer as one team */
-#include "kernels/attn_decode_body.cuh"
-#include "kernels/decode_pass_product.cuh"
+#include "kernels/decode_pass_attn.cuh"
 
 #define WARPS       ATTN_WARPS
 #define PRODUCER    WARPS        /* one warp more */
@@ -324,6 +323,8 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
 
 /* ---- attention ---- */
 
+static_assert(WARPS > 8 + 2, "each vector has a warp of its own, and the last warp has none");
+
 template <int D, int BITS, int H>
 __device__ __forceinline__ void
 attention(const decode_pass &p, const decode_step &s, int step, uint32_t *set, ring_place *place,
@@ -336,13 +337,12 @@ attention(const decode_pass &p, const decode_step &s, int step, uint32_t *set, r
         if (warp >= CW && lane == 0) arrive(p, set, step, 1);
         return;
     }
-    if (s.in) {
+    if (s.in) { /* before anything is asked for: what looks new must be */
         const int known = settled(set, step - s.in, place->known);
         __syncwarp();
         if (lane == 0) place->known = known;
     }
     attn_memory sh = attn_memory_of<D>(work, min(8, p.attn.group), angles);
-    if (s.in) sh.in = slot_of(set, step - s.in), sh.in_tag = tag_of(step - s.in);
     sh.out = slot_of(set, step), sh.out_tag = tag_of(step), sh.quiet = s.quiet;
     attn_decode_call c = p.attn;
     c.data = s.data, c.param = (const __half2 *)s.extra, c.window = s.n;
@@ -352,13 +352,28 @@ attention(const decode_pass &p, const decode_step &s, int step, uint32_t *set, r
     for (int i = blockIdx.x; i < p.attn_items; i += gridDim.x) {
         tile_regs<D, BITS> cur[U];
         const int slot = c.splits > 1 ? i / c.splits : i;
-        const attn_part part = part_of<U>(c, i - slot * c.splits, slot, 0);
+        /* A warp's vector before all else, as everything waits for it. */
+        const int split = i - slot * c.splits, more = split == c.splits - 1 ? 2 : 0;
+        int head = slot, hg = 0;
+        if (c.group > 8) hg = (c.group + 7) / 8, head = slot / hg, hg = slot - head * hg;
+        const __half *x = newest_vector(c.rope, warp, more, 0, head, hg);
+        step_input in = input_of(s, step, set);
+        in.at = s.in ? (const void *)((const uint32_t *)in.at + (x - c.rope.q)) : (const void *)x;
+        fresh_vector<D> asked = {};
+        if (warp < min(8, c.group - hg * 8) + more) ask_vector<D>(&asked, in, lane);
+        const attn_part part = part_of<U>(c, split, slot, 0);
         /* the warp's first tile, or any: what is not loaded here would be kept from step to step */
         load_tiles<D, BITS, U>(cur, c, table, max(min(part.lo + warp, part.hi - 1), 0), part.head,
                                lane >> 2, lane & 3);
-        if (tm.thread == 0) /* a barrier follows before a write */
+        if (tm.thread == (WARPS - 1) * 32) /* it has no vector; a barrier follows before a write */
             slot_wait(set, step, fresh_load(left_of(set, step)));
-        attn_decode_item<D, BITS, U, false, H>(tm, c, sh, (out_rows<D> *)NULL, part, cur, 0);
+        attn_decode_item<D, BITS, U, false, H>(
+            tm, c, sh, (out_rows<D> *)NULL, part, cur, 0, [&](bool append) {
+                const int v = thread_now() >> 5; /* the warp's, as above, and not kept */
+                if (v < part.heads + (append ? 2 : 0))
+                    enter_vector<D, BITS>(c, sh, part, &asked, in, v, append ? 2 : 0, table,
+                                          thread_now() & 31);
+            });
         team_sync(tm);
     }
     if (tm.thread == 0) arrive(p, set, step, FINISHERS);

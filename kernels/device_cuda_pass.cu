@@ -147,6 +147,14 @@ static attn_decode_call common(const attn_decode_call *c)
     return a;
 }
 
+/* Whether a lane may load its channels of a vector at once and finds their partners in one. */
+static bool vectors_fit(const rope_call *r)
+{
+    const uintptr_t all = (uintptr_t)r->q | (uintptr_t)r->k | (uintptr_t)r->v;
+    return all % 16 == 0 && r->dims % 8 == 0 &&
+           (r->q_head | r->q_sub | r->k_head | r->v_head) % 8 == 0;
+}
+
 err_code cuda_pass_attn(device *d, const attn_decode_call *c, int head_dim, int bits, bool *taken,
                         err *e)
 {
@@ -154,7 +162,7 @@ err_code cuda_pass_attn(device *d, const attn_decode_call *c, int head_dim, int 
     decode_step *s;
     *taken = false;
     if (!p || !p->open || c->seqs != 1 || !c->fused || c->planes.planes ||
-        (head_dim != 64 && head_dim != 128))
+        (head_dim != 64 && head_dim != 128) || !vectors_fit(&c->rope))
         return OK;
     const attn_decode_call a = common(c);
     if (p->has_attn &&
