@@ -49,15 +49,17 @@ __device__ __forceinline__ void slot_wait(const uint32_t *set, int step, uint32_
     while (step > 1 && seen < FINISHERS * gridDim.x) seen = fresh_load(left_of(set, step));
 }
 
-/* Words that are two uses of a slot old look new. So before a warp polls those of step `made`, the
- * step that wrote over them must be done: it is when the warp saw results of a step soon enough
- * before, as these came of all that others made (products) or of some of it (attention); a warp
- * that had nothing to do for long asks. What is known with the words there. */
+/* Words that are two uses of a slot old look new. So before a warp polls those of step `made`, what
+ * wrote over them must be there. It is when the warp saw results of a step soon enough before, as
+ * these came of all that others made (products) or of some of it (attention); a warp that had
+ * nothing to do for long asks, and for the step behind that: nothing orders a step's words before
+ * the count of who left it, but who left the next wrote them a step ago. What is known with the
+ * words there. */
 __device__ __forceinline__ int settled(const uint32_t *set, int made, int known)
 {
-    const int over = made - DECODE_PASS_SLOTS;
+    const int over = made - DECODE_PASS_SLOTS + 1;
     while (over > known && fresh_load(left_of(set, over + 2)) < FINISHERS * gridDim.x) continue;
-    return max(known, made - DECODE_PASS_BACK - 1);
+    return max(known, made - DECODE_PASS_BACK);
 }
 
 /* The thread's number, asked for in each step: so nothing that follows from it is worked out ahead
@@ -293,7 +295,7 @@ __device__ __forceinline__ void product(const decode_pass &p, const decode_step 
         if (first >= w.tiles) return;
         const own_row own = row_of(rows + warp * (p.row_bytes / CW), w.units);
         const step_input in = input_of(s, step, set);
-        if (s.in) g.known = settled(set, step - s.in, g.known);
+        if (s.in && warp < w.units) g.known = settled(set, step - s.in, g.known);
         float squares = 0.f;
         if (s.norm)
             squares = norm_row(own, s, in, warp, lane);

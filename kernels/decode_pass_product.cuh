@@ -241,7 +241,7 @@ typedef struct {
 typedef struct {
     int slot;
     uint32_t phase, done;
-    int known; /* the last step that all blocks are known to be done with, and those before it */
+    int known; /* the last step that all blocks are known to have left, and whose words are there */
 } ring_place;
 
 /* Shared addresses of a warp that multiplies. codes, param: this lane's in the ring's first slab;
