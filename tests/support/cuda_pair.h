@@ -106,7 +106,7 @@ static inline int pair_open(int argc, char **argv, int32_t seqs)
     err e;
     dev_opts card = {.kind = DEV_CUDA, .threads = 1};
     const dev_opts host = {.kind = DEV_CPU, .threads = 2, .isa = "ref"};
-    const op_limits lim = {1024, 2048, 4096, 32, 256, 1024, seqs};
+    const op_limits lim = {1024, 2560, 5120, 32, 256, 1024, seqs};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--few") == 0) few = true;
         if (strcmp(argv[i], "--deterministic") == 0) card.deterministic = true;
