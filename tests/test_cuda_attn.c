@@ -225,13 +225,14 @@ END_TEST
 
 /* ---- a recorded pass ---- */
 
-/* Rows of one and of two sets of planes (decode_pass_product.cuh), and so small that most blocks
- * have no tile in most steps. */
-enum { LAYERS = 2, HIDDEN = 512, FFN = 2432, RUNS = 200 };
+/* So small that most blocks have no tile in most steps. LONG: rows of one and of two sets of planes
+ * (decode_pass_product.cuh). */
+enum { LAYERS = 2, HIDDEN = 512, FFN = 1408, LONG = 2432, RUNS = 200 };
 
 /* A small model's blocks: q|k|v, o, gate|up and down of each layer, one row of activations. */
 typedef struct {
     attn_shape a;
+    int64_t ffn;
     side side[LAYERS];
     w4_weight w[LAYERS][4];
     dev_buf wb[LAYERS][4], xb, nb, narrow, wide, ab;
@@ -239,12 +240,13 @@ typedef struct {
     float *start;
 } stack;
 
-static void stack_open(stack *s, const attn_shape *a)
+static void stack_open(stack *s, const attn_shape *a, int64_t ffn)
 {
     const int64_t q = (int64_t)a->heads * a->dim, kv = (int64_t)a->kv_heads * a->dim;
-    const int64_t k[4] = {HIDDEN, q, HIDDEN, FFN}, n[4] = {q + 2 * kv, HIDDEN, FFN, HIDDEN};
+    const int64_t k[4] = {HIDDEN, q, HIDDEN, ffn}, n[4] = {q + 2 * kv, HIDDEN, ffn, HIDDEN};
     memset(s, 0, sizeof *s);
     s->a = *a;
+    s->ffn = ffn;
     for (int l = 0; l < LAYERS; l++) {
         side_open(&s->side[l], gpu, a);
         for (int i = 0; i < 4; i++) {
@@ -292,8 +294,8 @@ static void stack_run(stack *s, const batch_rows *rows)
     const int64_t q = (int64_t)s->a.heads * s->a.dim, kv = (int64_t)s->a.kv_heads * s->a.dim;
     for (int l = 0; l < LAYERS; l++) {
         tensor h = row_of(&s->narrow, HIDDEN), qkv = row_of(&s->wide, q + 2 * kv),
-               y = row_of(&s->ab, q), both = row_of(&s->wide, 2 * FFN);
-        tensor gate = tensor_cols(&both, 0, FFN);
+               y = row_of(&s->ab, q), both = row_of(&s->wide, 2 * s->ffn);
+        tensor gate = tensor_cols(&both, 0, s->ffn);
         OK_(op_norm_gemm_w4(gpu, &qkv, &h, &s->x, &s->norm, 1e-5f, &s->w[l][0], false, e));
         attend(&s->side[l], &s->a, &qkv, &y, rows);
         OK_(op_gemm_w4(gpu, &s->x, &y, &s->w[l][1], true, e));
@@ -338,7 +340,7 @@ static float *by_reference(const stack *s, int32_t held, uint64_t seed)
     stack c;
     uniform_state = seed;
     gpu = cpu;
-    stack_open(&c, a);
+    stack_open(&c, a, s->ffn);
     gpu = card;
     for (int l = 0; l < LAYERS; l++) {
         copy_bytes(c.side[l].data.data, MEM_HOST, s->side[l].data.data, dev_mem(card),
@@ -366,16 +368,16 @@ static double most_off(kv_format f, double by_ops)
     return f == KV_16 ? fmax(1.5e-3, by_ops) : 1.25 * by_ops + 2e-3;
 }
 
-static void stack_case(const attn_shape *a, int32_t held)
+static void stack_case(const attn_shape *a, int64_t ffn, int32_t held)
 {
     stack s;
     dev_graph *work;
     char what[96];
     const uint64_t seed = uniform_state;
     const int32_t none[SEQS] = {0, 0}, filled[SEQS] = {held, 1};
-    snprintf(what, sizeof what, "recorded pass, %d/%d heads of %d, %d bit, %d held", a->heads,
-             a->kv_heads, a->dim, (int)a->format, held);
-    stack_open(&s, a);
+    snprintf(what, sizeof what, "recorded pass, %d/%d heads of %d, %d bit, ffn %d, %d held",
+             a->heads, a->kv_heads, a->dim, (int)a->format, (int)ffn, held);
+    stack_open(&s, a, ffn);
     for (int l = 0; l < LAYERS; l++) {
         side c;
         side_open(&c, cpu, a);
@@ -428,11 +430,12 @@ START_TEST(recorded_pass)
         for (int f = 0; f < 3; f++) {
             attn_shape a = shapes[i];
             a.format = formats[f];
-            if (!few) stack_case(&a, 1);
-            if (!few) stack_case(&a, 130);
-            stack_case(&a, 350);
+            if (!few) stack_case(&a, FFN, 1);
+            if (!few) stack_case(&a, FFN, 130);
+            stack_case(&a, FFN, 350);
         }
     }
+    stack_case(&shapes[1], LONG, 130);
 }
 END_TEST
 
